@@ -1,0 +1,2 @@
+//! kvasir-reference.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! kvasir-simd.
+#![allow(unsafe_code)]

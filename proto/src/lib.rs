@@ -1,0 +1,2 @@
+//! kvasir-proto.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The kvasir binary.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,2 @@
+//! kvasir-client.
+#![forbid(unsafe_code)]

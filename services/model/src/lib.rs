@@ -1,0 +1,2 @@
+//! kvasir-model.
+#![forbid(unsafe_code)]

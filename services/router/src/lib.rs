@@ -1,0 +1,2 @@
+//! kvasir-router.
+#![forbid(unsafe_code)]

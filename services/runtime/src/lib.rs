@@ -1,0 +1,2 @@
+//! kvasir-runtime.
+#![forbid(unsafe_code)]

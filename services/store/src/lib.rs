@@ -1,0 +1,2 @@
+//! kvasir-store.
+#![forbid(unsafe_code)]

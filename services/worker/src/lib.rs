@@ -1,0 +1,2 @@
+//! kvasir-worker.
+#![forbid(unsafe_code)]

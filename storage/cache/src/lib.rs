@@ -1,0 +1,2 @@
+//! kvasir-cache.
+#![forbid(unsafe_code)]

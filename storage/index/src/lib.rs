@@ -1,0 +1,2 @@
+//! kvasir-index.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! kvasir-prefix.
+#![forbid(unsafe_code)]

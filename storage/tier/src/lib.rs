@@ -1,0 +1,2 @@
+//! kvasir-tier.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! kvasir-integration.
+#![forbid(unsafe_code)]

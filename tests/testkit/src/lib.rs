@@ -1,0 +1,2 @@
+//! kvasir-testkit.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! kvasir-tidy.
+#![forbid(unsafe_code)]
