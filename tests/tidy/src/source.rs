@@ -129,7 +129,7 @@ mod tests {
             ("a /* b /* c */ d */ e", "a                   e"),
             (r#"f("x \" y") z"#, r"f(        ) z"),
             ("r#\"a \"b\" c\"# d", "             d"),
-            ("br\"a\" b'x' 'y' z", "                z"),
+            ("br\"a\" b'x' 'y' z", "      b        z"),
             ("&'a str 'b: loop", "&'a str 'b: loop"),
             (r"'\n' '\'' '\u{1}' x", "                  x"),
             ("crab(\"x\")", "crab(   )"),
