@@ -1,0 +1,64 @@
+# Two commands for a new reader: `make demo` and `make test`. Every target installs what it needs by deploy/bootstrap.sh,
+# which says what it does and does nothing the second time.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench system rust tools model openai peers clean-cache
+
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvasir
+CARGO_HOME_BIN := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin
+export PATH := $(CACHE)/tools/bin:$(CARGO_HOME_BIN):$(PATH)
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+KVASIR := $(TARGET_DIR)/debug/kvasir
+BOOTSTRAP := deploy/bootstrap.sh
+CARGO := cargo
+# One profile (dev) for everything, so that RocksDB is built once; the lock file decides versions.
+FLAGS := --workspace --locked
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: rust ## the binary, at $CARGO_TARGET_DIR (or target)/debug/kvasir
+	$(CARGO) build --locked -p kvasir
+
+demo: build model ## a real model and document: cold, warm, after a restart, after kill -9, with retrieval attention
+	$(KVASIR) demo
+
+up: build model ## store, worker and router in one process, until Ctrl-C
+	$(KVASIR) up
+
+test: tools model openai fmt-check clippy doc deny nextest doctest ## everything that is checked
+	@echo "make test: format, clippy, docs, licences, tests and doc tests passed"
+
+fmt: rust ## formats the code
+	$(CARGO) fmt --all
+
+fmt-check: rust
+	$(CARGO) fmt --all --check
+
+clippy: rust
+	$(CARGO) clippy $(FLAGS) --all-targets -- -D warnings
+
+doc: rust
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(FLAGS) --no-deps
+
+deny: rust tools
+	$(CARGO) deny --locked check licenses bans sources
+
+nextest: rust tools model openai
+	$(CARGO) nextest run $(FLAGS)
+
+doctest: rust
+	$(CARGO) test $(FLAGS) --doc
+
+bench: build model peers ## prefill and decode speed beside llama.cpp, same model, same threads
+	$(KVASIR) bench engine --json
+
+system rust tools model openai peers:
+	@$(BOOTSTRAP) $@
+
+# Cargo needs a compiler before it can build anything.
+rust tools: system
+
+clean-cache: ## removes what bootstrap put into the cache folder (models, tools, Python environments)
+	rm -rf "$(CACHE)/models" "$(CACHE)/tools" "$(CACHE)/openai" "$(CACHE)/peers"
