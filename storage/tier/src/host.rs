@@ -116,6 +116,16 @@ impl HostTier {
         self.node(&key.block()).is_some_and(|node| node.layers.contains_key(&key.layer))
     }
 
+    /// How many layers of a block are here.
+    pub fn layer_count(&self, block: &BlockKey) -> usize {
+        self.node(block).map_or(0, |node| node.layers.len())
+    }
+
+    /// Layers of a block that are here, rising.
+    pub fn layers(&self, block: &BlockKey) -> impl Iterator<Item = u16> {
+        self.node(block).into_iter().flat_map(|node| node.layers.keys().copied())
+    }
+
     /// Makes a block the youngest. Touch a chain from its tail to its head: eviction then takes the tail first, and what is
     /// left is still a prefix.
     pub fn touch(&mut self, block: &BlockKey) {

@@ -19,6 +19,10 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod disk;
 mod host;
 
+pub use disk::{
+    DiskConfig, DiskRead, DiskStats, DiskTier, DiskWatch, FlushError, Offer, OpenError, Recovery, SEGMENT_FORMAT,
+};
 pub use host::{HostTier, NoRoom};
