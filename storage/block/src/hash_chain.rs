@@ -47,10 +47,12 @@ impl fmt::Display for BlockHash {
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
     use fmt::Write;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }
 
 /// What besides the tokens shapes the KV of a chain. Same order and place as vLLM's extra keys.
@@ -67,7 +69,9 @@ impl ExtraKeys {
 
     /// Isolates a chain: part of the first block's hash and through it of every later one. Empty means none.
     pub fn with_cache_salt(salt: &str) -> Self {
-        Self { cache_salt: (!salt.is_empty()).then(|| salt.to_owned()) }
+        Self {
+            cache_salt: (!salt.is_empty()).then(|| salt.to_owned()),
+        }
     }
 }
 
@@ -88,7 +92,13 @@ impl HashChain {
     /// If `block_tokens` is 0; schemas refuse that value before.
     pub fn new(block_tokens: usize, extra: ExtraKeys) -> Self {
         assert!(block_tokens > 0, "a block holds at least one token");
-        Self { block_tokens, extra, parent: root(), hashes: Vec::new(), tail: Vec::with_capacity(block_tokens) }
+        Self {
+            block_tokens,
+            extra,
+            parent: root(),
+            hashes: Vec::new(),
+            tail: Vec::with_capacity(block_tokens),
+        }
     }
 
     /// Appends one token; answers with the name of the block it completed, if it did.
@@ -98,7 +108,11 @@ impl HashChain {
             return None;
         }
         // The salt stands in the first block only: the chain carries it on.
-        let salt = if self.hashes.is_empty() { self.extra.cache_salt.as_deref() } else { None };
+        let salt = if self.hashes.is_empty() {
+            self.extra.cache_salt.as_deref()
+        } else {
+            None
+        };
         self.parent = block_hash(&self.parent, &self.tail, salt);
         self.hashes.push(self.parent);
         self.tail.clear();
@@ -210,7 +224,11 @@ mod tests {
     fn vllm_vector_with_salt() {
         let hashes = block_hashes(&tokens(), 16, &ExtraKeys::with_cache_salt("tenant-a"));
         assert_eq!(hashes[0].to_string(), B0_SALTED);
-        assert_ne!(hashes[1].to_string(), B1, "the salt reaches later blocks through the chain");
+        assert_ne!(
+            hashes[1].to_string(),
+            B1,
+            "the salt reaches later blocks through the chain"
+        );
     }
 
     #[test]
@@ -228,7 +246,11 @@ mod tests {
             changed[position] += 100_000;
             let hashes = block_hashes(&changed, 8, &ExtraKeys::none());
             for block in 0..4 {
-                assert_eq!(hashes[block] == plain[block], block < position / 8, "position {position} block {block}");
+                assert_eq!(
+                    hashes[block] == plain[block],
+                    block < position / 8,
+                    "position {position} block {block}"
+                );
             }
         }
     }

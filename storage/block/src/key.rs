@@ -16,7 +16,11 @@ pub struct BlockKey {
 impl BlockKey {
     /// Key of one layer of this block.
     pub const fn layer(self, layer: u16) -> LayerBlockKey {
-        LayerBlockKey { namespace: self.namespace, hash: self.hash, layer }
+        LayerBlockKey {
+            namespace: self.namespace,
+            hash: self.hash,
+            layer,
+        }
     }
 }
 
@@ -45,7 +49,10 @@ impl LayerBlockKey {
 
     /// The block this layer belongs to.
     pub const fn block(&self) -> BlockKey {
-        BlockKey { namespace: self.namespace, hash: self.hash }
+        BlockKey {
+            namespace: self.namespace,
+            hash: self.hash,
+        }
     }
 
     /// The key as bytes.

@@ -57,9 +57,17 @@ mod tests {
 
     #[test]
     fn ranges_tile_the_block() {
-        let layout = LayerBlockLayout { kv_heads: 3, head_dim: 64, block_tokens: 64, dtype: Dtype::F16 };
+        let layout = LayerBlockLayout {
+            kv_heads: 3,
+            head_dim: 64,
+            block_tokens: 64,
+            dtype: Dtype::F16,
+        };
         let mut end = 0;
-        for range in (0..3).map(|head| layout.keys(head)).chain((0..3).map(|head| layout.values(head))) {
+        for range in (0..3)
+            .map(|head| layout.keys(head))
+            .chain((0..3).map(|head| layout.values(head)))
+        {
             assert_eq!(range.start, end);
             end = range.end;
         }

@@ -24,7 +24,9 @@ impl RopeStyle {
 
     /// The style called `name`.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Interleaved, Self::Halves].into_iter().find(|style| style.name() == name)
+        [Self::Interleaved, Self::Halves]
+            .into_iter()
+            .find(|style| style.name() == name)
     }
 }
 
@@ -120,11 +122,19 @@ impl KvSchema {
         ];
         for (field, value) in positive {
             if value == 0 {
-                return Err(InvalidSchema { field, found: "0".to_owned(), expected: "must be at least 1" });
+                return Err(InvalidSchema {
+                    field,
+                    found: "0".to_owned(),
+                    expected: "must be at least 1",
+                });
             }
         }
         if self.model.is_empty() {
-            return Err(InvalidSchema { field: "model", found: "empty".to_owned(), expected: "must name the model" });
+            return Err(InvalidSchema {
+                field: "model",
+                found: "empty".to_owned(),
+                expected: "must name the model",
+            });
         }
         if self.tp_rank >= self.tp_world {
             return Err(InvalidSchema {
@@ -160,7 +170,11 @@ impl KvSchema {
 
     /// Name of the first field in which two schemas differ, or `None` if they are the same.
     pub fn first_difference(&self, other: &Self) -> Option<&'static str> {
-        self.fields().into_iter().zip(other.fields()).find(|(a, b)| a != b).map(|((name, _), _)| name)
+        self.fields()
+            .into_iter()
+            .zip(other.fields())
+            .find(|(a, b)| a != b)
+            .map(|((name, _), _)| name)
     }
 
     /// All fields, canonically encoded. Destructured so that a new field cannot be forgotten.
@@ -188,7 +202,10 @@ impl KvSchema {
             ("model", model.as_bytes().to_vec()),
             ("weights_sha256", weights_sha256.to_vec()),
             ("tokenizer_sha256", tokenizer_sha256.to_vec()),
-            ("adapter_sha256", adapter_sha256.map_or_else(Vec::new, |digest| digest.to_vec())),
+            (
+                "adapter_sha256",
+                adapter_sha256.map_or_else(Vec::new, |digest| digest.to_vec()),
+            ),
             ("layers", layers.to_le_bytes().to_vec()),
             ("kv_heads", kv_heads.to_le_bytes().to_vec()),
             ("head_dim", head_dim.to_le_bytes().to_vec()),

@@ -43,7 +43,10 @@ impl<H: Copy + Eq + Hash> PrefixMap<H> {
     pub fn insert(&mut self, key: BlockKey, holder: H) -> bool {
         let inserted = self.next;
         self.next += 1;
-        let entry = self.entries.entry(key).or_insert_with(|| Entry { holders: Vec::new(), inserted });
+        let entry = self.entries.entry(key).or_insert_with(|| Entry {
+            holders: Vec::new(),
+            inserted,
+        });
         if entry.inserted != inserted {
             self.order.remove(&entry.inserted);
             entry.inserted = inserted;
@@ -64,8 +67,12 @@ impl<H: Copy + Eq + Hash> PrefixMap<H> {
 
     /// Notes that `holder` no longer has `key`; true if it was known to.
     pub fn remove(&mut self, key: BlockKey, holder: H) -> bool {
-        let Some(entry) = self.entries.get_mut(&key) else { return false };
-        let Some(at) = entry.holders.iter().position(|&known| known == holder) else { return false };
+        let Some(entry) = self.entries.get_mut(&key) else {
+            return false;
+        };
+        let Some(at) = entry.holders.iter().position(|&known| known == holder) else {
+            return false;
+        };
         entry.holders.remove(at);
         if entry.holders.is_empty() {
             self.order.remove(&entry.inserted);
@@ -94,7 +101,9 @@ impl<H: Copy + Eq + Hash> PrefixMap<H> {
         };
         let mut hits: Vec<(H, usize)> = first.holders.iter().map(|&holder| (holder, 1)).collect();
         for (before, &hash) in chain.iter().enumerate().skip(1) {
-            let Some(entry) = self.entries.get(&namespace.block(hash)) else { break };
+            let Some(entry) = self.entries.get(&namespace.block(hash)) else {
+                break;
+            };
             let mut alive = false;
             for (holder, blocks) in hits.iter_mut().filter(|(_, blocks)| *blocks == before) {
                 if entry.holders.contains(holder) {

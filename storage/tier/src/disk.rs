@@ -27,7 +27,6 @@ use bytes::Bytes;
 use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
 use parking_lot::{Condvar, Mutex};
 
-pub use self::{format::SEGMENT_FORMAT, recovery::Recovery};
 use self::{
     faults::Faults,
     flusher::Flusher,
@@ -36,6 +35,7 @@ use self::{
     segment::{SegmentWriter, read_record},
     table::{Place, Table},
 };
+pub use self::{format::SEGMENT_FORMAT, recovery::Recovery};
 
 /// Where and how much.
 #[derive(Clone, Debug)]
@@ -106,11 +106,19 @@ pub enum OpenError {
 
 impl OpenError {
     fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::Io { what, path: path.to_owned(), source }
+        Self::Io {
+            what,
+            path: path.to_owned(),
+            source,
+        }
     }
 
     fn index(what: &'static str, config: &DiskConfig, source: rocksdb::Error) -> Self {
-        Self::Index { what, path: config.dir.join("index"), source }
+        Self::Index {
+            what,
+            path: config.dir.join("index"),
+            source,
+        }
     }
 }
 
@@ -245,7 +253,10 @@ impl DiskTier {
         fs::create_dir_all(&config.dir).map_err(|source| OpenError::io("make the folder", &config.dir, source))?;
         let lock = FolderLock::take(&config.dir)?;
         let recovered = recovery::recover(&config)?;
-        let state = State { table: recovered.table, ..State::default() };
+        let state = State {
+            table: recovered.table,
+            ..State::default()
+        };
         let shared = Shared {
             config,
             index: recovered.index,
@@ -272,7 +283,9 @@ impl DiskTier {
             return Err(io::Error::other("the flusher was started before"));
         };
         let flusher = Flusher::new(Arc::clone(&self.shared), watch, writer, next_segment);
-        let thread = std::thread::Builder::new().name("kv-flusher".to_owned()).spawn(move || flusher.run())?;
+        let thread = std::thread::Builder::new()
+            .name("kv-flusher".to_owned())
+            .spawn(move || flusher.run())?;
         *handle = FlusherHandle::Running(thread);
         Ok(())
     }
@@ -292,7 +305,11 @@ impl DiskTier {
         let full = state.table.queue_bytes > 0 && queue_bytes > self.shared.config.queue_bytes_max;
         if full || state.stop {
             state.refused += 1;
-            return if state.stop || state.degraded.is_some() { Offer::Degraded } else { Offer::Full };
+            return if state.stop || state.degraded.is_some() {
+                Offer::Degraded
+            } else {
+                Offer::Full
+            };
         }
         state.table.enqueue(key, payload, checksum);
         drop(state);
@@ -342,7 +359,12 @@ impl DiskTier {
 
     /// Calls `visit` with every block that has a layer here, and how many it has.
     pub fn visit_blocks(&self, mut visit: impl FnMut(&BlockKey, usize)) {
-        self.shared.state.lock().table.blocks().for_each(|(block, layers)| visit(block, layers.count()));
+        self.shared
+            .state
+            .lock()
+            .table
+            .blocks()
+            .for_each(|(block, layers)| visit(block, layers.count()));
     }
 
     /// Waits until everything taken so far is durable.
@@ -356,8 +378,14 @@ impl DiskTier {
         self.shared.work.notify_one();
         while state.table.settled < target {
             if state.failures > failures || state.stopped {
-                let reason = state.degraded.clone().unwrap_or_else(|| "the tier is closed".to_owned());
-                return Err(FlushError { queued: target - state.table.settled, reason });
+                let reason = state
+                    .degraded
+                    .clone()
+                    .unwrap_or_else(|| "the tier is closed".to_owned());
+                return Err(FlushError {
+                    queued: target - state.table.settled,
+                    reason,
+                });
             }
             self.shared.progress.wait(&mut state);
         }
@@ -382,7 +410,10 @@ impl DiskTier {
         if queued == 0 {
             return Ok(());
         }
-        let reason = state.degraded.clone().unwrap_or_else(|| "the flusher did not run".to_owned());
+        let reason = state
+            .degraded
+            .clone()
+            .unwrap_or_else(|| "the flusher did not run".to_owned());
         Err(FlushError { queued, reason })
     }
 
@@ -432,7 +463,9 @@ impl Drop for DiskTier {
 
 impl std::fmt::Debug for DiskTier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DiskTier").field("dir", &self.shared.config.dir).finish_non_exhaustive()
+        f.debug_struct("DiskTier")
+            .field("dir", &self.shared.config.dir)
+            .finish_non_exhaustive()
     }
 }
 
@@ -441,11 +474,22 @@ fn validate(config: &DiskConfig) -> Result<(), OpenError> {
     const SEGMENT_BYTES_MAX: u64 = 1 << 30;
     if !(4096..=SEGMENT_BYTES_MAX).contains(&config.segment_bytes) {
         let expected = format!("must be from 4096 to {SEGMENT_BYTES_MAX} bytes");
-        return Err(OpenError::Config { field: "segment_bytes", found: config.segment_bytes, expected });
+        return Err(OpenError::Config {
+            field: "segment_bytes",
+            found: config.segment_bytes,
+            expected,
+        });
     }
     if config.bytes_max < 2 * config.segment_bytes {
-        let expected = format!("must be at least two segments of {} bytes, or nothing could be kept", config.segment_bytes);
-        return Err(OpenError::Config { field: "disk_bytes_max", found: config.bytes_max, expected });
+        let expected = format!(
+            "must be at least two segments of {} bytes, or nothing could be kept",
+            config.segment_bytes
+        );
+        return Err(OpenError::Config {
+            field: "disk_bytes_max",
+            found: config.bytes_max,
+            expected,
+        });
     }
     Ok(())
 }

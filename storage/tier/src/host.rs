@@ -20,7 +20,9 @@ const NONE: usize = usize::MAX;
 
 /// A layer block that does not fit: the budget is too small for it, or everything else must stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no room for {payload_bytes} bytes in the host tier of {bytes_max}: what is in it is leased; wait or raise host_bytes_max")]
+#[error(
+    "no room for {payload_bytes} bytes in the host tier of {bytes_max}: what is in it is leased; wait or raise host_bytes_max"
+)]
 pub struct NoRoom {
     /// Bytes that were offered.
     pub payload_bytes: usize,
@@ -88,10 +90,17 @@ impl HostTier {
         if self.contains(key) {
             return Ok(Vec::new());
         }
-        let new_block = if self.index.contains_key(&block) { 0 } else { BLOCK_OVERHEAD_BYTES };
+        let new_block = if self.index.contains_key(&block) {
+            0
+        } else {
+            BLOCK_OVERHEAD_BYTES
+        };
         let wanted = payload.len() as u64 + LAYER_OVERHEAD_BYTES + new_block;
         let Some(evicted) = self.make_room(wanted, &block, must_stay) else {
-            return Err(NoRoom { payload_bytes: payload.len(), bytes_max: self.bytes_max });
+            return Err(NoRoom {
+                payload_bytes: payload.len(),
+                bytes_max: self.bytes_max,
+            });
         };
         let at = match self.index.get(&block) {
             Some(&at) => at,
@@ -113,7 +122,8 @@ impl HostTier {
 
     /// Whether `key` is here.
     pub fn contains(&self, key: LayerBlockKey) -> bool {
-        self.node(&key.block()).is_some_and(|node| node.layers.contains_key(&key.layer))
+        self.node(&key.block())
+            .is_some_and(|node| node.layers.contains_key(&key.layer))
     }
 
     /// How many layers of a block are here.
@@ -123,7 +133,9 @@ impl HostTier {
 
     /// Layers of a block that are here, rising.
     pub fn layers(&self, block: &BlockKey) -> impl Iterator<Item = u16> {
-        self.node(block).into_iter().flat_map(|node| node.layers.keys().copied())
+        self.node(block)
+            .into_iter()
+            .flat_map(|node| node.layers.keys().copied())
     }
 
     /// Makes a block the youngest. Touch a chain from its tail to its head: eviction then takes the tail first, and what is
@@ -138,8 +150,12 @@ impl HostTier {
     /// Forgets one layer block; true if it was here.
     pub fn remove(&mut self, key: LayerBlockKey) -> bool {
         let block = key.block();
-        let Some(&at) = self.index.get(&block) else { return false };
-        let Some(slot) = self.nodes[at].layers.remove(&key.layer) else { return false };
+        let Some(&at) = self.index.get(&block) else {
+            return false;
+        };
+        let Some(slot) = self.nodes[at].layers.remove(&key.layer) else {
+            return false;
+        };
         self.bytes -= slot.payload.len() as u64 + LAYER_OVERHEAD_BYTES;
         self.layer_blocks -= 1;
         if self.nodes[at].layers.is_empty() {
@@ -210,7 +226,11 @@ impl HostTier {
     }
 
     fn block_bytes(&self, at: usize) -> u64 {
-        let payloads: u64 = self.nodes[at].layers.values().map(|slot| slot.payload.len() as u64 + LAYER_OVERHEAD_BYTES).sum();
+        let payloads: u64 = self.nodes[at]
+            .layers
+            .values()
+            .map(|slot| slot.payload.len() as u64 + LAYER_OVERHEAD_BYTES)
+            .sum();
         payloads + BLOCK_OVERHEAD_BYTES
     }
 
@@ -219,7 +239,12 @@ impl HostTier {
     }
 
     fn add_block(&mut self, key: BlockKey) -> usize {
-        let node = Node { key, layers: BTreeMap::new(), younger: NONE, older: NONE };
+        let node = Node {
+            key,
+            layers: BTreeMap::new(),
+            younger: NONE,
+            older: NONE,
+        };
         let at = match self.free.pop() {
             Some(at) => {
                 self.nodes[at] = node;

@@ -36,7 +36,9 @@ const MUTATIONS: &[Mutation] = &[
     ("block_tokens", |s| s.block_tokens += 1),
     ("dtype", |s| s.dtype = Dtype::Bf16),
     ("attention", |s| s.attention = "window".to_owned()),
-    ("rope_theta", |s| s.rope_theta = f32::from_bits(s.rope_theta.to_bits() + 1)),
+    ("rope_theta", |s| {
+        s.rope_theta = f32::from_bits(s.rope_theta.to_bits() + 1)
+    }),
     ("rope_dims", |s| s.rope_dims -= 2),
     ("rope_style", |s| s.rope_style = RopeStyle::Halves),
     ("rope_scaling", |s| s.rope_scaling = "linear:2".to_owned()),
@@ -53,7 +55,11 @@ fn every_field_is_part_of_the_identity() {
         let mut changed = plain.clone();
         mutate(&mut changed);
         assert_ne!(changed.fingerprint(), plain.fingerprint(), "{field}");
-        assert_ne!(NamespaceId::new(&tenant, &changed), NamespaceId::new(&tenant, &plain), "{field}");
+        assert_ne!(
+            NamespaceId::new(&tenant, &changed),
+            NamespaceId::new(&tenant, &plain),
+            "{field}"
+        );
         assert_eq!(plain.first_difference(&changed), Some(*field));
     }
     // 17 fields of the struct; layout and hash scheme are constants.

@@ -39,11 +39,16 @@ impl Naive {
     }
 
     fn has(&self, key: BlockKey, holder: u8) -> bool {
-        self.blocks.iter().any(|(known, holders)| *known == key && holders.contains(&holder))
+        self.blocks
+            .iter()
+            .any(|(known, holders)| *known == key && holders.contains(&holder))
     }
 
     fn prefix(&self, namespace: NamespaceId, chain: &[BlockHash], holder: u8) -> usize {
-        chain.iter().take_while(|&&hash| self.has(namespace.block(hash), holder)).count()
+        chain
+            .iter()
+            .take_while(|&&hash| self.has(namespace.block(hash), holder))
+            .count()
     }
 }
 
@@ -108,9 +113,15 @@ fn edges() {
     assert!(map.longest_prefix(namespace(0), &[]).is_empty());
     assert!(map.insert(namespace(0).block(hash(0)), 1));
     assert!(!map.insert(namespace(0).block(hash(0)), 1), "said twice, no news");
-    assert!(map.longest_prefix(namespace(1), &[hash(0)]).is_empty(), "another namespace is another block");
+    assert!(
+        map.longest_prefix(namespace(1), &[hash(0)]).is_empty(),
+        "another namespace is another block"
+    );
     map.insert(namespace(0).block(hash(1)), 1);
     assert_eq!((map.len(), map.forgotten()), (1, 1));
-    assert!(map.longest_prefix(namespace(0), &[hash(0), hash(1)]).is_empty(), "a gap at the start is no hit");
+    assert!(
+        map.longest_prefix(namespace(0), &[hash(0), hash(1)]).is_empty(),
+        "a gap at the start is no hit"
+    );
     assert_eq!(map.holders(namespace(0).block(hash(1))), [1]);
 }

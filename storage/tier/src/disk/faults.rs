@@ -16,12 +16,20 @@ pub(crate) struct Faults {
 impl Faults {
     #[cfg(test)]
     pub(crate) fn check_write(&self) -> io::Result<()> {
-        if self.disk_full.load(Ordering::Relaxed) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        if self.disk_full.load(Ordering::Relaxed) {
+            Err(io::ErrorKind::StorageFull.into())
+        } else {
+            Ok(())
+        }
     }
 
     #[cfg(test)]
     pub(crate) fn check_sync(&self) -> io::Result<()> {
-        if self.sync_fails.load(Ordering::Relaxed) { Err(io::Error::other("injected sync failure")) } else { Ok(()) }
+        if self.sync_fails.load(Ordering::Relaxed) {
+            Err(io::Error::other("injected sync failure"))
+        } else {
+            Ok(())
+        }
     }
 
     #[cfg(not(test))]

@@ -67,7 +67,12 @@ impl Flusher {
         writer: Option<SegmentWriter>,
         next_segment: SegmentId,
     ) -> Self {
-        Self { shared, watch, writer, next_segment }
+        Self {
+            shared,
+            watch,
+            writer,
+            next_segment,
+        }
     }
 
     pub(super) fn run(mut self) {
@@ -126,27 +131,36 @@ impl Flusher {
         self.make_room(bytes + SEGMENT_HEADER_BYTES as u64)?;
         let locations = match self.append(&records) {
             // A cache gives way before it gives up: drop the oldest segment once, then try again.
-            Err(error) if error.is_disk_full() && self.is_healthy() && self.reclaim_oldest() => self.append(&records)?,
+            Err(error) if error.is_disk_full() && self.is_healthy() && self.reclaim_oldest() => {
+                self.append(&records)?
+            }
             appended => appended?,
         };
-        let (Some(segment), Some(end)) = (locations.first().map(|at| at.segment), self.writer.as_ref().map(|w| w.end)) else {
+        let (Some(segment), Some(end)) = (
+            locations.first().map(|at| at.segment),
+            self.writer.as_ref().map(|w| w.end),
+        ) else {
             return Ok(());
         };
-        let published: Vec<(LayerBlockKey, Location)> =
-            records.iter().map(|(key, ..)| *key).zip(locations).collect();
+        let published: Vec<(LayerBlockKey, Location)> = records.iter().map(|(key, ..)| *key).zip(locations).collect();
         self.shared.index.publish(segment, end, published.iter())?;
 
         let mut state = self.shared.state.lock();
         if let Some(segment) = state.table.segments.get_mut(&segment) {
             segment.bytes = end;
         }
-        let removed: Vec<_> = published.iter().filter(|(key, at)| !state.table.publish(*key, *at)).collect();
+        let removed: Vec<_> = published
+            .iter()
+            .filter(|(key, at)| !state.table.publish(*key, *at))
+            .collect();
         state.table.settle(entries);
         state.syncs += 1;
         drop(state);
         // Found corrupt while it was being written: nobody shall find it after a restart.
         if !removed.is_empty() {
-            self.shared.index.forget(None, removed.into_iter().map(|(key, _)| *key))?;
+            self.shared
+                .index
+                .forget(None, removed.into_iter().map(|(key, _)| *key))?;
         }
         Ok(())
     }
@@ -154,17 +168,27 @@ impl Flusher {
     /// How many queue entries the next batch settles, and the records among them, all for the current segment.
     fn next_batch(&mut self) -> (usize, Vec<Record>) {
         let segment_bytes = self.shared.config.segment_bytes;
-        let room = self.writer.as_ref().map(|writer| segment_bytes.saturating_sub(writer.end));
+        let room = self
+            .writer
+            .as_ref()
+            .map(|writer| segment_bytes.saturating_sub(writer.end));
         let state = self.shared.state.lock();
-        let mut batch = state.table.next_batch(room.unwrap_or(segment_bytes).min(BATCH_BYTES_MAX));
-        let first = batch.iter().find_map(|(_, record)| record.as_ref()).map_or(0, |(payload, _)| record_bytes(payload.len()));
+        let mut batch = state
+            .table
+            .next_batch(room.unwrap_or(segment_bytes).min(BATCH_BYTES_MAX));
+        let first = batch
+            .iter()
+            .find_map(|(_, record)| record.as_ref())
+            .map_or(0, |(payload, _)| record_bytes(payload.len()));
         if room.is_some_and(|room| first > room) {
             self.writer = None;
             batch = state.table.next_batch(segment_bytes.min(BATCH_BYTES_MAX));
         }
         drop(state);
         let entries = batch.len();
-        let records = batch.into_iter().filter_map(|(key, record)| record.map(|(payload, checksum)| (key, payload, checksum)));
+        let records = batch
+            .into_iter()
+            .filter_map(|(key, record)| record.map(|(payload, checksum)| (key, payload, checksum)));
         (entries, records.collect())
     }
 
@@ -176,14 +200,20 @@ impl Flusher {
             none => {
                 let id = self.next_segment;
                 let writer = SegmentWriter::create(&dir, id, &self.shared.faults)?;
-                let state =
-                    SegmentState { file: Arc::clone(&writer.file), bytes: writer.end, blocks: Default::default() };
+                let state = SegmentState {
+                    file: Arc::clone(&writer.file),
+                    bytes: writer.end,
+                    blocks: Default::default(),
+                };
                 self.next_segment += 1;
                 self.shared.state.lock().table.segments.insert(id, state);
                 none.insert(writer)
             }
         };
-        debug_assert!(writer.end.is_multiple_of(RECORD_ALIGN), "records start at aligned places");
+        debug_assert!(
+            writer.end.is_multiple_of(RECORD_ALIGN),
+            "records start at aligned places"
+        );
         match writer.append(records, &self.shared.faults) {
             Ok(locations) => Ok(locations),
             Err(error) => {

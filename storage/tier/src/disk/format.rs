@@ -136,7 +136,9 @@ mod tests {
         RecordHeader {
             segment: 7,
             offset: 4096,
-            key: NamespaceId::from_bytes([1; 32]).block(BlockHash::from_bytes([2; 32])).layer(3),
+            key: NamespaceId::from_bytes([1; 32])
+                .block(BlockHash::from_bytes([2; 32]))
+                .layer(3),
             payload_bytes: 49_152,
             payload_checksum: Checksum::from_u32(0xDEAD_BEEF),
         }
@@ -148,7 +150,10 @@ mod tests {
         assert_eq!(RecordHeader::decode(&bytes, 7, 4096), Some(header()));
         assert_eq!(RecordHeader::decode(&bytes, 8, 4096), None, "another segment");
         assert_eq!(RecordHeader::decode(&bytes, 7, 4160), None, "another offset");
-        assert_eq!(SegmentHeader::decode(&SegmentHeader::encode(9)), SegmentHeader::Valid(9));
+        assert_eq!(
+            SegmentHeader::decode(&SegmentHeader::encode(9)),
+            SegmentHeader::Valid(9)
+        );
     }
 
     #[test]
@@ -169,7 +174,10 @@ mod tests {
 
     #[test]
     fn a_claim_beyond_the_limit_is_refused() {
-        let huge = RecordHeader { payload_bytes: PAYLOAD_BYTES_MAX as u32 + 1, ..header() };
+        let huge = RecordHeader {
+            payload_bytes: PAYLOAD_BYTES_MAX as u32 + 1,
+            ..header()
+        };
         assert_eq!(RecordHeader::decode(&huge.encode(), 7, 4096), None);
     }
 
@@ -187,10 +195,19 @@ mod tests {
         let bytes = header().encode();
         assert_eq!(&bytes[..8], b"KVRC\x01\x00\x00\x00");
         assert_eq!(&bytes[8..24], &[7, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0]);
-        assert_eq!((&bytes[24..56], &bytes[56..88], &bytes[88..90]), (&[1; 32][..], &[2; 32][..], &[0, 3][..]));
+        assert_eq!(
+            (&bytes[24..56], &bytes[56..88], &bytes[88..90]),
+            (&[1; 32][..], &[2; 32][..], &[0, 3][..])
+        );
         assert_eq!(&bytes[90..100], &[0, 0, 0, 0xC0, 0, 0, 0xEF, 0xBE, 0xAD, 0xDE]);
         assert_eq!(&bytes[100..124], &[0; 24]);
-        assert_eq!(&SegmentHeader::encode(9)[..24], b"KVSEGMNT\x01\0\0\0\0\0\0\0\x09\0\0\0\0\0\0\0");
-        assert_eq!((record_bytes(0), record_bytes(1), record_bytes(49_152)), (128, 192, 49_280));
+        assert_eq!(
+            &SegmentHeader::encode(9)[..24],
+            b"KVSEGMNT\x01\0\0\0\0\0\0\0\x09\0\0\0\0\0\0\0"
+        );
+        assert_eq!(
+            (record_bytes(0), record_bytes(1), record_bytes(49_152)),
+            (128, 192, 49_280)
+        );
     }
 }

@@ -38,7 +38,9 @@ impl Index {
         options.set_keep_log_file_num(2);
         options.set_max_total_wal_size(64 << 20);
         options.set_compression_type(rocksdb::DBCompressionType::Lz4);
-        let index = Self { db: DB::open(&options, dir)? };
+        let index = Self {
+            db: DB::open(&options, dir)?,
+        };
         let contents = index.read_all()?;
         Ok((index, contents))
     }
@@ -84,7 +86,9 @@ impl Index {
                     _ => contents.broken += 1,
                 },
                 Some(&SEGMENT) => match (key[1..].try_into(), value.as_ref().try_into()) {
-                    (Ok(id), Ok(to)) => contents.indexed_to.push((u64::from_be_bytes(id), u64::from_le_bytes(to))),
+                    (Ok(id), Ok(to)) => contents
+                        .indexed_to
+                        .push((u64::from_be_bytes(id), u64::from_le_bytes(to))),
                     _ => contents.broken += 1,
                 },
                 _ => contents.broken += 1,

@@ -18,7 +18,12 @@ impl FolderLock {
     pub(crate) fn take(dir: &Path) -> Result<Self, OpenError> {
         let path = dir.join("LOCK");
         let failed = |source| OpenError::io("open the lock file", &path, source);
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+        let open = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path);
         let mut file = open.map_err(failed)?;
         match file.try_lock() {
             Ok(()) => {}
@@ -26,7 +31,10 @@ impl FolderLock {
                 let mut owner = String::new();
                 // Only for the message: a lock file nobody can read is still a lock.
                 let _ = file.read_to_string(&mut owner);
-                return Err(OpenError::Locked { dir: dir.to_owned(), owner: owner.trim().to_owned() });
+                return Err(OpenError::Locked {
+                    dir: dir.to_owned(),
+                    owner: owner.trim().to_owned(),
+                });
             }
             Err(TryLockError::Error(source)) => return Err(failed(source)),
         }

@@ -59,7 +59,9 @@ pub(crate) fn recover(config: &DiskConfig) -> Result<Recovered, OpenError> {
     let mut table = Table::default();
     let mut appendable = None;
     for (id, path) in segment_files(&segments_dir)? {
-        let Some(segment) = open_segment(id, &path, indexed_to.contains_key(&id))? else { continue };
+        let Some(segment) = open_segment(id, &path, indexed_to.contains_key(&id))? else {
+            continue;
+        };
         appendable = segment.has_header.then_some(id);
         table.segments.insert(id, segment.state);
     }
@@ -94,9 +96,19 @@ pub(crate) fn recover(config: &DiskConfig) -> Result<Recovered, OpenError> {
         let segment = &table.segments[&id];
         // A file that was cut short by someone else ends anywhere; records start at aligned places only.
         let room = segment.bytes < config.segment_bytes && segment.bytes.is_multiple_of(RECORD_ALIGN);
-        room.then(|| SegmentWriter { id, file: Arc::clone(&segment.file), end: segment.bytes })
+        room.then(|| SegmentWriter {
+            id,
+            file: Arc::clone(&segment.file),
+            end: segment.bytes,
+        })
     });
-    Ok(Recovered { table, index, writer, next_segment, report })
+    Ok(Recovered {
+        table,
+        index,
+        writer,
+        next_segment,
+        report,
+    })
 }
 
 /// The index, or a new one beside the remains of one that cannot be read: it is derived, the segments are the truth.
@@ -107,14 +119,22 @@ fn open_index(dir: &Path, report: &mut Recovery) -> Result<(Index, Contents), Op
         Err(error) => error,
     };
     if !existed {
-        return Err(OpenError::Index { what: "make the index", path: dir.to_owned(), source: error });
+        return Err(OpenError::Index {
+            what: "make the index",
+            path: dir.to_owned(),
+            source: error,
+        });
     }
     let aside = dir.with_extension("broken");
     tracing::warn!(%error, aside = %aside.display(), "index cannot be read, building a new one from the segments");
     let _ = fs::remove_dir_all(&aside);
     fs::rename(dir, &aside).map_err(|source| OpenError::io("move the broken index aside", dir, source))?;
     report.index_rebuilt = true;
-    Index::open(dir).map_err(|source| OpenError::Index { what: "make a new index", path: dir.to_owned(), source })
+    Index::open(dir).map_err(|source| OpenError::Index {
+        what: "make a new index",
+        path: dir.to_owned(),
+        source,
+    })
 }
 
 fn segment_files(dir: &Path) -> Result<BTreeMap<SegmentId, PathBuf>, OpenError> {
@@ -141,7 +161,12 @@ fn open_segment(id: SegmentId, path: &Path, indexed: bool) -> Result<Option<Open
     let bytes = file.metadata().map_err(failed)?.len();
     let has_header = match read_header(&file).map_err(failed)? {
         SegmentHeader::Valid(found) => found == id,
-        SegmentHeader::Newer(found) => return Err(OpenError::NewerFormat { path: path.to_owned(), found }),
+        SegmentHeader::Newer(found) => {
+            return Err(OpenError::NewerFormat {
+                path: path.to_owned(),
+                found,
+            });
+        }
         SegmentHeader::Broken => false,
     };
     // Killed while making it: no header, no record. Records name their segment themselves, so a file that has some is
@@ -150,7 +175,11 @@ fn open_segment(id: SegmentId, path: &Path, indexed: bool) -> Result<Option<Open
         fs::remove_file(path).map_err(|source| OpenError::io("remove the empty segment", path, source))?;
         return Ok(None);
     }
-    let state = SegmentState { file: Arc::new(file), bytes, blocks: Default::default() };
+    let state = SegmentState {
+        file: Arc::new(file),
+        bytes,
+        blocks: Default::default(),
+    };
     Ok(Some(OpenSegment { state, has_header }))
 }
 
@@ -171,13 +200,16 @@ fn scan_tail(
     from: u64,
     report: &mut Recovery,
 ) -> Result<(), OpenError> {
-    let Some(segment) = table.segments.get_mut(&id) else { return Ok(()) };
+    let Some(segment) = table.segments.get_mut(&id) else {
+        return Ok(());
+    };
     if segment.bytes <= from {
         return Ok(());
     }
     let path = super::segment::segment_path(&config.dir.join("segments"), id);
     let file = Arc::clone(&segment.file);
-    let found = scan(&file, id, from, segment.bytes).map_err(|source| OpenError::io("read the segment", &path, source))?;
+    let found =
+        scan(&file, id, from, segment.bytes).map_err(|source| OpenError::io("read the segment", &path, source))?;
     report.corrupt += found.corrupt;
     report.torn_bytes += segment.bytes.saturating_sub(found.end);
     // Also when it grows: the padding of the last record may be missing.

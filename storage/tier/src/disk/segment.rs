@@ -29,7 +29,9 @@ pub(crate) fn segment_path(dir: &Path, id: SegmentId) -> PathBuf {
 /// The id in a segment's file name.
 pub(crate) fn segment_id(path: &Path) -> Option<SegmentId> {
     let name = path.file_name()?.to_str()?.strip_suffix(".seg")?;
-    (name.len() == 16).then(|| SegmentId::from_str_radix(name, 16).ok()).flatten()
+    (name.len() == 16)
+        .then(|| SegmentId::from_str_radix(name, 16).ok())
+        .flatten()
 }
 
 /// Makes a folder's own entries durable.
@@ -53,13 +55,19 @@ impl SegmentWriter {
         faults.check_write()?;
         let path = segment_path(dir, id);
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-        let made = (&file).write_all(&SegmentHeader::encode(id)).and_then(|()| sync_dir(dir));
+        let made = (&file)
+            .write_all(&SegmentHeader::encode(id))
+            .and_then(|()| sync_dir(dir));
         if let Err(error) = made {
             // A half-made segment would only be tidied up at the next start.
             let _ = std::fs::remove_file(&path);
             return Err(error);
         }
-        Ok(Self { id, file: Arc::new(file), end: SEGMENT_HEADER_BYTES as u64 })
+        Ok(Self {
+            id,
+            file: Arc::new(file),
+            end: SEGMENT_HEADER_BYTES as u64,
+        })
     }
 
     /// Appends `records` and syncs them; answers where they lie. On an error nothing counts as written.
@@ -76,7 +84,11 @@ impl SegmentWriter {
                 payload_checksum: *checksum,
             };
             headers.push(header.encode());
-            locations.push(Location { segment: self.id, offset: offset as u32, payload_bytes: header.payload_bytes });
+            locations.push(Location {
+                segment: self.id,
+                offset: offset as u32,
+                payload_bytes: header.payload_bytes,
+            });
             offset += record_bytes(payload.len());
         }
         let padding = [0; RECORD_ALIGN as usize];
@@ -115,14 +127,21 @@ fn write_all_vectored(file: &mut impl Write, mut slices: &mut [IoSlice<'_>], fau
 ///
 /// # Errors
 /// What the disk said, other than that the file ends too early (that is a wrong record).
-pub(crate) fn read_record(file: &File, key: LayerBlockKey, location: Location) -> io::Result<Option<(Bytes, Checksum)>> {
+pub(crate) fn read_record(
+    file: &File,
+    key: LayerBlockKey,
+    location: Location,
+) -> io::Result<Option<(Bytes, Checksum)>> {
     let mut record = vec![0; RECORD_HEADER_BYTES + location.payload_bytes as usize];
     let offset = u64::from(location.offset);
     match file.read_exact_at(&mut record, offset) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         read => read?,
     }
-    let Some(header) = record.first_chunk().and_then(|bytes| RecordHeader::decode(bytes, location.segment, offset)) else {
+    let Some(header) = record
+        .first_chunk()
+        .and_then(|bytes| RecordHeader::decode(bytes, location.segment, offset))
+    else {
         return Ok(None);
     };
     // The payload keeps the header's bytes alive: 128 of them are cheaper than a copy.
@@ -146,7 +165,10 @@ pub(crate) struct Scan {
 /// Verifies every record from `from` to the end of the file. Behind a broken header it goes on at the next aligned place
 /// that holds a header made for that place, so that one flipped bit does not cost the rest of the segment.
 pub(crate) fn scan(file: &File, id: SegmentId, from: u64, file_bytes: u64) -> io::Result<Scan> {
-    let mut scan = Scan { end: from, ..Scan::default() };
+    let mut scan = Scan {
+        end: from,
+        ..Scan::default()
+    };
     let mut header = [0; RECORD_HEADER_BYTES];
     let mut payload = Vec::new();
     let (mut offset, mut corrupt) = (from, 0);
@@ -167,7 +189,11 @@ pub(crate) fn scan(file: &File, id: SegmentId, from: u64, file_bytes: u64) -> io
         payload.resize(record.payload_bytes as usize, 0);
         file.read_exact_at(&mut payload, payload_at)?;
         if record.payload_checksum.verifies(&payload) {
-            let location = Location { segment: id, offset: offset as u32, payload_bytes: record.payload_bytes };
+            let location = Location {
+                segment: id,
+                offset: offset as u32,
+                payload_bytes: record.payload_bytes,
+            };
             scan.records.push((record.key, location));
             scan.end = next;
             scan.corrupt = corrupt;

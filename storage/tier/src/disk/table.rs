@@ -68,7 +68,9 @@ impl Table {
     }
 
     pub(crate) fn blocks(&self) -> impl Iterator<Item = (&BlockKey, impl Iterator<Item = u16>)> {
-        self.blocks.iter().map(|(block, layers)| (block, layers.iter().map(|&(layer, _)| layer)))
+        self.blocks
+            .iter()
+            .map(|(block, layers)| (block, layers.iter().map(|&(layer, _)| layer)))
     }
 
     /// Queues a layer block that has no place yet.
@@ -130,8 +132,12 @@ impl Table {
     }
 
     pub(crate) fn remove(&mut self, key: LayerBlockKey) -> bool {
-        let Some(layers) = self.blocks.get_mut(&key.block()) else { return false };
-        let Ok(at) = layers.binary_search_by_key(&key.layer, |&(layer, _)| layer) else { return false };
+        let Some(layers) = self.blocks.get_mut(&key.block()) else {
+            return false;
+        };
+        let Ok(at) = layers.binary_search_by_key(&key.layer, |&(layer, _)| layer) else {
+            return false;
+        };
         let (_, place) = layers.remove(at);
         if layers.is_empty() {
             self.blocks.remove(&key.block());
@@ -142,10 +148,14 @@ impl Table {
 
     /// Forgets a segment and every record in it; answers with their keys.
     pub(crate) fn remove_segment(&mut self, id: SegmentId) -> Vec<LayerBlockKey> {
-        let Some(segment) = self.segments.remove(&id) else { return Vec::new() };
+        let Some(segment) = self.segments.remove(&id) else {
+            return Vec::new();
+        };
         let mut removed = Vec::new();
         for block in segment.blocks {
-            let Some(layers) = self.blocks.get_mut(&block) else { continue };
+            let Some(layers) = self.blocks.get_mut(&block) else {
+                continue;
+            };
             layers.retain(|(layer, place)| {
                 let here = matches!(place, Place::Stored(location) if location.segment == id);
                 if here {

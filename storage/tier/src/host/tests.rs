@@ -18,7 +18,9 @@ fn payload(i: u8) -> Bytes {
 
 fn put(host: &mut HostTier, i: u8, layer: u16, pinned: &[u8]) -> Result<Vec<BlockKey>, NoRoom> {
     let stay: HashSet<_> = pinned.iter().map(|&i| block(i)).collect();
-    host.insert(block(i).layer(layer), payload(i), Checksum::of(&payload(i)), |key| stay.contains(key))
+    host.insert(block(i).layer(layer), payload(i), Checksum::of(&payload(i)), |key| {
+        stay.contains(key)
+    })
 }
 
 #[test]
@@ -33,7 +35,10 @@ fn evicts_whole_blocks_least_recently_used_first() {
     host.touch(&block(1));
     assert_eq!(put(&mut host, 3, 0, &[]), Ok(vec![block(2)]));
     assert!(!host.contains(block(2).layer(0)) && !host.contains(block(2).layer(1)));
-    assert_eq!(host.get(block(1).layer(1)), Some((payload(1), Checksum::of(&payload(1)))));
+    assert_eq!(
+        host.get(block(1).layer(1)),
+        Some((payload(1), Checksum::of(&payload(1))))
+    );
     assert_eq!((host.evicted_blocks(), host.layer_blocks()), (1, 3));
 }
 
@@ -42,11 +47,26 @@ fn what_must_stay_stays() {
     let mut host = HostTier::new(2 * (LAYER + BLOCK_OVERHEAD_BYTES));
     put(&mut host, 1, 0, &[]).unwrap();
     put(&mut host, 2, 0, &[]).unwrap();
-    assert_eq!(put(&mut host, 3, 0, &[1, 2]), Err(NoRoom { payload_bytes: PAYLOAD, bytes_max: host.bytes_max() }));
-    assert!(host.contains(block(1).layer(0)) && host.contains(block(2).layer(0)), "nothing was evicted in vain");
+    assert_eq!(
+        put(&mut host, 3, 0, &[1, 2]),
+        Err(NoRoom {
+            payload_bytes: PAYLOAD,
+            bytes_max: host.bytes_max()
+        })
+    );
+    assert!(
+        host.contains(block(1).layer(0)) && host.contains(block(2).layer(0)),
+        "nothing was evicted in vain"
+    );
     assert_eq!(put(&mut host, 3, 0, &[1]), Ok(vec![block(2)]));
     // A block does not push out its own other layers.
-    assert_eq!(put(&mut host, 3, 1, &[1]), Err(NoRoom { payload_bytes: PAYLOAD, bytes_max: host.bytes_max() }));
+    assert_eq!(
+        put(&mut host, 3, 1, &[1]),
+        Err(NoRoom {
+            payload_bytes: PAYLOAD,
+            bytes_max: host.bytes_max()
+        })
+    );
     assert!(host.contains(block(3).layer(0)));
 }
 
@@ -55,10 +75,16 @@ fn first_bytes_stay_and_a_giant_is_refused() {
     let mut host = HostTier::new(10_000);
     put(&mut host, 1, 0, &[]).unwrap();
     let other = Bytes::from(vec![77; PAYLOAD]);
-    assert_eq!(host.insert(block(1).layer(0), other.clone(), Checksum::of(&other), |_| false), Ok(vec![]));
+    assert_eq!(
+        host.insert(block(1).layer(0), other.clone(), Checksum::of(&other), |_| false),
+        Ok(vec![])
+    );
     assert_eq!(host.get(block(1).layer(0)).unwrap().0, payload(1));
     let giant = Bytes::from(vec![0; 10_001]);
-    assert!(host.insert(block(2).layer(0), giant.clone(), Checksum::of(&giant), |_| false).is_err());
+    assert!(
+        host.insert(block(2).layer(0), giant.clone(), Checksum::of(&giant), |_| false)
+            .is_err()
+    );
     assert!(host.contains(block(1).layer(0)));
     assert!(host.remove(block(1).layer(0)) && !host.remove(block(1).layer(0)));
     assert_eq!((host.bytes(), host.layer_blocks(), host.index.len()), (0, 0, 0));

@@ -1,0 +1,62 @@
+//! Match: how much of a chain is held without a gap, and a lease on it.
+
+use std::time::{Duration, Instant};
+
+use kvasir_block::{BlockHash, BlockKey, NamespaceId};
+
+use super::BlockCache;
+use crate::{CacheError, LeaseId};
+
+/// How much of a chain is held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefixMatch {
+    /// Blocks from the start, without a gap, whose layers are all held.
+    pub hit_blocks: usize,
+    /// Of those, blocks whose layers are all in memory.
+    pub host_blocks: usize,
+    /// Keeps the hit until released or expired. `None` when none was asked for, nothing was hit, or too many are held.
+    pub lease: Option<LeaseId>,
+    /// How long it lasts: what was asked for, at most `lease_max`.
+    pub lease_for: Duration,
+}
+
+impl BlockCache {
+    /// Matches a chain from its first block. No I/O: a few hash lookups per block.
+    ///
+    /// # Errors
+    /// `UnknownNamespace`.
+    pub fn match_prefix(
+        &self,
+        namespace: NamespaceId,
+        hashes: &[BlockHash],
+        lease: Option<Duration>,
+    ) -> Result<PrefixMatch, CacheError> {
+        let layers = usize::from(self.shared.schema_of(namespace)?.layers);
+        let mut state = self.shared.state.lock();
+        let chain = hashes.iter().map(|&hash| namespace.block(hash));
+        let hit: Vec<BlockKey> = chain.take_while(|block| state.available.contains(block)).collect();
+        let host_blocks = hit
+            .iter()
+            .filter(|block| state.host.layer_count(block) >= layers)
+            .count();
+        // From the tail to the head, so that eviction takes the tail first and what is left is still a prefix.
+        for block in hit.iter().rev() {
+            state.host.touch(block);
+        }
+        let hit_blocks = hit.len();
+        let lease_for = lease.map(|wish| wish.min(self.shared.config.lease_max));
+        let lease = match lease_for {
+            Some(lease_for) if hit_blocks > 0 && !lease_for.is_zero() => {
+                state.leases.grant(hit, Instant::now(), Some(lease_for))
+            }
+            _ => None,
+        };
+        let lease_for = lease.and(lease_for).unwrap_or_default();
+        Ok(PrefixMatch {
+            hit_blocks,
+            host_blocks,
+            lease,
+            lease_for,
+        })
+    }
+}

@@ -1,0 +1,69 @@
+//! Limits and places. A plain struct: services parse configuration, this crate does not.
+
+use std::{path::PathBuf, time::Duration};
+
+use crate::{CacheError, ErrorKind};
+
+/// How much, how long, and where.
+#[derive(Clone, Debug)]
+pub struct CacheConfig {
+    /// Folder that this cache has for itself; made where missing.
+    pub data_dir: PathBuf,
+    /// Most bytes of the host tier, bookkeeping included.
+    pub host_bytes_max: u64,
+    /// Most bytes of segment files; at least two segments.
+    pub disk_bytes_max: u64,
+    /// Bytes of one segment file: the unit in which disk space comes back.
+    pub segment_bytes: u64,
+    /// Most payload bytes accepted but not yet synced; beyond it puts are answered busy.
+    pub flush_queue_bytes_max: u64,
+    /// Most disk reads at a time; beyond it gets are answered busy.
+    pub disk_reads_max: usize,
+    /// Longest lease granted; longer wishes are cut to it.
+    pub lease_max: Duration,
+    /// Most leases at a time, open contexts included; beyond it a match comes without a lease.
+    pub leases_max: usize,
+    /// Most namespaces.
+    pub namespaces_max: usize,
+    /// Most events a subscriber may be behind; beyond it the subscription ends as lagged.
+    pub event_queue_max: usize,
+    /// Most subscribers at a time.
+    pub subscribers_max: usize,
+}
+
+impl CacheConfig {
+    /// Defaults for a small machine, in `data_dir`.
+    pub fn in_dir(data_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            data_dir: data_dir.into(),
+            host_bytes_max: 1 << 30,
+            disk_bytes_max: 16 << 30,
+            segment_bytes: 256 << 20,
+            flush_queue_bytes_max: 256 << 20,
+            disk_reads_max: 64,
+            lease_max: Duration::from_secs(60),
+            leases_max: 16_384,
+            namespaces_max: 1024,
+            event_queue_max: 65_536,
+            subscribers_max: 256,
+        }
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), CacheError> {
+        let positive = [
+            ("disk_reads_max", self.disk_reads_max),
+            ("leases_max", self.leases_max),
+            ("namespaces_max", self.namespaces_max),
+            ("event_queue_max", self.event_queue_max),
+            ("subscribers_max", self.subscribers_max),
+            ("lease_max", usize::from(!self.lease_max.is_zero())),
+        ];
+        match positive.iter().find(|(_, value)| *value == 0) {
+            Some((field, _)) => Err(CacheError::new(
+                ErrorKind::Config,
+                format!("{field} is 0: it must be more"),
+            )),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Namespaces on disk: one small file each, with the whole schema, so that blocks found after a restart can be served.
+//!
+//! Invariant: a namespace in `by_id` has the id that its tenant and schema hash to, and its file is durable. A file that
+//! says otherwise is set aside: the worker that comes back declares its namespace again, under the same id.
+
+mod codec;
+
+use std::{collections::HashMap, fs, path::PathBuf, sync::Arc};
+
+use kvasir_block::{KvSchema, NamespaceId, Tenant};
+use parking_lot::RwLock;
+
+use crate::{CacheError, ErrorKind, small_file::write_durably};
+
+pub(crate) struct Namespaces {
+    dir: PathBuf,
+    max: usize,
+    by_id: RwLock<HashMap<NamespaceId, Arc<KvSchema>>>,
+}
+
+impl Namespaces {
+    /// Opens the folder and reads what is in it.
+    pub(crate) fn open(dir: PathBuf, max: usize) -> Result<Self, CacheError> {
+        let failed = |error: std::io::Error| {
+            CacheError::because(
+                ErrorKind::Disk,
+                format!("cannot read the namespaces in {}: {error}", dir.display()),
+                error,
+            )
+        };
+        fs::create_dir_all(&dir).map_err(failed)?;
+        let mut by_id = HashMap::new();
+        for entry in fs::read_dir(&dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.extension().is_none_or(|extension| extension != "kvns") {
+                continue;
+            }
+            let bytes = fs::read(&path).map_err(failed)?;
+            let decoded = codec::decode(&bytes);
+            let expected = path.file_stem().and_then(|stem| stem.to_str());
+            match decoded {
+                Ok((id, schema)) if expected == Some(id.to_string().as_str()) => {
+                    by_id.insert(id, Arc::new(schema));
+                }
+                other => {
+                    let reason = other
+                        .err()
+                        .map_or_else(|| "it describes another namespace".to_owned(), |e| e.to_string());
+                    tracing::warn!(file = %path.display(), reason, "setting a namespace file aside");
+                    fs::rename(&path, path.with_extension("broken")).map_err(failed)?;
+                }
+            }
+        }
+        Ok(Self {
+            dir,
+            max,
+            by_id: RwLock::new(by_id),
+        })
+    }
+
+    /// Declares a namespace, durably; true if it is new here.
+    pub(crate) fn declare(&self, tenant: &Tenant, schema: &KvSchema) -> Result<(NamespaceId, bool), CacheError> {
+        schema.validate().map_err(|error| {
+            CacheError::because(
+                ErrorKind::InvalidArgument,
+                format!("this schema cannot be served: {error}"),
+                error,
+            )
+        })?;
+        let id = NamespaceId::new(tenant, schema);
+        self.admit(id, tenant, schema).map(|new| (id, new))
+    }
+
+    /// Takes `schema` under `id`, unless another has it.
+    fn admit(&self, id: NamespaceId, tenant: &Tenant, schema: &KvSchema) -> Result<bool, CacheError> {
+        let mut by_id = self.by_id.write();
+        if let Some(known) = by_id.get(&id) {
+            return match known.first_difference(schema) {
+                None => Ok(false),
+                Some(field) => Err(CacheError::new(
+                    ErrorKind::SchemaMismatch,
+                    format!("namespace {id} is held with another {field}: open a namespace of its own for this schema"),
+                )),
+            };
+        }
+        if by_id.len() >= self.max {
+            let message = format!(
+                "{} namespaces are open, namespaces_max allows no more: raise it",
+                self.max
+            );
+            return Err(CacheError::new(ErrorKind::LimitReached, message));
+        }
+        let path = self.dir.join(format!("{id}.kvns"));
+        write_durably(&path, &codec::encode(tenant, schema)).map_err(|error| {
+            CacheError::because(
+                ErrorKind::Disk,
+                format!("cannot write {}: {error}", path.display()),
+                error,
+            )
+        })?;
+        by_id.insert(id, Arc::new(schema.clone()));
+        Ok(true)
+    }
+
+    pub(crate) fn get(&self, id: NamespaceId) -> Option<Arc<KvSchema>> {
+        self.by_id.read().get(&id).cloned()
+    }
+
+    /// Layers of a namespace's schema.
+    pub(crate) fn layers(&self, id: NamespaceId) -> Option<usize> {
+        self.by_id.read().get(&id).map(|schema| usize::from(schema.layers))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.by_id.read().len()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,102 @@
+//! Plain numbers about the cache; the service turns them into metrics.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use kvasir_tier::{DiskStats, Recovery};
+
+/// Counts since the start, and sizes at one moment. Counts are of layer blocks unless they say otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Changes when the cache starts anew.
+    pub epoch: u64,
+    /// Since it started.
+    pub uptime: Duration,
+    /// Namespaces open.
+    pub namespaces: u64,
+    /// Blocks available: all layers held.
+    pub blocks: u64,
+    /// Bytes of the host tier, bookkeeping included.
+    pub host_bytes: u64,
+    /// Their limit.
+    pub host_bytes_max: u64,
+    /// Layer blocks in the host tier.
+    pub host_layer_blocks: u64,
+    /// Blocks evicted from the host tier.
+    pub host_evicted_blocks: u64,
+    /// The disk tier: bytes, queue, failures.
+    pub disk: DiskStats,
+    /// What the disk held at the start.
+    pub recovery: Recovery,
+    /// Accepted puts.
+    pub put_blocks: u64,
+    /// Their bytes.
+    pub put_bytes: u64,
+    /// Puts of what was there.
+    pub put_present: u64,
+    /// Puts shed because a queue was full.
+    pub put_busy: u64,
+    /// Puts whose checksum did not match their bytes.
+    pub put_checksum_mismatch: u64,
+    /// Accepted puts that the disk did not take: held in memory only.
+    pub put_host_only: u64,
+    /// Gets served from the host tier.
+    pub get_hits_host: u64,
+    /// Gets served from the disk tier.
+    pub get_hits_disk: u64,
+    /// Bytes served.
+    pub get_bytes: u64,
+    /// Gets of what is not held.
+    pub misses_absent: u64,
+    /// Gets of what was held but wrong.
+    pub misses_corrupt: u64,
+    /// Gets shed because too many disk reads were running.
+    pub misses_busy: u64,
+    /// Wrong copies found in the host tier (also where the disk's copy then served).
+    pub host_corrupt: u64,
+    /// Leases held, open contexts included.
+    pub leases: u64,
+    /// Their limit.
+    pub leases_max: u64,
+    /// Matches that came without the lease they asked for.
+    pub leases_refused: u64,
+    /// Blocks pinned by leases.
+    pub pinned_blocks: u64,
+    /// Event subscribers.
+    pub subscribers: u64,
+    /// Subscribers that fell behind and were let go.
+    pub subscribers_lagged: u64,
+}
+
+/// A count that many threads raise.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) put_blocks: Counter,
+    pub(crate) put_bytes: Counter,
+    pub(crate) put_present: Counter,
+    pub(crate) put_busy: Counter,
+    pub(crate) put_checksum_mismatch: Counter,
+    pub(crate) put_host_only: Counter,
+    pub(crate) get_hits_host: Counter,
+    pub(crate) get_hits_disk: Counter,
+    pub(crate) get_bytes: Counter,
+    pub(crate) misses_absent: Counter,
+    pub(crate) misses_corrupt: Counter,
+    pub(crate) misses_busy: Counter,
+    pub(crate) host_corrupt: Counter,
+}
