@@ -37,6 +37,7 @@ mod error;
 mod event;
 mod lease;
 mod namespace;
+pub mod retrieve;
 mod small_file;
 mod stats;
 #[cfg(test)]
