@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use kvasir_block::BlockHash;
-use kvasir_client::{ClientError, ErrorKind, GetOutcome, Namespace};
+use kvasir_client::{ClientError, ErrorKind, GetOutcome, Namespace, StoreClient};
 use kvasir_model::{PageId, PagePool};
 use tokio::{runtime::Handle, sync::mpsc};
 
@@ -33,6 +33,7 @@ pub(crate) struct StoreHit {
 /// Asks the store how much of `chain` it holds, within `timeout`; nothing when it does not answer.
 pub(crate) async fn match_prefix(
     session: &Arc<StoreSession>,
+    client: &StoreClient,
     offload: &Offload,
     chain: &[BlockHash],
     lease: Duration,
@@ -43,7 +44,7 @@ pub(crate) async fn match_prefix(
         return nothing;
     };
     let asked = &chain[..chain.len().min(namespace.hashes_max)];
-    let matching = session.client().match_prefix(namespace.id, asked, Some(lease));
+    let matching = client.match_prefix(namespace.id, asked, Some(lease));
     let matched = match tokio::time::timeout(timeout, matching).await {
         Ok(Ok(matched)) => matched,
         Ok(Err(error)) => {
@@ -77,6 +78,7 @@ pub(crate) enum Arrival {
 
 /// Which blocks a load brings.
 pub(crate) struct Wanted {
+    pub(crate) client: StoreClient,
     pub(crate) namespace: Namespace,
     pub(crate) chain: Vec<BlockHash>,
     pub(crate) lease: Option<Lease>,
@@ -92,7 +94,7 @@ pub(crate) async fn load(
     arrivals: mpsc::Sender<Arrival>,
     compute: ComputeHandle,
 ) {
-    if let Err(error) = read(&session, &wanted, &arrivals, &compute).await {
+    if let Err(error) = read(&wanted, &arrivals, &compute).await {
         tracing::warn!(%error, "loading blocks failed, computing the rest");
         session.lost(&error);
         // The receiver may have left; then nobody needs to know.
@@ -102,20 +104,15 @@ pub(crate) async fn load(
     compute.wake().await;
 }
 
-async fn read(
-    session: &StoreSession,
-    wanted: &Wanted,
-    arrivals: &mpsc::Sender<Arrival>,
-    compute: &ComputeHandle,
-) -> Result<(), ClientError> {
+async fn read(wanted: &Wanted, arrivals: &mpsc::Sender<Arrival>, compute: &ComputeHandle) -> Result<(), ClientError> {
     let late = |_| ClientError {
         kind: ErrorKind::TimedOut,
         message: format!("no layer block came for {:?}", wanted.timeout),
     };
     let layers = wanted.namespace.schema.layers;
     let lease = wanted.lease.as_ref().map(Lease::id);
-    let opening = session
-        .client()
+    let opening = wanted
+        .client
         .get_blocks(&wanted.namespace, &wanted.chain, 0..layers, lease, None);
     let mut stream = tokio::time::timeout(wanted.timeout, opening).await.map_err(late)??;
     let blocks = wanted.chain.len();

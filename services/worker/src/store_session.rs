@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use kvasir_block::{KvSchema, Tenant};
 use kvasir_client::{ClientError, ErrorKind, Namespace, StoreClient};
+use kvasir_runtime::request_id::RequestId;
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -64,6 +65,11 @@ impl StoreSession {
 
     pub(crate) fn client(&self) -> &StoreClient {
         &self.client
+    }
+
+    /// A client whose calls carry a request's id.
+    pub(crate) fn client_for(&self, id: &RequestId) -> StoreClient {
+        self.client.with_request_id(id.clone())
     }
 
     /// The namespace, or `None` while the store is away.

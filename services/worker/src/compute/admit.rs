@@ -35,10 +35,11 @@ impl Compute {
         sequence.phase = Phase::Matching;
         let (id, chain) = (sequence.id, chain.to_vec());
         let (session, offload) = (store.session.clone(), store.offload.clone());
+        let client = session.client_for(&sequence.request.id);
         let (lease, timeout) = (self.around.settings.lease, self.around.settings.onboard_timeout);
         let handle = self.around.handle.clone();
         let asking = async move {
-            let hit = match_prefix(&session, &offload, &chain, lease, timeout).await;
+            let hit = match_prefix(&session, &client, &offload, &chain, lease, timeout).await;
             handle.send(Command::Matched(id, hit)).await;
         };
         let span = tracing::info_span!(parent: &sequence.span, "match");
@@ -109,6 +110,7 @@ impl Compute {
         sequence.computed = end * self.around.settings.block_tokens;
         sequence.phase = Phase::Onboarding;
         let wanted = Wanted {
+            client: store.session.client_for(&sequence.request.id),
             namespace,
             chain: sequence.chain.hashes()[first..end].to_vec(),
             lease: found.lease,

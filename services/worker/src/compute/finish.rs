@@ -98,6 +98,7 @@ impl Compute {
         };
         sequence.phase = Phase::Opening;
         let opening = Opening {
+            client: store.session.client_for(&sequence.request.id),
             session: Arc::clone(&store.session),
             offload: store.offload,
             chain: sequence.chain.hashes()[..split.context_blocks()].to_vec(),

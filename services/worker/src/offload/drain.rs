@@ -4,14 +4,16 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use kvasir_block::BlockHash;
 use kvasir_client::{ClientError, LayerBlock, Namespace, PutOutcome, PutStream};
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Offload;
 use crate::store_session::StoreSession;
 
-/// How long a stream stays open for more blocks before it is closed to learn the last outcomes: longer than a layer of a
-/// step takes, short against what anyone waits for.
-const LINGER: Duration = Duration::from_millis(20);
+/// How long a stream stays open for more blocks: longer than a layer of a step takes.
+const LINGER: Duration = Duration::from_millis(200);
+/// How often the outcomes of an idle stream are looked at: short against what anyone waits for.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Sends queued blocks until the queue is closed and empty, or `stop` is cancelled. While the store is away the queue
 /// fills up and drops; nothing else waits.
@@ -80,9 +82,14 @@ impl<'a> Burst<'a> {
             // Nothing to batch with: what is batched leaves now rather than after the wait.
             stream.flush().await?;
         }
-        Ok(tokio::time::timeout(LINGER, self.offload.take())
-            .await
-            .unwrap_or_default())
+        let until = Instant::now() + LINGER;
+        loop {
+            match timeout(LOOK, self.offload.take()).await {
+                Ok(next) => return Ok(next),
+                Err(_) if Instant::now() >= until => return Ok(None),
+                Err(_) => self.note(stream.outcomes()),
+            }
+        }
     }
 
     fn note(&mut self, outcomes: Vec<(BlockHash, u16, PutOutcome)>) {

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use kvasir_block::BlockHash;
-use kvasir_client::{DecodeStream, ErrorKind, Namespace, OpenContext, Query, Reply};
+use kvasir_client::{DecodeStream, ErrorKind, Namespace, OpenContext, Query, Reply, StoreClient};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -17,6 +17,7 @@ const OFFERS_MAX: usize = 3;
 
 /// What is needed to open a context.
 pub(crate) struct Opening {
+    pub(crate) client: StoreClient,
     pub(crate) session: Arc<StoreSession>,
     pub(crate) offload: Arc<Offload>,
     /// The context, from its first block.
@@ -77,7 +78,7 @@ async fn open_stream(opening: &Opening, namespace: &Namespace) -> Result<DecodeS
         q_heads: opening.q_heads,
         softmax_scale: opening.softmax_scale,
     };
-    opening.session.client().decode(namespace, context).await
+    opening.client.decode(namespace, context).await
 }
 
 async fn wait_until_held(opening: &Opening, offers: &mut usize) -> Result<(), String> {
