@@ -39,7 +39,12 @@ const CASES: [Case; 4] = [
 ];
 
 const fn case(name: &'static str, context: usize, tokens: usize, decode: bool) -> Case {
-    Case { name, context, tokens, decode }
+    Case {
+        name,
+        context,
+        tokens,
+        decode,
+    }
 }
 
 /// Tokens of the longest case.
@@ -109,7 +114,11 @@ pub(crate) fn engine(configuration: &Configuration, args: &EngineArgs) -> Result
         });
     }
     let lowest = |decode: bool| {
-        cases.iter().filter(|compared| compared.case.decode == decode).filter_map(|compared| compared.ratio).min_by(f64::total_cmp)
+        cases
+            .iter()
+            .filter(|compared| compared.case.decode == decode)
+            .filter_map(|compared| compared.ratio)
+            .min_by(f64::total_cmp)
     };
     let report = Report {
         model: file.name().to_owned(),
@@ -143,8 +152,12 @@ fn show(report: &Report) {
         "{}, {} threads, {} rounds, profile {}; {} ({} cores)",
         report.model, report.threads, report.rounds, report.profile, report.machine.cpu, report.machine.cores
     ));
-    say(format_args!("{:16}{:>14}{:>14}{:>8}", "", "kvasir", "llama.cpp", "ratio"));
-    let or_dash = |value: Option<f64>, digits: usize| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"));
+    say(format_args!(
+        "{:16}{:>14}{:>14}{:>8}",
+        "", "kvasir", "llama.cpp", "ratio"
+    ));
+    let or_dash =
+        |value: Option<f64>, digits: usize| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"));
     for compared in &report.cases {
         say(format_args!(
             "{:16}{:>8.1} tok/s{:>8} tok/s{:>8}",

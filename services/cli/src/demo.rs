@@ -54,7 +54,12 @@ pub(crate) async fn run(configuration: &Configuration, args: &ConfigArgs, option
     };
     let ran = demo.run().await;
     demo.progress.finish();
-    ran.with_context(|| format!("the demo did not finish; the service's own words are in {}", demo.place.log().display()))?;
+    ran.with_context(|| {
+        format!(
+            "the demo did not finish; the service's own words are in {}",
+            demo.place.log().display()
+        )
+    })?;
     let report = demo.report.finish(&demo.file, options.max_tokens);
     let path = options.out.join("report.json");
     let text = serde_json::to_string_pretty(&report).context("the report cannot be written as JSON")?;
@@ -65,7 +70,10 @@ pub(crate) async fn run(configuration: &Configuration, args: &ConfigArgs, option
     print(format_args!("\nall figures: {}", path.display()));
     demo.place.clean();
     if !report.failures.is_empty() {
-        bail!("the demo ran, and it did not show what it must:\n  {}", report.failures.join("\n  "));
+        bail!(
+            "the demo ran, and it did not show what it must:\n  {}",
+            report.failures.join("\n  ")
+        );
     }
     Ok(())
 }
@@ -101,7 +109,10 @@ impl Demo {
             self.report.note(Run::Cold, index, answer);
         }
         self.progress.step("a first question that fills the caches");
-        let primer = self.client(&service).ask(&document::primer(), self.max_tokens, &json!({})).await?;
+        let primer = self
+            .client(&service)
+            .ask(&document::primer(), self.max_tokens, &json!({}))
+            .await?;
         self.report.filling = Some(Measured::from(&primer));
         for index in 0..self.questions.len() {
             let answer = self.ask(&service, index, "warm", json!({})).await?;
@@ -148,17 +159,30 @@ impl Demo {
         let mut worker = grpc::Worker::connect(&service.ready).await?;
         for index in 0..self.questions.len() {
             let prompt = self.questions[index].prompt.clone();
-            self.progress.step(format_args!("question {}, full attention, token by token", index + 1));
+            self.progress
+                .step(format_args!("question {}, full attention, token by token", index + 1));
             let full = worker.generate(&prompt, self.max_tokens, Mode::Full, &[]).await?;
             let mut agreement = |mode, chosen: &[u32]| Forced::compare(mode, &full.ids, chosen);
             for (run, mode) in [
-                (Run::Attend, Mode::Attend { target_mass: TARGET_MASS }),
+                (
+                    Run::Attend,
+                    Mode::Attend {
+                        target_mass: TARGET_MASS,
+                    },
+                ),
                 (Run::Rows, Mode::Rows { k: ROWS_K }),
             ] {
-                self.progress.step(format_args!("question {}, {}, the same tokens forced", index + 1, run.name()));
+                self.progress.step(format_args!(
+                    "question {}, {}, the same tokens forced",
+                    index + 1,
+                    run.name()
+                ));
                 let forced = worker.generate(&prompt, self.max_tokens, mode, &full.ids).await?;
                 let compared = agreement(run, &forced.ids)?;
-                self.report.forced.push(Forced { fell_back: forced.fell_back, ..compared });
+                self.report.forced.push(Forced {
+                    fell_back: forced.fell_back,
+                    ..compared
+                });
             }
         }
         Ok(())
@@ -168,7 +192,10 @@ impl Demo {
     async fn ask(&mut self, service: &Service, index: usize, how: &str, kvasir: Value) -> Result<Asked> {
         let question = &self.questions[index];
         self.progress.step(format_args!("question {}, {how}", index + 1));
-        let answer: Answer = self.client(service).ask(&question.messages, self.max_tokens, &kvasir).await?;
+        let answer: Answer = self
+            .client(service)
+            .ask(&question.messages, self.max_tokens, &kvasir)
+            .await?;
         if answer.prompt_tokens != question.prompt.len() as u64 {
             bail!(
                 "the server counts {} prompt tokens and the demo {}: they do not serve the same model",
@@ -176,7 +203,8 @@ impl Demo {
                 question.prompt.len()
             );
         }
-        self.progress.measured(format_args!("{:.0} ms to the first token", answer.ttft_ms));
+        self.progress
+            .measured(format_args!("{:.0} ms to the first token", answer.ttft_ms));
         Ok(Asked::new(question.text, answer))
     }
 
@@ -186,7 +214,12 @@ impl Demo {
 
     /// Blocks that the document fills: what the store must hold before the process may be killed.
     fn whole_blocks(&self) -> u64 {
-        let shortest = self.questions.iter().map(|question| question.prompt.len()).min().unwrap_or(0);
+        let shortest = self
+            .questions
+            .iter()
+            .map(|question| question.prompt.len())
+            .min()
+            .unwrap_or(0);
         shortest as u64 / u64::from(self.place.block_tokens)
     }
 
@@ -202,7 +235,9 @@ impl Demo {
         self.report.note_stat(&stat);
         if let Err(error) = service.stop().await {
             say(format_args!("{error:#}"));
-            self.report.failures.push(format!("the service did not stop in good order: {error:#}"));
+            self.report
+                .failures
+                .push(format!("the service did not stop in good order: {error:#}"));
         }
         Ok(())
     }

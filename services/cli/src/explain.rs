@@ -31,12 +31,19 @@ struct Row {
 fn rows(configuration: &Configuration) -> Result<Vec<Row>> {
     let tree = serde_json::to_value(configuration.tree()).context("the configuration cannot be written as JSON")?;
     let row = |line: &kvasir_runtime::config::Explained| {
-        let value = tree.pointer(&format!("/{}", line.key.replace('.', "/"))).cloned().unwrap_or_default();
+        let value = tree
+            .pointer(&format!("/{}", line.key.replace('.', "/")))
+            .cloned()
+            .unwrap_or_default();
         let derived = configuration.derived_from(&line.key);
         Row {
             key: line.key.clone(),
             // A value that follows from another is not in the layers, only in the tree; none but texts and numbers do.
-            toml: if derived.is_some() { Some(value.to_string()) } else { line.value.clone() },
+            toml: if derived.is_some() {
+                Some(value.to_string())
+            } else {
+                line.value.clone()
+            },
             value,
             source: derived.map_or_else(|| line.source.to_string(), |from| format!("follows from {from}")),
         }
@@ -54,8 +61,17 @@ fn text(configuration: &Configuration) -> Result<Vec<String>> {
         None => format!("# {} is not set", row.key),
     };
     let lefts: Vec<String> = rows.iter().map(left).collect();
-    let width = lefts.iter().map(|left| left.chars().count()).filter(|width| *width <= ALIGN_MAX).max().unwrap_or(0);
-    Ok(rows.iter().zip(&lefts).map(|(row, left)| format!("{left:width$}  # {}", row.source)).collect())
+    let width = lefts
+        .iter()
+        .map(|left| left.chars().count())
+        .filter(|width| *width <= ALIGN_MAX)
+        .max()
+        .unwrap_or(0);
+    Ok(rows
+        .iter()
+        .zip(&lefts)
+        .map(|(row, left)| format!("{left:width$}  # {}", row.source))
+        .collect())
 }
 
 fn as_json(configuration: &Configuration) -> Result<Value> {
@@ -69,5 +85,8 @@ fn as_json(configuration: &Configuration) -> Result<Value> {
         Source::Flag(flag) => json!({"kind": "flag", "flag": flag}),
     };
     let rows = rows(configuration)?;
-    Ok(rows.into_iter().map(|row| json!({"key": row.key, "value": row.value, "source": place(&row.key)})).collect())
+    Ok(rows
+        .into_iter()
+        .map(|row| json!({"key": row.key, "value": row.value, "source": place(&row.key)}))
+        .collect())
 }

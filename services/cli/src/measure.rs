@@ -57,13 +57,21 @@ mod tests {
         let cpuinfo = "processor\t: 0\nmodel name\t: AMD EPYC: 9B14\nmodel name\t: other\n";
         assert_eq!(field(cpuinfo, "model name").as_deref(), Some("AMD EPYC: 9B14"));
         assert_eq!(field("", "model name"), None);
-        assert_eq!(field_of_release("ID=debian\nPRETTY_NAME=\"Debian 12\"\n").as_deref(), Some("Debian 12"));
+        assert_eq!(
+            field_of_release("ID=debian\nPRETTY_NAME=\"Debian 12\"\n").as_deref(),
+            Some("Debian 12")
+        );
         assert!(Machine::here().cores >= 1);
     }
 
     #[test]
     fn medians() {
-        for (values, expected) in [(vec![], 0.0), (vec![3.0], 3.0), (vec![9.0, 1.0], 5.0), (vec![9.0, 1.0, 2.0], 2.0)] {
+        for (values, expected) in [
+            (vec![], 0.0),
+            (vec![3.0], 3.0),
+            (vec![9.0, 1.0], 5.0),
+            (vec![9.0, 1.0, 2.0], 2.0),
+        ] {
             assert_eq!(median(values), expected);
         }
     }

@@ -46,7 +46,10 @@ mod tests {
         let table = [
             (anyhow!("a"), "a"),
             (Err::<(), _>(anyhow!("b")).context("a").expect_err("an error"), "a: b"),
-            (Err::<(), _>(anyhow!("b")).context("a: b").expect_err("an error"), "a: b"),
+            (
+                Err::<(), _>(anyhow!("b")).context("a: b").expect_err("an error"),
+                "a: b",
+            ),
         ];
         for (error, expected) in table {
             assert_eq!(told(&error), expected);

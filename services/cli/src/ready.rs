@@ -59,7 +59,10 @@ impl ReadyFile {
     pub(crate) fn clear(path: &Path) -> Result<()> {
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).with_context(|| {
-                format!("cannot remove the old ready file {}: choose another --ready-file", path.display())
+                format!(
+                    "cannot remove the old ready file {}: choose another --ready-file",
+                    path.display()
+                )
             }),
             _ => Ok(()),
         }
@@ -121,7 +124,11 @@ mod tests {
         let held = ReadyFile::write(&path, &ready).expect("can be written");
         let read: Ready = serde_json::from_slice(&std::fs::read(&path).expect("is there")).expect("is whole");
         assert_eq!(read, ready);
-        assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 1, "no draft is left");
+        assert_eq!(
+            std::fs::read_dir(folder.path()).expect("a folder").count(),
+            1,
+            "no draft is left"
+        );
         drop(held);
         assert!(!path.exists());
         assert!(ReadyFile::write(&folder.path().join("no/such/folder"), &ready).is_err());

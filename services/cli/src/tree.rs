@@ -127,7 +127,10 @@ impl Configuration {
 
     /// The key that an unset `key` follows from.
     pub(crate) fn derived_from(&self, key: &str) -> Option<&'static str> {
-        self.derived.iter().find(|(derived, _)| *derived == key).map(|(_, from)| *from)
+        self.derived
+            .iter()
+            .find(|(derived, _)| *derived == key)
+            .map(|(_, from)| *from)
     }
 
     /// The worker's configuration beside a store at `store`, where this process runs one.
@@ -163,7 +166,11 @@ pub(crate) fn cache_folder() -> PathBuf {
 
 /// A folder of the user by the XDG rule: the variable if it names one, else a folder in the home folder.
 fn user_folder(variable: &str, in_home: &str) -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     set(variable).unwrap_or_else(|| set("HOME").unwrap_or_default().join(in_home))
 }
 
@@ -172,7 +179,9 @@ mod tests {
     use super::*;
 
     fn load(assignments: &[&str]) -> Configuration {
-        let loader = assignments.iter().fold(Loader::new(), |loader, assignment| loader.set(assignment));
+        let loader = assignments
+            .iter()
+            .fold(Loader::new(), |loader, assignment| loader.set(assignment));
         Configuration::derive(loader.load(Tree::default()).unwrap_or_else(|error| panic!("{error}")))
     }
 
@@ -186,7 +195,10 @@ mod tests {
         assert_eq!(plain.worker(addr(9)).store_url, "http://127.0.0.1:9");
         assert_eq!(plain.worker(None).store_url, WorkerConfig::default().store_url);
         let router = plain.router(addr(9), addr(8));
-        assert_eq!((router.store_url.as_str(), &router.workers[..]), ("http://127.0.0.1:9", &["http://127.0.0.1:8".to_owned()][..]));
+        assert_eq!(
+            (router.store_url.as_str(), &router.workers[..]),
+            ("http://127.0.0.1:9", &["http://127.0.0.1:8".to_owned()][..])
+        );
 
         let told = load(&[
             "store.data_dir=/fast/store",

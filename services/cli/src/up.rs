@@ -96,21 +96,35 @@ impl Parts {
         self.model = file.as_ref().map(|file| file.name().to_owned());
         if which.runs(Which::Store) {
             let begun = Instant::now();
-            self.store = Some(Store::start(&tree.store, runtime).await.context("the store could not be started")?);
-            say(format_args!("store ready after {:.1?}, data in {}", begun.elapsed(), tree.store.data_dir.display()));
+            self.store = Some(
+                Store::start(&tree.store, runtime)
+                    .await
+                    .context("the store could not be started")?,
+            );
+            say(format_args!(
+                "store ready after {:.1?}, data in {}",
+                begun.elapsed(),
+                tree.store.data_dir.display()
+            ));
         }
         let store_addr = self.store.as_ref().map(Store::grpc_addr);
         if let Some(file) = file.as_ref().filter(|_| which.runs(Which::Worker)) {
             let begun = Instant::now();
             say(format_args!("loading the weights of {}", file.name()));
             let config = configuration.worker(store_addr);
-            let worker = Worker::start(&config, Arc::clone(file), runtime).await.context("the worker could not be started")?;
+            let worker = Worker::start(&config, Arc::clone(file), runtime)
+                .await
+                .context("the worker could not be started")?;
             self.worker = Some(worker);
             say(format_args!("worker ready after {:.1?}", begun.elapsed()));
         }
         if let Some(file) = file.filter(|_| which.runs(Which::Router)) {
             let config = configuration.router(store_addr, self.worker.as_ref().map(Worker::grpc_addr));
-            self.router = Some(Router::start(&config, file, runtime).await.context("the router could not be started")?);
+            self.router = Some(
+                Router::start(&config, file, runtime)
+                    .await
+                    .context("the router could not be started")?,
+            );
         }
         Ok(())
     }
@@ -120,8 +134,14 @@ impl Parts {
             version: VERSION.to_owned(),
             pid: std::process::id(),
             model: self.model.clone(),
-            store: self.store.as_ref().map(|store| Part::new(store.grpc_addr(), store.admin_addr())),
-            worker: self.worker.as_ref().map(|worker| Part::new(worker.grpc_addr(), worker.admin_addr())),
+            store: self
+                .store
+                .as_ref()
+                .map(|store| Part::new(store.grpc_addr(), store.admin_addr())),
+            worker: self
+                .worker
+                .as_ref()
+                .map(|worker| Part::new(worker.grpc_addr(), worker.admin_addr())),
             router: self.router.as_ref().map(|router| url(router.http_addr())),
         }
     }
@@ -173,7 +193,11 @@ pub(crate) fn open_model_blocking(path: &Path) -> Result<ModelFile> {
 
 /// An address that cannot be listened on was configured somewhere: says under which key.
 fn name_the_key(error: anyhow::Error, tree: &Tree) -> anyhow::Error {
-    let Some(addr) = error.chain().find_map(|cause| cause.downcast_ref::<BindError>()).map(|error| error.addr) else {
+    let Some(addr) = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<BindError>())
+        .map(|error| error.addr)
+    else {
         return error;
     };
     let listens: [(&str, SocketAddr); 5] = [
@@ -184,9 +208,9 @@ fn name_the_key(error: anyhow::Error, tree: &Tree) -> anyhow::Error {
         ("store.admin_listen", tree.store.admin_listen),
     ];
     match listens.iter().find(|(_, listen)| *listen == addr) {
-        Some((key, _)) => {
-            error.context(format!("{key} = \"{addr}\" cannot be used (--set {key}=127.0.0.1:0 takes any free port)"))
-        }
+        Some((key, _)) => error.context(format!(
+            "{key} = \"{addr}\" cannot be used (--set {key}=127.0.0.1:0 takes any free port)"
+        )),
         None => error,
     }
 }
@@ -194,14 +218,19 @@ fn name_the_key(error: anyhow::Error, tree: &Tree) -> anyhow::Error {
 /// Says on standard output what can be done now.
 fn announce(ready: &Ready, configuration: &Configuration) {
     if let Some(router) = &ready.router {
-        print(format_args!("router  {router}  OpenAI API; /metrics, /healthz, /readyz"));
+        print(format_args!(
+            "router  {router}  OpenAI API; /metrics, /healthz, /readyz"
+        ));
     }
     if let Some(worker) = &ready.worker {
         print(format_args!("worker  {}  gRPC; {}/metrics", worker.grpc, worker.admin));
     }
     if let Some(store) = &ready.store {
         print(format_args!("store   {}  gRPC; {}/metrics", store.grpc, store.admin));
-        print(format_args!("data    {}", configuration.tree().store.data_dir.display()));
+        print(format_args!(
+            "data    {}",
+            configuration.tree().store.data_dir.display()
+        ));
     }
     if let (Some(router), Some(model)) = (&ready.router, &ready.model) {
         print(format_args!(

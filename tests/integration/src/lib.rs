@@ -22,7 +22,11 @@ pub const PAGE: &str = include_str!("../../../ARCHITECTURE.md");
 /// When the page has fewer.
 pub fn prompt(file: &ModelFile, count: usize) -> Vec<u32> {
     let mut tokens = file.tokenizer().encode(PAGE, false).expect("a page of text has tokens");
-    assert!(tokens.len() >= count, "the page has {} tokens, {count} are wanted", tokens.len());
+    assert!(
+        tokens.len() >= count,
+        "the page has {} tokens, {count} are wanted",
+        tokens.len()
+    );
     tokens.truncate(count);
     tokens
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use kvasir_block::Tenant;
 use kvasir_client::{ClientConfig, StoreClient};
 use kvasir_integration::prompt;
 use kvasir_proto::v1::{
@@ -10,7 +11,6 @@ use kvasir_proto::v1::{
     OpenNamespaceRequest, PutBlocksRequest, SamplingParams, block_store_client::BlockStoreClient,
 };
 use kvasir_testkit::{Blocks, Cluster, Options, RawAnswer, generate, request, send_raw, small_schema};
-use kvasir_block::Tenant;
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -21,7 +21,9 @@ async fn bad_requests_are_refused_and_the_next_good_one_is_served() -> Result<()
     to_a_worker(&cluster).await?;
     to_the_store(&cluster).await?;
     as_raw_bytes(&cluster).await?;
-    let good = cluster.chat(json!({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})).await?;
+    let good = cluster
+        .chat(json!({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}))
+        .await?;
     assert_eq!(good.status, 200, "{good:?}");
     cluster.stop().await
 }
@@ -38,7 +40,11 @@ async fn over_http(cluster: &Cluster) -> Result<()> {
     };
     let secret = "the-secret-of-this-prompt";
     let long = json!([{"role": "user", "content": format!("{secret} ").repeat(9000)}]);
-    let huge = format!("{{\"model\": \"{}\", \"messages\": \"{}\"}}", cluster.file().name(), "x".repeat(5 << 20));
+    let huge = format!(
+        "{{\"model\": \"{}\", \"messages\": \"{}\"}}",
+        cluster.file().name(),
+        "x".repeat(5 << 20)
+    );
     // Path, body, status, and what the message must name.
     let table: Vec<(&str, String, u16, Vec<&str>)> = vec![
         (chat, "{\"model\": ".to_owned(), 400, vec!["JSON", "line 1"]),
@@ -47,18 +53,53 @@ async fn over_http(cluster: &Cluster) -> Result<()> {
         (chat, "{}".to_owned(), 400, vec!["model"]),
         (chat, with(json!({"messages": []})), 400, vec!["messages"]),
         (chat, with(json!({"messages": "hello"})), 400, vec!["messages"]),
-        (chat, with(json!({"messages": [{"role": "wizard", "content": "x"}]})), 400, vec!["role"]),
-        (chat, with(json!({"max_token": 3})), 400, vec!["max_token", "max_tokens"]),
+        (
+            chat,
+            with(json!({"messages": [{"role": "wizard", "content": "x"}]})),
+            400,
+            vec!["role"],
+        ),
+        (
+            chat,
+            with(json!({"max_token": 3})),
+            400,
+            vec!["max_token", "max_tokens"],
+        ),
         (chat, with(json!({"max_tokens": 0})), 400, vec!["max_tokens"]),
         (chat, with(json!({"max_tokens": "many"})), 400, vec!["max_tokens"]),
         (chat, with(json!({"temperature": "hot"})), 400, vec!["temperature"]),
         (chat, with(json!({"top_p": 0})), 400, vec!["top_p"]),
         (chat, with(json!({"n": 2})), 400, vec!["n "]),
-        (chat, with(json!({"stop": ["a", "b", "c", "d", "e"]})), 400, vec!["stop"]),
-        (chat, with(json!({"kvasir": {"attention": "none"}})), 400, vec!["kvasir.attention", "attend"]),
-        (chat, with(json!({"kvasir": {"atention": "full"}})), 400, vec!["atention", "attention"]),
-        (chat, with(json!({"kvasir": {"target_mass": 2}})), 400, vec!["target_mass"]),
-        (chat, with(json!({"model": "gpt-4o"})), 404, vec!["gpt-4o", cluster.file().name()]),
+        (
+            chat,
+            with(json!({"stop": ["a", "b", "c", "d", "e"]})),
+            400,
+            vec!["stop"],
+        ),
+        (
+            chat,
+            with(json!({"kvasir": {"attention": "none"}})),
+            400,
+            vec!["kvasir.attention", "attend"],
+        ),
+        (
+            chat,
+            with(json!({"kvasir": {"atention": "full"}})),
+            400,
+            vec!["atention", "attention"],
+        ),
+        (
+            chat,
+            with(json!({"kvasir": {"target_mass": 2}})),
+            400,
+            vec!["target_mass"],
+        ),
+        (
+            chat,
+            with(json!({"model": "gpt-4o"})),
+            404,
+            vec!["gpt-4o", cluster.file().name()],
+        ),
         (chat, with(json!({"messages": long})), 400, vec!["8192"]),
         (chat, huge, 413, vec!["router.body_bytes_max"]),
         ("/v1/completions", "{\"model\": 7}".to_owned(), 400, vec!["model"]),
@@ -68,9 +109,16 @@ async fn over_http(cluster: &Cluster) -> Result<()> {
         let shown: String = body.chars().take(120).collect();
         let answer = cluster.post(path, &body).await?;
         assert_eq!(answer.status, status, "{path} {shown}: {answer:?}");
-        assert!(answer.body["error"]["type"].is_string(), "{path} {shown}: not OpenAI's shape: {answer:?}");
+        assert!(
+            answer.body["error"]["type"].is_string(),
+            "{path} {shown}: not OpenAI's shape: {answer:?}"
+        );
         for name in named {
-            assert!(answer.error().contains(name), "{path} {shown}: {:?} should name {name}", answer.error());
+            assert!(
+                answer.error().contains(name),
+                "{path} {shown}: {:?} should name {name}",
+                answer.error()
+            );
         }
         assert!(!answer.error().contains(secret), "an error must not repeat a prompt");
         assert!(answer.request_id.is_some(), "{path} {shown}");
@@ -99,29 +147,54 @@ async fn to_a_worker(cluster: &Cluster) -> Result<()> {
     let window_text = window.to_string();
     let table = [
         ("no prompt", request(&[], 4), vec!["prompt"]),
-        ("longer than the window", request(&vec![1; window + 1], 4), vec![window_text.as_str()]),
+        (
+            "longer than the window",
+            request(&vec![1; window + 1], 4),
+            vec![window_text.as_str()],
+        ),
         ("no such token", request(&[vocab], 4), vec!["prompt"]),
-        ("temperature", sampled(|sampling| sampling.temperature = f32::NAN), vec!["temperature"]),
+        (
+            "temperature",
+            sampled(|sampling| sampling.temperature = f32::NAN),
+            vec!["temperature"],
+        ),
         ("top_p", sampled(|sampling| sampling.top_p = 1.5), vec!["top_p"]),
-        ("target_mass", attending(|options| options.target_mass = -1.0), vec!["target_mass"]),
+        (
+            "target_mass",
+            attending(|options| options.target_mass = -1.0),
+            vec!["target_mass"],
+        ),
         ("mode", attending(|options| options.mode = 77), vec!["mode"]),
     ];
     for (name, bad, named) in table {
-        let error = generate(&cluster.worker_url(0), bad).await.err().unwrap_or_else(|| panic!("{name} was taken"));
-        let status = error.downcast_ref::<tonic::Status>().unwrap_or_else(|| panic!("{name}: {error:#}"));
+        let error = generate(&cluster.worker_url(0), bad)
+            .await
+            .err()
+            .unwrap_or_else(|| panic!("{name} was taken"));
+        let status = error
+            .downcast_ref::<tonic::Status>()
+            .unwrap_or_else(|| panic!("{name}: {error:#}"));
         assert_eq!(status.code(), Code::InvalidArgument, "{name}: {status}");
         for word in named {
-            assert!(status.message().contains(word), "{name}: {:?} should name {word}", status.message());
+            assert!(
+                status.message().contains(word),
+                "{name}: {:?} should name {word}",
+                status.message()
+            );
         }
     }
     Ok(())
 }
 
 async fn to_the_store(cluster: &Cluster) -> Result<()> {
-    let mut raw = BlockStoreClient::connect(cluster.store_url()).await?.max_encoding_message_size(64 << 20);
+    let mut raw = BlockStoreClient::connect(cluster.store_url())
+        .await?
+        .max_encoding_message_size(64 << 20);
     let schema = small_schema();
     let client = StoreClient::new(ClientConfig::to(cluster.store_url()))?;
-    let namespace = client.open_namespace(&Tenant::new("tests").expect("a name"), &schema).await?;
+    let namespace = client
+        .open_namespace(&Tenant::new("tests").expect("a name"), &schema)
+        .await?;
     let blocks = Blocks::random(7, &schema, 3);
     let good = blocks.layer_blocks[0].clone();
 
@@ -134,14 +207,25 @@ async fn to_the_store(cluster: &Cluster) -> Result<()> {
     let status = raw.open_namespace(wrong_shape).await.expect_err("no head dim");
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(status.message().contains("head_dim"), "{status}");
-    let status = raw.open_namespace(OpenNamespaceRequest { tenant: "tests".to_owned(), ..Default::default() }).await;
+    let status = raw
+        .open_namespace(OpenNamespaceRequest {
+            tenant: "tests".to_owned(),
+            ..Default::default()
+        })
+        .await;
     assert!(status.expect_err("no schema").message().contains("schema"));
     let expected = OpenNamespaceRequest {
         tenant: "tests".to_owned(),
         schema: Some((&schema).into()),
         expected_namespace: vec![9; 32].into(),
     };
-    assert_eq!(raw.open_namespace(expected).await.expect_err("another namespace").code(), Code::FailedPrecondition);
+    assert_eq!(
+        raw.open_namespace(expected)
+            .await
+            .expect_err("another namespace")
+            .code(),
+        Code::FailedPrecondition
+    );
 
     let short_hash = MatchPrefixRequest {
         namespace: namespace.id.as_bytes().to_vec().into(),
@@ -154,7 +238,10 @@ async fn to_the_store(cluster: &Cluster) -> Result<()> {
         namespace: vec![3; 32].into(),
         ..Default::default()
     };
-    assert_eq!(raw.match_prefix(unknown).await.expect_err("no such namespace").code(), Code::NotFound);
+    assert_eq!(
+        raw.match_prefix(unknown).await.expect_err("no such namespace").code(),
+        Code::NotFound
+    );
     let layers = GetBlocksRequest {
         namespace: namespace.id.as_bytes().to_vec().into(),
         hashes: vec![good.hash.as_bytes().to_vec().into()],
@@ -162,7 +249,10 @@ async fn to_the_store(cluster: &Cluster) -> Result<()> {
         layer_end: 9,
         lease: 0,
     };
-    let status = raw.get_blocks(layers).await.expect_err("layers that the schema does not have");
+    let status = raw
+        .get_blocks(layers)
+        .await
+        .expect_err("layers that the schema does not have");
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
 
     let put = |change: fn(&mut BlockEntry, &mut Vec<u8>)| {
@@ -185,20 +275,50 @@ async fn to_the_store(cluster: &Cluster) -> Result<()> {
     };
     let table = [
         ("wrong layer", put(|entry, _| entry.layer = 5), vec!["layer"]),
-        ("wrong length", put(|entry, payload| { entry.length -= 2; payload.truncate(payload.len() - 2); }), vec!["length"]),
-        ("payload too short", put(|_, payload| payload.truncate(10)), vec!["payload"]),
-        ("short hash", put(|entry, _| entry.hash = vec![1; 8].into()), vec!["hash"]),
+        (
+            "wrong length",
+            put(|entry, payload| {
+                entry.length -= 2;
+                payload.truncate(payload.len() - 2);
+            }),
+            vec!["length"],
+        ),
+        (
+            "payload too short",
+            put(|_, payload| payload.truncate(10)),
+            vec!["payload"],
+        ),
+        (
+            "short hash",
+            put(|entry, _| entry.hash = vec![1; 8].into()),
+            vec!["hash"],
+        ),
         ("oversized", put(|_, payload| payload.resize(32 << 20, 0)), vec![]),
     ];
     for (name, bad, named) in table {
         let streamed = raw.put_blocks(futures::stream::iter([bad])).await;
         let status = match streamed {
             Err(status) => status,
-            Ok(reply) => reply.into_inner().message().await.err().unwrap_or_else(|| panic!("{name} was taken")),
+            Ok(reply) => reply
+                .into_inner()
+                .message()
+                .await
+                .err()
+                .unwrap_or_else(|| panic!("{name} was taken")),
         };
-        assert!(matches!(status.code(), Code::InvalidArgument | Code::ResourceExhausted | Code::OutOfRange), "{name}: {status}");
+        assert!(
+            matches!(
+                status.code(),
+                Code::InvalidArgument | Code::ResourceExhausted | Code::OutOfRange
+            ),
+            "{name}: {status}"
+        );
         for word in named {
-            assert!(status.message().contains(word), "{name}: {:?} should name {word}", status.message());
+            assert!(
+                status.message().contains(word),
+                "{name}: {:?} should name {word}",
+                status.message()
+            );
         }
     }
 
@@ -214,11 +334,25 @@ async fn to_the_store(cluster: &Cluster) -> Result<()> {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     drop(stream);
-    assert_eq!(client.match_prefix(namespace.id, &blocks.chain, None).await?.hit_blocks, 1, "one block has both layers");
-    let mut got = client.get_blocks(&namespace, &blocks.chain[..1], 0..2, None, None).await?;
+    assert_eq!(
+        client.match_prefix(namespace.id, &blocks.chain, None).await?.hit_blocks,
+        1,
+        "one block has both layers"
+    );
+    let mut got = client
+        .get_blocks(&namespace, &blocks.chain[..1], 0..2, None, None)
+        .await?;
     while let Some(block) = got.next().await? {
-        let put = blocks.layer_blocks.iter().find(|put| (put.hash, put.layer) == (block.hash, block.layer));
-        assert_eq!(block.payload, put.map(|put| put.payload.clone()), "layer {}", block.layer);
+        let put = blocks
+            .layer_blocks
+            .iter()
+            .find(|put| (put.hash, put.layer) == (block.hash, block.layer));
+        assert_eq!(
+            block.payload,
+            put.map(|put| put.payload.clone()),
+            "layer {}",
+            block.layer
+        );
     }
     Ok(())
 }
@@ -228,7 +362,9 @@ async fn as_raw_bytes(cluster: &Cluster) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(2);
     let http: std::net::SocketAddr = cluster.router_url().trim_start_matches("http://").parse()?;
     let worker: std::net::SocketAddr = cluster.worker_url(0).trim_start_matches("http://").parse()?;
-    let garbage: Vec<u8> = (0..4096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let garbage: Vec<u8> = (0..4096u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     let mut oversized_frame = preface.clone();
     oversized_frame.extend([0xff, 0xff, 0xff, 0x00, 0x00, 0, 0, 0, 1]);
@@ -237,7 +373,12 @@ async fn as_raw_bytes(cluster: &Cluster) -> Result<()> {
         ("garbage to the router", http, garbage.clone(), false),
         ("half a request, then closed", http, half, true),
         ("garbage to the store", cluster.store_addr(), garbage.clone(), false),
-        ("a frame of 16 MiB to the store", cluster.store_addr(), oversized_frame.clone(), false),
+        (
+            "a frame of 16 MiB to the store",
+            cluster.store_addr(),
+            oversized_frame.clone(),
+            false,
+        ),
         ("a preface and nothing else", cluster.store_addr(), preface, true),
         ("garbage to the worker", worker, garbage, false),
         ("a frame of 16 MiB to the worker", worker, oversized_frame, false),

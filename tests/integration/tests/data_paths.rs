@@ -18,10 +18,20 @@ async fn every_way_to_a_prompt_gives_the_same_tokens() -> Result<()> {
     let prompt = prompt(cluster.file(), 10 * BLOCK as usize + 17);
     let ask = || request(&prompt, 24);
 
-    let cold = generate(&first, GenerateRequest { no_cache: true, ..ask() }).await?;
+    let cold = generate(
+        &first,
+        GenerateRequest {
+            no_cache: true,
+            ..ask()
+        },
+    )
+    .await?;
     assert_eq!((cold.started.cached_tokens, cold.ids.len()), (0, 24));
     let pushed = generate(&first, ask()).await?;
-    assert_eq!(pushed.started.cached_tokens, 0, "a request without cache must leave nothing behind");
+    assert_eq!(
+        pushed.started.cached_tokens, 0,
+        "a request without cache must leave nothing behind"
+    );
     until_durable(&cluster.store_url(), 10).await?;
     let second = cluster.start_worker().await?;
     let second = cluster.worker_url(second);
@@ -60,7 +70,11 @@ async fn every_way_to_a_prompt_gives_the_same_tokens() -> Result<()> {
     cluster.start_store().await?;
     let third = cluster.start_worker().await?;
     let warm = generate(&cluster.worker_url(third), ask()).await?;
-    assert_eq!(warm.started.cached_tokens_store, 10 * BLOCK, "after a restart of the store");
+    assert_eq!(
+        warm.started.cached_tokens_store,
+        10 * BLOCK,
+        "after a restart of the store"
+    );
     assert_eq!(warm.ids, cold.ids);
     cluster.stop().await
 }
@@ -90,8 +104,18 @@ async fn retrieval_decodes_and_survives_the_loss_of_the_store() -> Result<()> {
     let full = generate(&worker, request(&prompt, 16)).await?;
 
     let table: [(&str, AttentionMode, fn(&mut AttentionOptions), f32); 3] = [
-        ("attend to everything", AttentionMode::Attend, |options| options.target_mass = 1.0, 0.9999),
-        ("attend", AttentionMode::Attend, |options| options.target_mass = 0.9, 0.9),
+        (
+            "attend to everything",
+            AttentionMode::Attend,
+            |options| options.target_mass = 1.0,
+            0.9999,
+        ),
+        (
+            "attend",
+            AttentionMode::Attend,
+            |options| options.target_mass = 0.9,
+            0.9,
+        ),
         ("rows", AttentionMode::Rows, |options| options.k = 64, 0.2),
     ];
     for (name, mode, change, mass_least) in table {
@@ -103,14 +127,26 @@ async fn retrieval_decodes_and_survives_the_loss_of_the_store() -> Result<()> {
         let report = got.finished.report.unwrap_or_default();
         assert!(!report.fell_back, "{name}: {}", report.fallback_reason);
         assert_eq!(report.mode, mode as i32, "{name}");
-        assert!(report.keys_scanned > 0 && report.keys_scanned <= report.keys_total, "{name}: {report:?}");
-        assert!(report.round_trips > 0 && report.retrieved_bytes > 0, "{name}: {report:?}");
-        assert!(report.mass_covered_p50 >= mass_least && report.mass_covered_p50 <= 1.0 + 1e-4, "{name}: {report:?}");
+        assert!(
+            report.keys_scanned > 0 && report.keys_scanned <= report.keys_total,
+            "{name}: {report:?}"
+        );
+        assert!(
+            report.round_trips > 0 && report.retrieved_bytes > 0,
+            "{name}: {report:?}"
+        );
+        assert!(
+            report.mass_covered_p50 >= mass_least && report.mass_covered_p50 <= 1.0 + 1e-4,
+            "{name}: {report:?}"
+        );
         let agreeing = got.ids.iter().zip(&full.ids).filter(|(got, full)| got == full).count();
         assert_eq!(got.ids.len(), full.ids.len(), "{name}");
         // Covering everything differs from full attention by rounding only; the rest may differ where two tokens are close.
         let least = if mass_least > 0.99 { 16 } else { 8 };
-        assert!(agreeing >= least, "{name}: {agreeing} of 16 tokens as with full attention");
+        assert!(
+            agreeing >= least,
+            "{name}: {agreeing} of 16 tokens as with full attention"
+        );
     }
 
     let long = with(AttentionMode::Attend, |options| options.target_mass = 0.99, 96);
@@ -121,7 +157,10 @@ async fn retrieval_decodes_and_survives_the_loss_of_the_store() -> Result<()> {
             tokens += step.ids.len();
         }
     }
-    let (stopped, rest) = tokio::join!(cluster.stop_store(), tokio::time::timeout(Duration::from_secs(120), generation.finish()));
+    let (stopped, rest) = tokio::join!(
+        cluster.stop_store(),
+        tokio::time::timeout(Duration::from_secs(120), generation.finish())
+    );
     stopped?;
     let rest = rest??;
     assert_eq!(tokens + rest.ids.len(), 96, "the request must finish");

@@ -16,9 +16,16 @@ async fn the_openai_package_works() -> Result<()> {
         .arg(cluster.file().name())
         .output()
         .await?;
-    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (said, complained) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     assert!(output.status.success(), "{said}\n{complained}");
     // Every check of the script was reached.
-    assert_eq!(said.lines().filter(|line| line.starts_with("ok ")).count(), 25, "{said}");
+    assert_eq!(
+        said.lines().filter(|line| line.starts_with("ok ")).count(),
+        25,
+        "{said}"
+    );
     cluster.stop().await
 }

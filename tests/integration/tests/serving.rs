@@ -29,7 +29,12 @@ async fn two_workers_share_the_work_and_the_store() -> Result<()> {
             assert_eq!(again.text(), first.text(), "{topic}");
             Ok(again.body["kvasir"]["worker"] == home.as_str() && again.cached_tokens() > 0)
         };
-        eventually("the same worker answers, from its cache", Duration::from_secs(20), known).await?;
+        eventually(
+            "the same worker answers, from its cache",
+            Duration::from_secs(20),
+            known,
+        )
+        .await?;
         homes.push(home);
         texts.push(first.text().to_owned());
     }
@@ -42,7 +47,10 @@ async fn two_workers_share_the_work_and_the_store() -> Result<()> {
     for (topic, text) in ["Physics", "History", "Music", "Law"].iter().zip(&texts) {
         let answer = cluster.chat(ask(topic)).await?;
         assert_eq!(answer.status, 200, "{topic} with one worker left: {answer:?}");
-        assert!(answer.cached_tokens() >= 64, "{topic}: from pages or from the store: {answer:?}");
+        assert!(
+            answer.cached_tokens() >= 64,
+            "{topic}: from pages or from the store: {answer:?}"
+        );
         assert_eq!(answer.text(), text, "{topic}");
     }
     cluster.stop().await
@@ -69,18 +77,34 @@ async fn leaving_frees_pages_and_metrics_have_their_names() -> Result<()> {
     }
     let admin = cluster.worker_admin_url(0);
     let running = Metrics::of(&admin).await?;
-    assert_eq!(running.sum("vllm:num_requests_running"), Some(1.0), "{}", running.text());
-    assert!(running.sum("vllm:kv_cache_usage_perc") > Some(0.0), "{}", running.text());
+    assert_eq!(
+        running.sum("vllm:num_requests_running"),
+        Some(1.0),
+        "{}",
+        running.text()
+    );
+    assert!(
+        running.sum("vllm:kv_cache_usage_perc") > Some(0.0),
+        "{}",
+        running.text()
+    );
     drop(body);
-    eventually("the worker is idle and its pages are free", Duration::from_secs(10), async || {
-        let now = Metrics::of(&admin).await?;
-        Ok(now.sum("vllm:num_requests_running") == Some(0.0) && now.sum("vllm:kv_cache_usage_perc") == Some(0.0))
-    })
+    eventually(
+        "the worker is idle and its pages are free",
+        Duration::from_secs(10),
+        async || {
+            let now = Metrics::of(&admin).await?;
+            Ok(now.sum("vllm:num_requests_running") == Some(0.0) && now.sum("vllm:kv_cache_usage_perc") == Some(0.0))
+        },
+    )
     .await?;
 
     let answer = cluster.chat(json!({"messages": prompt, "max_tokens": 4})).await?;
     assert_eq!(answer.status, 200, "{answer:?}");
-    assert!(answer.cached_tokens() > 0, "the pages of the one who left are still a cache: {answer:?}");
+    assert!(
+        answer.cached_tokens() > 0,
+        "the pages of the one who left are still a cache: {answer:?}"
+    );
     let tables: [(&str, String, &[&str]); 3] = [
         (
             "worker",
@@ -99,8 +123,16 @@ async fn leaving_frees_pages_and_metrics_have_their_names() -> Result<()> {
                 "vllm:request_success_total",
             ],
         ),
-        ("store", cluster.store_admin_url(), &["kvasir_store_get_hits_total", "kvasir_store_put_blocks_total"]),
-        ("router", cluster.router_url(), &["kvasir_router_requests_total", "kvasir_router_cached_tokens_total"]),
+        (
+            "store",
+            cluster.store_admin_url(),
+            &["kvasir_store_get_hits_total", "kvasir_store_put_blocks_total"],
+        ),
+        (
+            "router",
+            cluster.router_url(),
+            &["kvasir_router_requests_total", "kvasir_router_cached_tokens_total"],
+        ),
     ];
     for (part, base, names) in tables {
         let metrics = Metrics::of(&base).await?;
@@ -108,7 +140,11 @@ async fn leaving_frees_pages_and_metrics_have_their_names() -> Result<()> {
             assert!(metrics.sum(name).is_some(), "{part} has no {name}:\n{}", metrics.text());
         }
         for path in ["healthz", "readyz"] {
-            assert_eq!(reqwest::get(format!("{base}/{path}")).await?.status().as_u16(), 200, "{part} {path}");
+            assert_eq!(
+                reqwest::get(format!("{base}/{path}")).await?.status().as_u16(),
+                200,
+                "{part} {path}"
+            );
         }
     }
     cluster.stop().await

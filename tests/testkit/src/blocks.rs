@@ -19,7 +19,9 @@ impl Blocks {
     pub fn random(seed: u64, schema: &KvSchema, count: usize) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let block_tokens = usize::from(schema.block_tokens);
-        let tokens: Vec<u32> = (0..count * block_tokens).map(|_| random.random_range(0..50_000)).collect();
+        let tokens: Vec<u32> = (0..count * block_tokens)
+            .map(|_| random.random_range(0..50_000))
+            .collect();
         let chain = block_hashes(&tokens, block_tokens, &ExtraKeys::default());
         let mut layer_blocks = Vec::new();
         for layer in 0..schema.layers {

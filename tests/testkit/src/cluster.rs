@@ -109,10 +109,15 @@ impl Cluster {
         let config = WorkerConfig {
             listen: ANY_PORT,
             admin_listen: ANY_PORT,
-            store_url: self.store.as_ref().map(|store| url(store.grpc_addr())).unwrap_or_default(),
+            store_url: self
+                .store
+                .as_ref()
+                .map(|store| url(store.grpc_addr()))
+                .unwrap_or_default(),
             ..self.options.worker_config.clone()
         };
-        self.workers.push(Worker::start(&config, Arc::clone(&self.file), &Runtime::new()).await?);
+        self.workers
+            .push(Worker::start(&config, Arc::clone(&self.file), &Runtime::new()).await?);
         Ok(self.workers.len() - 1)
     }
 
@@ -124,7 +129,11 @@ impl Cluster {
         let config = RouterConfig {
             listen: ANY_PORT,
             workers: self.workers.iter().map(|worker| url(worker.grpc_addr())).collect(),
-            store_url: self.store.as_ref().map(|store| url(store.grpc_addr())).unwrap_or_default(),
+            store_url: self
+                .store
+                .as_ref()
+                .map(|store| url(store.grpc_addr()))
+                .unwrap_or_default(),
             block_tokens: self.options.worker_config.block_tokens,
             ..self.options.router_config.clone()
         };

@@ -37,9 +37,17 @@ pub fn openai_python() -> PathBuf {
 }
 
 fn installed(name: &str, remedy: &str) -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     let cache = set("XDG_CACHE_HOME").unwrap_or_else(|| set("HOME").unwrap_or_default().join(".cache"));
     let path = cache.join("kvasir").join(name);
-    assert!(path.exists(), "{} is missing: run `{remedy}` first (`make test` does)", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing: run `{remedy}` first (`make test` does)",
+        path.display()
+    );
     path
 }

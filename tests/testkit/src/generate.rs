@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result};
 use kvasir_proto::v1::{
-    Finished, GenerateReply, GenerateRequest, SamplingParams, Started, generate_reply::Event, worker_client::WorkerClient,
+    Finished, GenerateReply, GenerateRequest, SamplingParams, Started, generate_reply::Event,
+    worker_client::WorkerClient,
 };
 
 /// A whole answer.
@@ -28,7 +29,9 @@ impl Generation {
     /// # Errors
     /// The worker's refusal, as a [`tonic::Status`] in the chain.
     pub async fn start(worker_url: &str, request: GenerateRequest) -> Result<Self> {
-        let mut client = WorkerClient::connect(worker_url.to_owned()).await.context("nothing answers there")?;
+        let mut client = WorkerClient::connect(worker_url.to_owned())
+            .await
+            .context("nothing answers there")?;
         Ok(Self(client.generate(request).await?.into_inner()))
     }
 

@@ -22,12 +22,17 @@ impl Answer {
     /// The text of the first choice, chat or not.
     pub fn text(&self) -> &str {
         let choice = &self.body["choices"][0];
-        choice["message"]["content"].as_str().or(choice["text"].as_str()).unwrap_or("")
+        choice["message"]["content"]
+            .as_str()
+            .or(choice["text"].as_str())
+            .unwrap_or("")
     }
 
     /// Prompt tokens that came from a cache, as OpenAI's usage counts them.
     pub fn cached_tokens(&self) -> u64 {
-        self.body["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0)
+        self.body["usage"]["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .unwrap_or(0)
     }
 
     /// `error.message`.
@@ -59,10 +64,25 @@ impl Cluster {
     /// When nothing answers.
     pub async fn post(&self, path: &str, body: &(impl ToString + ?Sized)) -> Result<Answer> {
         let request = self.client.post(format!("{}{path}", self.router_url()));
-        let request = request.header("content-type", "application/json").body(body.to_string());
-        let response = request.send().await.with_context(|| format!("nothing answers at {path}"))?;
-        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let (status, retry_after, request_id) = (response.status().as_u16(), header("retry-after"), header("x-request-id"));
+        let request = request
+            .header("content-type", "application/json")
+            .body(body.to_string());
+        let response = request
+            .send()
+            .await
+            .with_context(|| format!("nothing answers at {path}"))?;
+        let header = |name: &str| {
+            response
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .map(str::to_owned)
+        };
+        let (status, retry_after, request_id) = (
+            response.status().as_u16(),
+            header("retry-after"),
+            header("x-request-id"),
+        );
         let text = response.text().await.context("the answer broke off")?;
         Ok(Answer {
             status,

@@ -12,7 +12,9 @@ impl Metrics {
     /// # Errors
     /// When nothing answers.
     pub async fn of(base: &str) -> Result<Self> {
-        let response = reqwest::get(format!("{base}/metrics")).await.context("nothing answers at /metrics")?;
+        let response = reqwest::get(format!("{base}/metrics"))
+            .await
+            .context("nothing answers at /metrics")?;
         Ok(Self(response.text().await.context("/metrics broke off")?))
     }
 
@@ -42,7 +44,8 @@ mod tests {
     #[test]
     fn sums_go_over_labels() {
         let metrics = Metrics(
-            "# TYPE a counter\na{x=\"1\"} 2\na{x=\"2\"} 3\nab 7\nh_bucket{le=\"1\"} 4\nh_sum 2.5\nh_count 4\n".to_owned(),
+            "# TYPE a counter\na{x=\"1\"} 2\na{x=\"2\"} 3\nab 7\nh_bucket{le=\"1\"} 4\nh_sum 2.5\nh_count 4\n"
+                .to_owned(),
         );
         assert_eq!(metrics.sum("a"), Some(5.0));
         assert_eq!(metrics.sum("ab"), Some(7.0));

@@ -21,7 +21,12 @@ pub enum RawAnswer {
 ///
 /// # Errors
 /// When the connection cannot be made. A peer that cuts it while we write is an answer.
-pub async fn send_raw(addr: SocketAddr, bytes: &[u8], half_close: bool, patience: Duration) -> std::io::Result<RawAnswer> {
+pub async fn send_raw(
+    addr: SocketAddr,
+    bytes: &[u8],
+    half_close: bool,
+    patience: Duration,
+) -> std::io::Result<RawAnswer> {
     let mut stream = TcpStream::connect(addr).await?;
     let mut heard = Vec::new();
     if stream.write_all(bytes).await.is_err() || (half_close && stream.shutdown().await.is_err()) {

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 use kvasir_block::LayerBlockLayout;
-use kvasir_model::{Attention, LoadOptions, Logits, Model, ModelFile, PageId, PagePool, Sampler, Sampling, StepSequence};
+use kvasir_model::{
+    Attention, LoadOptions, Logits, Model, ModelFile, PageId, PagePool, Sampler, Sampling, StepSequence,
+};
 use kvasir_worker::WorkerConfig;
 
 use super::Case;

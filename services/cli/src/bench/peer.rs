@@ -73,7 +73,9 @@ impl Peer {
         let (context, timed) = tokens[..case.context + case.tokens].split_at(case.context);
         let question = json!({"context": context, "timed": timed, "decode": case.decode}).to_string();
         let input = self.input.as_mut().context("the peer's input is closed")?;
-        writeln!(input, "{question}").and_then(|()| input.flush()).context("the peer does not listen any more")?;
+        writeln!(input, "{question}")
+            .and_then(|()| input.flush())
+            .context("the peer does not listen any more")?;
         Ok(self.read::<Timed>()?.seconds)
     }
 

@@ -60,7 +60,13 @@ impl Client {
         });
         let url = format!("{}/v1/chat/completions", self.base);
         let sent = Instant::now();
-        let response = self.http.post(&url).json(&request).send().await.with_context(|| format!("cannot reach {url}"))?;
+        let response = self
+            .http
+            .post(&url)
+            .json(&request)
+            .send()
+            .await
+            .with_context(|| format!("cannot reach {url}"))?;
         let status = response.status();
         if !status.is_success() {
             let body = response.text().await.unwrap_or_default();
@@ -78,7 +84,10 @@ impl Client {
 /// The words of an error in OpenAI's shape, or the body as it is.
 fn message_of(body: &str) -> String {
     let parsed: Option<Value> = serde_json::from_str(body).ok();
-    let message = parsed.as_ref().and_then(|error| error.pointer("/error/message")).and_then(Value::as_str);
+    let message = parsed
+        .as_ref()
+        .and_then(|error| error.pointer("/error/message"))
+        .and_then(Value::as_str);
     message.unwrap_or(body).to_owned()
 }
 
@@ -116,7 +125,10 @@ impl Reader {
         if event.get("error").is_some() {
             bail!("the answer ended with an error: {}", message_of(data));
         }
-        let piece = event.pointer("/choices/0/delta/content").and_then(Value::as_str).unwrap_or("");
+        let piece = event
+            .pointer("/choices/0/delta/content")
+            .and_then(Value::as_str)
+            .unwrap_or("");
         if !piece.is_empty() {
             self.ttft_ms.get_or_insert_with(|| sent.elapsed().as_secs_f64() * 1e3);
             self.text.push_str(piece);
@@ -141,7 +153,9 @@ impl Reader {
             ttft_ms: self.ttft_ms.context("the answer has no text")?,
             prompt_tokens,
             completion_tokens,
-            kvasir: self.kvasir.context("the answer has no `kvasir` field: is it Kvasir that listens there?")?,
+            kvasir: self
+                .kvasir
+                .context("the answer has no `kvasir` field: is it Kvasir that listens there?")?,
         })
     }
 }
@@ -177,7 +191,10 @@ mod tests {
         let table = [
             ("data: {\"choices\":[]}\n\n", "without [DONE]"),
             ("data: [DONE]\n\n", "no usage"),
-            ("data: {\"error\":{\"message\":\"the worker left\"}}\n\n", "the worker left"),
+            (
+                "data: {\"error\":{\"message\":\"the worker left\"}}\n\n",
+                "the worker left",
+            ),
             ("data: {\n\n", "not JSON"),
         ];
         for (stream, expected) in table {

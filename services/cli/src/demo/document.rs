@@ -67,11 +67,16 @@ fn messages(question: &str) -> Value {
 }
 
 fn tokens(file: &ModelFile, question: &str) -> Result<Vec<u32>> {
-    let template = file.template().context("the demo asks questions, and this model has no chat template: use an instruct model")?;
+    let template = file
+        .template()
+        .context("the demo asks questions, and this model has no chat template: use an instruct model")?;
     let message = |role: &str, content: String| ChatMessage {
         role: role.to_owned(),
         content,
     };
-    let text = template.render(&[message("system", system()), message("user", question.to_owned())], true)?;
+    let text = template.render(
+        &[message("system", system()), message("user", question.to_owned())],
+        true,
+    )?;
     Ok(file.tokenizer().encode(&text, true)?)
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use kvasir_client::{ClientConfig, StoreClient};
 use kvasir_proto::v1::{
-    AttentionMode, AttentionOptions, GenerateRequest, SamplingParams, generate_reply::Event, worker_client::WorkerClient,
+    AttentionMode, AttentionOptions, GenerateRequest, SamplingParams, generate_reply::Event,
+    worker_client::WorkerClient,
 };
 
 use crate::ready::Ready;
@@ -41,12 +42,20 @@ pub(super) struct StoreStat {
 impl Worker {
     pub(super) async fn connect(ready: &Ready) -> Result<Self> {
         let worker = ready.worker.as_ref().context("the service runs no worker")?;
-        let client = WorkerClient::connect(worker.grpc.clone()).await.context("cannot reach the worker")?;
+        let client = WorkerClient::connect(worker.grpc.clone())
+            .await
+            .context("cannot reach the worker")?;
         Ok(Self { client, asked: 0 })
     }
 
     /// Decodes greedily, or feeds `forced` and takes the model's choice at each step.
-    pub(super) async fn generate(&mut self, prompt: &[u32], max_tokens: u32, mode: Mode, forced: &[u32]) -> Result<Generated> {
+    pub(super) async fn generate(
+        &mut self,
+        prompt: &[u32],
+        max_tokens: u32,
+        mode: Mode,
+        forced: &[u32],
+    ) -> Result<Generated> {
         self.asked += 1;
         let request = GenerateRequest {
             request_id: format!("demo-{}", self.asked),
@@ -61,7 +70,12 @@ impl Worker {
             forced: forced.to_vec(),
             ..Default::default()
         };
-        let mut stream = self.client.generate(request).await.context("the worker refused to generate")?.into_inner();
+        let mut stream = self
+            .client
+            .generate(request)
+            .await
+            .context("the worker refused to generate")?
+            .into_inner();
         let mut ids = Vec::new();
         while let Some(reply) = stream.message().await.context("the worker broke off")? {
             match reply.event {
@@ -103,7 +117,10 @@ pub(super) async fn wait_until_durable(ready: &Ready, blocks: u64) -> Result<Sto
     loop {
         let stat = client.stat().await?;
         if stat.flush_dropped > 0 {
-            bail!("the store could not write {} layer blocks to its disk: is it full?", stat.flush_dropped);
+            bail!(
+                "the store could not write {} layer blocks to its disk: is it full?",
+                stat.flush_dropped
+            );
         }
         if stat.blocks >= blocks && stat.flush_queue_blocks == 0 {
             return Ok(StoreStat {

@@ -23,7 +23,14 @@ pub(super) enum Run {
 }
 
 impl Run {
-    pub(super) const ALL: [Self; 6] = [Self::Cold, Self::Warm, Self::Restarted, Self::Killed, Self::Attend, Self::Rows];
+    pub(super) const ALL: [Self; 6] = [
+        Self::Cold,
+        Self::Warm,
+        Self::Restarted,
+        Self::Killed,
+        Self::Attend,
+        Self::Rows,
+    ];
 
     pub(super) const fn name(self) -> &'static str {
         match self {
@@ -118,7 +125,11 @@ impl Forced {
     /// Counts equal choices. Both must have chosen equally often, or they were not forced alike.
     pub(super) fn compare(run: Run, full: &[u32], chosen: &[u32]) -> Result<Self> {
         if full.is_empty() || full.len() != chosen.len() {
-            bail!("{} forced tokens brought {} choices: the worker does not force as documented", full.len(), chosen.len());
+            bail!(
+                "{} forced tokens brought {} choices: the worker does not force as documented",
+                full.len(),
+                chosen.len()
+            );
         }
         Ok(Self {
             run,
@@ -214,10 +225,16 @@ impl Report {
             ));
         }
         if matches!(run, Run::Warm | Run::Restarted | Run::Killed) && !self.same_as_cold(question - 1, &measured) {
-            self.failures.push(format!("question {question}, {}: the answer is not the cold answer", run.name()));
+            self.failures.push(format!(
+                "question {question}, {}: the answer is not the cold answer",
+                run.name()
+            ));
         }
         if let Some(reason) = measured.fallback_reason.as_ref().filter(|_| measured.fell_back) {
-            self.failures.push(format!("question {question}, {}: fell back to full attention: {reason}", run.name()));
+            self.failures.push(format!(
+                "question {question}, {}: fell back to full attention: {reason}",
+                run.name()
+            ));
         }
         self.rows.push(Row {
             run,
@@ -232,7 +249,10 @@ impl Report {
     }
 
     fn of(&self, run: Run) -> impl Iterator<Item = &Measured> {
-        self.rows.iter().filter(move |row| row.run == run).map(|row| &row.measured)
+        self.rows
+            .iter()
+            .filter(move |row| row.run == run)
+            .map(|row| &row.measured)
     }
 
     fn same_as_cold(&self, index: usize, warm: &Measured) -> bool {
@@ -250,7 +270,11 @@ impl Report {
         let count = |run, figure: fn(&Measured) -> u64| self.median_of(run, |measured| figure(measured) as f64) as u64;
         let warm = [Run::Warm, Run::Restarted, Run::Killed];
         let identical = warm.iter().all(|run| {
-            self.of(*run).count() > 0 && self.of(*run).enumerate().all(|(index, measured)| self.same_as_cold(index, measured))
+            self.of(*run).count() > 0
+                && self
+                    .of(*run)
+                    .enumerate()
+                    .all(|(index, measured)| self.same_as_cold(index, measured))
         });
         let group = file.shape().q_heads as f64 / file.shape().kv_heads as f64;
         Finished {
@@ -287,7 +311,11 @@ impl Report {
         let sum = |figure: fn(&Measured) -> u64| self.of(run).map(figure).sum::<u64>() as f64;
         let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
         let keys = sum(|measured| measured.keys_total);
-        let forced = || self.forced.iter().filter(|forced| forced.run == run && !forced.fell_back);
+        let forced = || {
+            self.forced
+                .iter()
+                .filter(|forced| forced.run == run && !forced.fell_back)
+        };
         let forced_tokens = forced().map(|forced| forced.tokens).sum();
         let agreeing: usize = forced().map(|forced| forced.agreeing).sum();
         Retrieval {
@@ -295,10 +323,16 @@ impl Report {
             keys_scanned_fraction: share(sum(|measured| measured.keys_scanned), keys),
             keys_attended_fraction: share(sum(|measured| measured.keys_attended), keys * group),
             mass_covered_p50: self.median_of(run, |measured| measured.mass_covered_p50),
-            mass_covered_min: self.of(run).map(|measured| measured.mass_covered_min).fold(1.0, f64::min),
+            mass_covered_min: self
+                .of(run)
+                .map(|measured| measured.mass_covered_min)
+                .fold(1.0, f64::min),
             top1_agreement: share(agreeing as f64, forced_tokens as f64),
             forced_tokens,
-            retrieved_bytes_per_token: share(sum(|measured| measured.retrieved_bytes), sum(|measured| measured.completion_tokens.saturating_sub(1))),
+            retrieved_bytes_per_token: share(
+                sum(|measured| measured.retrieved_bytes),
+                sum(|measured| measured.completion_tokens.saturating_sub(1)),
+            ),
             ttft_ms: self.median_of(run, |measured| measured.ttft_ms),
             decode_tokens_per_second: self.decode_speed(run),
             fell_back: self.of(run).filter(|measured| measured.fell_back).count(),
@@ -306,7 +340,11 @@ impl Report {
     }
 
     fn decode_speed(&self, run: Run) -> f64 {
-        median(self.of(run).filter_map(|measured| measured.decode_tokens_per_second).collect())
+        median(
+            self.of(run)
+                .filter_map(|measured| measured.decode_tokens_per_second)
+                .collect(),
+        )
     }
 }
 
@@ -314,10 +352,24 @@ impl Finished {
     /// The figures of one way of asking, for the table: first token in ms, prompt tokens found, decode tokens per second.
     pub(super) fn line(&self, run: Run) -> (f64, u64, f64) {
         let of = |figure: fn(&Measured) -> f64| {
-            median(self.rows.iter().filter(|row| row.run == run).map(|row| figure(&row.measured)).collect())
+            median(
+                self.rows
+                    .iter()
+                    .filter(|row| row.run == run)
+                    .map(|row| figure(&row.measured))
+                    .collect(),
+            )
         };
-        let speeds = self.rows.iter().filter(|row| row.run == run).filter_map(|row| row.measured.decode_tokens_per_second);
-        (of(|measured| measured.ttft_ms), of(|measured| measured.cached_tokens as f64) as u64, median(speeds.collect()))
+        let speeds = self
+            .rows
+            .iter()
+            .filter(|row| row.run == run)
+            .filter_map(|row| row.measured.decode_tokens_per_second);
+        (
+            of(|measured| measured.ttft_ms),
+            of(|measured| measured.cached_tokens as f64) as u64,
+            median(speeds.collect()),
+        )
     }
 }
 
@@ -348,8 +400,18 @@ mod tests {
     fn what_must_hold_is_checked() {
         let table = [
             ("warm from pages", Run::Warm, answer("a", 64, 0), ""),
-            ("not warm", Run::Warm, answer("a", 0, 0), "0 of 100 prompt tokens came from a cache"),
-            ("differs", Run::Warm, answer("b", 64, 0), "the answer is not the cold answer"),
+            (
+                "not warm",
+                Run::Warm,
+                answer("a", 0, 0),
+                "0 of 100 prompt tokens came from a cache",
+            ),
+            (
+                "differs",
+                Run::Warm,
+                answer("b", 64, 0),
+                "the answer is not the cold answer",
+            ),
             ("from the store", Run::Restarted, answer("a", 0, 64), ""),
             ("from pages only", Run::Killed, answer("a", 64, 0), "(0 from the store)"),
             ("retrieval may differ", Run::Attend, answer("b", 64, 0), ""),
@@ -359,7 +421,10 @@ mod tests {
             report.note(Run::Cold, 0, answer("a", 0, 0));
             report.note(run, 0, asked);
             let failures = report.failures.join("; ");
-            assert!(failures.contains(expected) && failures.is_empty() == expected.is_empty(), "{name}: {failures}");
+            assert!(
+                failures.contains(expected) && failures.is_empty() == expected.is_empty(),
+                "{name}: {failures}"
+            );
         }
     }
 

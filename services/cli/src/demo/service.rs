@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use kvasir_runtime::config::ENV_PREFIX;
 use serde_json::json;
-use tokio::{process::{Child, Command}, time::{Instant, sleep, timeout}};
+use tokio::{
+    process::{Child, Command},
+    time::{Instant, sleep, timeout},
+};
 
 use crate::{args::ConfigArgs, ready::Ready, tree::Configuration};
 
@@ -35,7 +38,9 @@ impl Place {
     pub(super) fn make(out: &Path, configuration: &Configuration, args: &ConfigArgs) -> Result<Self> {
         std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
         // The child may stand in another folder, and paths of its own would then mean others.
-        let out = out.canonicalize().with_context(|| format!("cannot find the folder {}", out.display()))?;
+        let out = out
+            .canonicalize()
+            .with_context(|| format!("cannot find the folder {}", out.display()))?;
         let data = out.join(format!("data-{}", std::process::id()));
         let config = out.join("kvasir.toml");
         let log = out.join("service.log");
@@ -84,7 +89,10 @@ impl Service {
         let binary = std::env::current_exe().context("cannot find this program's own file")?;
         let ready_file = place.data.join("ready.json");
         std::fs::create_dir_all(&place.data).with_context(|| format!("cannot make {}", place.data.display()))?;
-        let log = OpenOptions::new().append(true).open(&place.log).context("cannot open the service's log")?;
+        let log = OpenOptions::new()
+            .append(true)
+            .open(&place.log)
+            .context("cannot open the service's log")?;
         let mut command = Command::new(binary);
         command.arg("--config").arg(&place.config);
         for assignment in &place.set {
@@ -95,7 +103,11 @@ impl Service {
             command.env_remove(name);
         }
         command.arg("up").arg("--ready-file").arg(&ready_file);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .kill_on_drop(true);
         let mut child = command.spawn().context("cannot start the service")?;
         let begun = Instant::now();
         while !ready_file.exists() {
@@ -122,7 +134,10 @@ impl Service {
     pub(super) async fn stop(mut self) -> Result<()> {
         let pid = self.child.id().context("the service has ended by itself")?.to_string();
         // The standard library sends SIGKILL only; every Unix has this command.
-        let sent = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &pid]).status().await;
+        let sent = Command::new("sh")
+            .args(["-c", "kill -TERM \"$0\"", &pid])
+            .status()
+            .await;
         if !sent.is_ok_and(|status| status.success()) {
             bail!("cannot send SIGTERM to process {pid}");
         }
@@ -143,5 +158,9 @@ impl Service {
 /// What a process that failed said last.
 fn last_line(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
-    text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").to_owned()
+    text.lines()
+        .rev()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("it said nothing")
+        .to_owned()
 }

@@ -6,10 +6,18 @@ pub(super) fn lines(report: &Finished) -> Vec<String> {
     let mut lines = vec![
         format!(
             "{} as context, {} prompt tokens; {} questions, medians; {}, {} cores ({})",
-            report.document, report.prompt_tokens, report.questions, report.model, report.machine.cores, report.machine.cpu
+            report.document,
+            report.prompt_tokens,
+            report.questions,
+            report.model,
+            report.machine.cores,
+            report.machine.cpu
         ),
         String::new(),
-        format!("{:18}{:>14}{:>10}{:>20}{:>14}", "", "first token", "", "prompt tokens found", "decode"),
+        format!(
+            "{:18}{:>14}{:>10}{:>20}{:>14}",
+            "", "first token", "", "prompt tokens found", "decode"
+        ),
     ];
     for run in Run::ALL {
         let (ttft_ms, cached, speed) = report.line(run);
@@ -18,7 +26,10 @@ pub(super) fn lines(report: &Finished) -> Vec<String> {
             _ if ttft_ms > 0.0 => format!("{:.0}x", report.ttft_cold_ms / ttft_ms),
             _ => String::new(),
         };
-        lines.push(format!("{:18}{ttft_ms:>11.0} ms{faster:>10}{cached:>20}{speed:>8.1} tok/s", run.name()));
+        lines.push(format!(
+            "{:18}{ttft_ms:>11.0} ms{faster:>10}{cached:>20}{speed:>8.1} tok/s",
+            run.name()
+        ));
     }
     lines.push(String::new());
     lines.push(format!(
@@ -27,10 +38,22 @@ pub(super) fn lines(report: &Finished) -> Vec<String> {
         bytes(report.bytes_pushed),
         bytes(report.bytes_loaded)
     ));
-    let verdict = if report.greedy_identical_full_vs_cached { "equal" } else { "NOT EQUAL" };
-    lines.push(format!("greedy answers with and without the cache, also after restart and kill: {verdict}"));
-    let tenth = if report.warm_within_a_tenth_of_cold { "yes" } else { "NO" };
-    lines.push(format!("first token warm within a tenth of cold, also after restart and kill: {tenth}"));
+    let verdict = if report.greedy_identical_full_vs_cached {
+        "equal"
+    } else {
+        "NOT EQUAL"
+    };
+    lines.push(format!(
+        "greedy answers with and without the cache, also after restart and kill: {verdict}"
+    ));
+    let tenth = if report.warm_within_a_tenth_of_cold {
+        "yes"
+    } else {
+        "NO"
+    };
+    lines.push(format!(
+        "first token warm within a tenth of cold, also after restart and kill: {tenth}"
+    ));
     lines.push(retrieval(&report.retrieval));
     lines.push(retrieval(&report.retrieval_rows));
     lines

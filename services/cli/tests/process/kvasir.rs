@@ -21,7 +21,11 @@ pub(crate) const ANY_PORTS: [&str; 5] = [
 /// A command line of the binary, apart from this machine's own configuration.
 pub(crate) fn kvasir(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvasir"));
-    command.current_dir(folder).env("XDG_CONFIG_HOME", folder).stdin(Stdio::null()).kill_on_drop(true);
+    command
+        .current_dir(folder)
+        .env("XDG_CONFIG_HOME", folder)
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("KVASIR__")) {
         command.env_remove(name);
     }
@@ -63,7 +67,12 @@ impl Running {
         for assignment in ANY_PORTS.iter().chain(assignments) {
             command.args(["--set", assignment]);
         }
-        command.arg(part).arg("--ready-file").arg(&ready_file).stdout(file("out")).stderr(file("err"));
+        command
+            .arg(part)
+            .arg("--ready-file")
+            .arg(&ready_file)
+            .stdout(file("out"))
+            .stderr(file("err"));
         let mut child = command.spawn().expect("the binary starts");
         let begun = Instant::now();
         let ready = loop {
@@ -73,7 +82,11 @@ impl Running {
             let ended = child.try_wait().expect("can be watched");
             let err = || std::fs::read_to_string(folder.join(format!("{name}.err"))).unwrap_or_default();
             assert!(ended.is_none(), "{part} ended while starting: {}", err());
-            assert!(begun.elapsed() < Duration::from_secs(120), "{part} is not ready: {}", err());
+            assert!(
+                begun.elapsed() < Duration::from_secs(120),
+                "{part} is not ready: {}",
+                err()
+            );
             tokio::time::sleep(Duration::from_millis(10)).await;
         };
         Self {
@@ -86,7 +99,11 @@ impl Running {
 
     /// An address out of the ready file, as in `"/store/grpc"`.
     pub(crate) fn url(&self, pointer: &str) -> String {
-        self.ready.pointer(pointer).and_then(Value::as_str).unwrap_or_else(|| panic!("{pointer} in {}", self.ready)).to_owned()
+        self.ready
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_else(|| panic!("{pointer} in {}", self.ready))
+            .to_owned()
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -95,7 +112,9 @@ impl Running {
 
     /// Sends a signal by name, as in `"TERM"`.
     pub(crate) fn signal(&self, signal: &str) {
-        let sent = std::process::Command::new("sh").args(["-c", "kill -\"$0\" \"$1\"", signal, &self.pid().to_string()]).status();
+        let sent = std::process::Command::new("sh")
+            .args(["-c", "kill -\"$0\" \"$1\"", signal, &self.pid().to_string()])
+            .status();
         assert!(sent.expect("sh runs").success(), "cannot send {signal}");
     }
 
@@ -103,7 +122,9 @@ impl Running {
     pub(crate) async fn ended(&mut self) -> ExitStatus {
         let patience = Duration::from_secs(60);
         let status = tokio::time::timeout(patience, self.child.wait()).await;
-        status.unwrap_or_else(|_| panic!("still there after {patience:?}: {}", self.err())).expect("can be waited for")
+        status
+            .unwrap_or_else(|_| panic!("still there after {patience:?}: {}", self.err()))
+            .expect("can be waited for")
     }
 
     /// SIGTERM and the exit status.
