@@ -135,3 +135,18 @@ impl Answer {
         }
     }
 }
+
+#[cfg(test)]
+impl KvasirReport {
+    /// A report for tests.
+    pub(crate) fn example(cached_tokens: u32) -> Self {
+        Self {
+            worker: "http://worker".to_owned(),
+            cached_tokens,
+            cached_tokens_device: cached_tokens,
+            cached_tokens_store: 0,
+            ttft_ms: Some(1.5),
+            report: Report::default(),
+        }
+    }
+}

@@ -30,8 +30,6 @@ pub struct RouterConfig {
     pub body_bytes_max: ByteSize,
     /// Most prompts in one `/v1/completions` request.
     pub prompts_max: usize,
-    /// Tokens generated for a chat request that does not say how many; never beyond the context window.
-    pub chat_tokens_default: u32,
     /// How long a client may take to send its request body.
     pub body_timeout: HumanDuration,
     /// How long connecting to a worker, or asking it who it is, may take.
@@ -100,7 +98,6 @@ impl Default for RouterConfig {
             in_flight_max: 256,
             body_bytes_max: ByteSize::mib(4),
             prompts_max: 32,
-            chat_tokens_default: 2048,
             body_timeout: HumanDuration::secs(30),
             connect_timeout: HumanDuration::secs(2),
             first_token_timeout: HumanDuration::secs(300),
@@ -159,7 +156,6 @@ impl RouterConfig {
             ("router.in_flight_max", self.in_flight_max),
             ("router.body_bytes_max", self.body_bytes_max.as_usize()),
             ("router.prompts_max", self.prompts_max),
-            ("router.chat_tokens_default", self.chat_tokens_default as usize),
             ("router.prefix_map_blocks_max", self.prefix_map_blocks_max),
         ];
         if let Some((key, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
@@ -231,7 +227,8 @@ mod tests {
 
     #[test]
     fn refusals_name_the_key() {
-        let table: [(&str, fn(&mut RouterConfig), &str); 11] = [
+        type Case = (&'static str, fn(&mut RouterConfig), &'static str);
+        let table: [Case; 11] = [
             ("nothing", |_| {}, ""),
             ("exposed", |c| c.listen = ([0, 0, 0, 0], 7400).into(), "router.listen"),
             (

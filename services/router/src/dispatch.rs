@@ -109,11 +109,6 @@ impl Dispatcher {
         })
     }
 
-    /// Who there is to ask.
-    pub(crate) fn workers(&self) -> &Workers {
-        &self.workers
-    }
-
     /// Seconds after which a refused client may try again.
     pub(crate) fn retry_after(&self) -> u64 {
         self.admission.retry_after(self.workers.usable().map(|(_, load)| load))
@@ -300,3 +295,6 @@ fn reason(failure: &CallError) -> &'static str {
         CallError::Failed(_) => "failed",
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -186,7 +186,7 @@ fn message_of(job: &Job) -> v1::GenerateRequest {
     v1::GenerateRequest {
         request_id: job.request_id.to_string(),
         prompt: job.prompt.to_vec(),
-        max_tokens: job.max_tokens,
+        max_tokens: job.max_tokens.unwrap_or(0),
         sampling: Some(v1::SamplingParams {
             temperature: options.temperature,
             top_p: options.top_p,
@@ -278,3 +278,6 @@ fn report_of(wire: v1::GenerateReport) -> Report {
         decode_ms: wire.decode_ms,
     }
 }
+
+#[cfg(test)]
+pub(crate) mod scripted;

@@ -54,7 +54,6 @@ pub(crate) struct App {
     pub(crate) body_timeout: Duration,
     pub(crate) stall_timeout: Duration,
     pub(crate) prompts_max: usize,
-    pub(crate) chat_tokens_default: u32,
 }
 
 /// A request that was understood.
@@ -219,12 +218,8 @@ async fn begin(
     arrived: Instant,
 ) -> Result<(Reply, bool, Vec<Answer>), ApiError> {
     let (options, field, budget) = (Arc::new(parsed.options), parsed.prompt_field, parsed.budget);
-    let reply = Reply::new(
-        shape,
-        Arc::clone(&app.served),
-        parsed.include_usage,
-        parsed.sources.len(),
-    );
+    let (served, prompts) = (&app.served, parsed.sources.len());
+    let reply = Reply::new(shape, &served.name, &served.fingerprint, parsed.include_usage, prompts);
     let prepared = parsed.sources.into_iter().map(|source| {
         let options = &options;
         async move {
@@ -252,7 +247,7 @@ fn parse(app: &App, shape: Shape, body: &[u8]) -> Result<Parsed, ApiError> {
     let value: Value = serde_json::from_slice(body)
         .map_err(|error| ApiError::malformed(format!("the request body is not valid JSON: {error}")))?;
     let parsed = match shape {
-        Shape::Chat => chat::parse(value, app.chat_tokens_default)?,
+        Shape::Chat => chat::parse(value)?,
         Shape::Text => completions::parse(value, app.prompts_max)?,
     };
     match &parsed.model {

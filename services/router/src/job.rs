@@ -17,8 +17,8 @@ pub(crate) struct Job {
     pub(crate) prompt: Arc<[u32]>,
     /// Names of the prompt's whole blocks.
     pub(crate) chain: Arc<[BlockHash]>,
-    /// Most tokens to generate, at least one; prompt and these fit in the context window.
-    pub(crate) max_tokens: u32,
+    /// Most tokens to generate, at least one; prompt and these fit in the context window. `None` leaves it to the worker.
+    pub(crate) max_tokens: Option<u32>,
     /// Everything that does not depend on the prompt.
     pub(crate) options: Arc<Options>,
 }

@@ -50,9 +50,6 @@ mod workers;
 mod admission;
 mod metrics;
 
-#[cfg(test)]
-mod testing;
-
 pub use self::{
     config::{ConfigError, PolicyConfig, RouterConfig},
     router::Router,

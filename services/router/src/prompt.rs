@@ -43,8 +43,8 @@ pub(crate) struct Prepared {
     pub(crate) tokens: Arc<[u32]>,
     /// Names of its whole blocks.
     pub(crate) chain: Arc<[BlockHash]>,
-    /// Tokens that may be generated.
-    pub(crate) max_tokens: u32,
+    /// Tokens that may be generated; `None` leaves it to the worker.
+    pub(crate) max_tokens: Option<u32>,
 }
 
 /// How many tokens may be generated.
@@ -52,8 +52,10 @@ pub(crate) struct Prepared {
 pub(crate) enum Budget {
     /// The caller's number: more than fits is refused.
     Asked(u32),
-    /// The server's number: cut to what fits.
-    Default(u32),
+    /// This API's number: cut to what fits.
+    AtMost(u32),
+    /// The worker's own number.
+    Worker,
 }
 
 /// Why there is no prompt.
@@ -76,8 +78,10 @@ pub(crate) enum PromptError {
         requested: usize,
         window: usize,
     },
-    #[error("token {index} of the prompt is {token}, and this model's ids end at {last}")]
-    UnknownToken { index: usize, token: u32, last: usize },
+    #[error(
+        "the token at index {index} of the prompt is not in the vocabulary of {vocab}: tokenise with this model's tokenizer"
+    )]
+    UnknownToken { index: usize, vocab: usize },
     #[error("this model has no chat template: use /v1/completions")]
     NoTemplate,
     #[error("the chat template refused the messages: {0}")]
@@ -120,11 +124,7 @@ impl Served {
             Source::Tokens(ids) => {
                 let vocab = self.file.tokenizer().vocab();
                 match ids.iter().position(|id| *id as usize >= vocab) {
-                    Some(index) => Err(PromptError::UnknownToken {
-                        index,
-                        token: ids[index],
-                        last: vocab.saturating_sub(1),
-                    }),
+                    Some(index) => Err(PromptError::UnknownToken { index, vocab }),
                     None => Ok(ids),
                 }
             }
@@ -180,7 +180,7 @@ impl Source {
 }
 
 /// Tokens to generate after `prompt` tokens in a window.
-fn fit(prompt: usize, budget: Budget, window: usize) -> Result<u32, PromptError> {
+fn fit(prompt: usize, budget: Budget, window: usize) -> Result<Option<u32>, PromptError> {
     if prompt == 0 {
         return Err(PromptError::Empty);
     }
@@ -195,8 +195,9 @@ fn fit(prompt: usize, budget: Budget, window: usize) -> Result<u32, PromptError>
             requested: prompt.saturating_add(asked as usize),
             window,
         }),
-        Budget::Asked(asked) => Ok(asked),
-        Budget::Default(most) => Ok(u32::try_from(room).unwrap_or(u32::MAX).min(most)),
+        Budget::Asked(asked) => Ok(Some(asked)),
+        Budget::AtMost(most) => Ok(Some(u32::try_from(room).unwrap_or(u32::MAX).min(most))),
+        Budget::Worker => Ok(None),
     }
 }
 
@@ -222,15 +223,16 @@ mod tests {
             })
         };
         let table = [
-            (0, Budget::Default(10), Err(PromptError::Empty)),
-            (1, Budget::Asked(99), Ok(99)),
+            (0, Budget::Worker, Err(PromptError::Empty)),
+            (1, Budget::Asked(99), Ok(Some(99))),
             (1, Budget::Asked(100), no_room(1, 100)),
-            (99, Budget::Asked(1), Ok(1)),
-            (99, Budget::Default(10), Ok(1)),
-            (50, Budget::Default(10), Ok(10)),
+            (99, Budget::Asked(1), Ok(Some(1))),
+            (99, Budget::AtMost(10), Ok(Some(1))),
+            (50, Budget::AtMost(10), Ok(Some(10))),
+            (50, Budget::Worker, Ok(None)),
             (
                 100,
-                Budget::Default(10),
+                Budget::Worker,
                 Err(PromptError::TooLong {
                     prompt: 100,
                     window: 100,

@@ -95,7 +95,6 @@ impl Router {
             body_timeout: config.body_timeout.get(),
             stall_timeout: config.stall_timeout.get(),
             prompts_max: config.prompts_max,
-            chat_tokens_default: config.chat_tokens_default,
         };
         let routes = http::routes(app).merge(admin::router(runtime.metrics.clone(), runtime.readiness.clone()));
         let until = close.clone().cancelled_owned();

@@ -76,7 +76,6 @@ struct State {
     in_flight: u32,
     /// .. and tokens to compute of those that have not begun to answer. A report is up to 50 ms old; these are not.
     unanswered_tokens: u64,
-    unanswered: u32,
 }
 
 /// Whether a worker can be asked, and why not.
@@ -315,7 +314,6 @@ impl Worker {
         let tokens = compute_tokens as u64;
         let mut state = self.state.lock();
         state.in_flight += 1;
-        state.unanswered += 1;
         state.unanswered_tokens += tokens;
         drop(state);
         Assignment {
@@ -343,7 +341,6 @@ impl Assignment {
     pub(crate) fn answered(&mut self) {
         if let Some(tokens) = self.unanswered.take() {
             let mut state = self.worker.state.lock();
-            state.unanswered -= 1;
             state.unanswered_tokens -= tokens;
         }
     }
@@ -363,7 +360,6 @@ impl State {
             reported: None,
             in_flight: 0,
             unanswered_tokens: 0,
-            unanswered: 0,
         }
     }
 

@@ -13,8 +13,8 @@ use crate::prompt::{Budget, Source};
 /// Most messages of one request; far beyond what a window holds.
 const MESSAGES_MAX: usize = 65_536;
 
-/// Reads the request; `tokens_default` is generated when it does not say how many.
-pub(crate) fn parse(body: Value, tokens_default: u32) -> Result<Parsed, ApiError> {
+/// Reads the request.
+pub(crate) fn parse(body: Value) -> Result<Parsed, ApiError> {
     let mut fields = Fields::of("", body)?;
     let model = fields.text("model")?;
     let messages = fields.take("messages");
@@ -71,7 +71,7 @@ pub(crate) fn parse(body: Value, tokens_default: u32) -> Result<Parsed, ApiError
         model,
         sources: vec![Source::Chat(messages.collect::<Result<_, _>>()?)],
         prompt_field: "messages",
-        budget: common.budget.unwrap_or(Budget::Default(tokens_default)),
+        budget: common.budget.unwrap_or(Budget::Worker),
         options: common.options,
         stream: common.stream,
         include_usage: common.include_usage,

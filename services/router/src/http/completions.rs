@@ -37,7 +37,7 @@ pub(crate) fn parse(body: Value, prompts_max: usize) -> Result<Parsed, ApiError>
         model,
         sources,
         prompt_field: "prompt",
-        budget: common.budget.unwrap_or(Budget::Default(TOKENS_DEFAULT)),
+        budget: common.budget.unwrap_or(Budget::AtMost(TOKENS_DEFAULT)),
         options: common.options,
         stream: common.stream,
         include_usage: common.include_usage,

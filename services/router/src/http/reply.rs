@@ -3,15 +3,13 @@
 //! Fields come in the order that OpenAI sends them. `kvasir` is our addition: it stands at the top of an answer to one
 //! prompt, in the last piece of a stream, and on each choice where there are several prompts.
 
-use std::sync::Arc;
-
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::{
     answer::{End, KvasirReport},
     job::FinishReason,
-    prompt::{Served, unix_seconds},
+    prompt::unix_seconds,
 };
 
 /// Which route asked.
@@ -24,7 +22,8 @@ pub(crate) enum Shape {
 /// What all pieces of one answer have in common.
 pub(crate) struct Reply {
     shape: Shape,
-    served: Arc<Served>,
+    model: String,
+    fingerprint: String,
     id: String,
     created: u64,
     /// Whether a stream ends with its usage; then all its pieces have the field.
@@ -112,14 +111,15 @@ const ASSISTANT: &str = "assistant";
 
 impl Reply {
     /// The frame of an answer that begins now.
-    pub(crate) fn new(shape: Shape, served: Arc<Served>, include_usage: bool, prompts: usize) -> Self {
+    pub(crate) fn new(shape: Shape, model: &str, fingerprint: &str, include_usage: bool, prompts: usize) -> Self {
         let prefix = match shape {
             Shape::Chat => "chatcmpl",
             Shape::Text => "cmpl",
         };
         Self {
             shape,
-            served,
+            model: model.to_owned(),
+            fingerprint: fingerprint.to_owned(),
             id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
             created: unix_seconds(),
             include_usage,
@@ -227,8 +227,8 @@ impl Reply {
             id: &self.id,
             object,
             created: self.created,
-            model: &self.served.name,
-            system_fingerprint: &self.served.fingerprint,
+            model: &self.model,
+            system_fingerprint: &self.fingerprint,
             choices,
             usage,
             kvasir,
@@ -253,3 +253,6 @@ impl Usage {
 pub(crate) fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_else(|_| "{}".to_owned())
 }
+
+#[cfg(test)]
+mod tests;
