@@ -35,6 +35,8 @@ mod partial;
 mod pool;
 mod rope;
 mod scan;
+#[cfg(test)]
+mod testing;
 mod top_k;
 mod weights;
 
@@ -44,7 +46,7 @@ pub use cast::cast_f16;
 pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use isa::Isa;
-pub use matmul::matmul;
+pub use matmul::{matmul, matmul_many};
 pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;
