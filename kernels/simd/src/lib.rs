@@ -21,6 +21,7 @@
 //! matmul(&weights, &x, &mut out, &pool);
 //! assert!((out[0] - 16.0).abs() < 0.1);
 //! ```
+#![expect(unsafe_code, reason = "vector instructions, a pool that lends its caller's borrows, and bytes seen as halves")]
 
 mod activations;
 mod attend;
