@@ -91,9 +91,15 @@ impl store::BlockStore for Scripted {
 
     async fn put_blocks(
         &self,
-        _: Request<Streaming<v1::PutBlocksRequest>>,
+        request: Request<Streaming<v1::PutBlocksRequest>>,
     ) -> Result<Response<Self::PutBlocksStream>, Status> {
-        play(self.0.puts.clone())
+        // Silent until something was put.
+        let mut requests = request.into_inner();
+        let first = stream::once(async move { requests.message().await.map(drop) });
+        let replies = play(self.0.puts.clone())?.into_inner();
+        Ok(Response::new(
+            first.filter_map(|_| async { None }).chain(replies).boxed(),
+        ))
     }
 
     async fn get_blocks(&self, _: Request<v1::GetBlocksRequest>) -> Result<Response<Self::GetBlocksStream>, Status> {
