@@ -323,10 +323,16 @@ fn product<L: Lanes, const R: usize>(
     // Rows of `b` and of `sums` are equally wide.
     let width = sums.len() / R;
     let mut column = 0;
-    if L::WIDE {
+    // As many sums as fit the registers: enough to hide the latency of a multiplication, and to load each `b` seldom.
+    if L::WIDE || R == 1 {
         while column + 4 <= columns {
             strip::<L, R, 4>(l, a, b, sums, width, column);
             column += 4;
+        }
+    } else if R == 2 {
+        while column + 2 <= columns {
+            strip::<L, R, 2>(l, a, b, sums, width, column);
+            column += 2;
         }
     }
     while column < columns {

@@ -48,34 +48,32 @@ unsafe fn affine4<const T: usize, const H: usize>(
     let blocks = group.scales.len();
     let nibble = _mm256_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
-    let mut totals = [[_mm256_setzero_ps(); H]; T];
+    let mut totals = [[_mm256_setzero_ps(); T]; H];
     for block in 0..blocks {
-        for h in 0..H {
+        for (h, totals) in totals.iter_mut().enumerate() {
             let at = (half + h) * HALF;
             // SAFETY: `group` is whole: block `block` has 4 lines of 64 bytes, of which this half is 32, and 16 scales
             // and minima, of which it is 8; `x` has T rows of `blocks`.
             unsafe {
                 let line = group.lines.as_ptr().add(block * 4).cast::<u8>().add(at * 4);
-                let mut low = [_mm256_setzero_si256(); 4];
-                let mut high = [_mm256_setzero_si256(); 4];
+                let mut words = [_mm256_setzero_si256(); T];
                 for j in 0..4 {
                     let raw = _mm256_load_si256(line.add(j * 64).cast());
-                    low[j] = _mm256_and_si256(raw, nibble);
-                    high[j] = _mm256_and_si256(_mm256_srli_epi16::<4>(raw), nibble);
+                    let low = _mm256_and_si256(raw, nibble);
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(raw), nibble);
+                    for (t, words) in words.iter_mut().enumerate() {
+                        let x = &*x.as_ptr().add(t * blocks + block);
+                        *words = _mm256_add_epi16(*words, _mm256_maddubs_epi16(low, four(x, j)));
+                        *words = _mm256_add_epi16(*words, _mm256_maddubs_epi16(high, four(x, 4 + j)));
+                    }
                 }
                 let d = half_scales(group.scales.as_ptr().add(block).cast::<u8>().add(at * 2));
                 let m = half_scales(group.minima.as_ptr().add(block).cast::<u8>().add(at * 2));
-                for t in 0..T {
+                for (t, (total, words)) in totals.iter_mut().zip(words).enumerate() {
                     let x = &*x.as_ptr().add(t * blocks + block);
-                    let mut words = _mm256_maddubs_epi16(low[0], four(x, 0));
-                    words = _mm256_add_epi16(words, _mm256_maddubs_epi16(high[0], four(x, 4)));
-                    for j in 1..4 {
-                        words = _mm256_add_epi16(words, _mm256_maddubs_epi16(low[j], four(x, j)));
-                        words = _mm256_add_epi16(words, _mm256_maddubs_epi16(high[j], four(x, 4 + j)));
-                    }
                     let integers = _mm256_cvtepi32_ps(_mm256_madd_epi16(words, ones));
-                    let total = _mm256_fmadd_ps(_mm256_mul_ps(d, _mm256_set1_ps(x.d)), integers, totals[t][h]);
-                    totals[t][h] = _mm256_fmadd_ps(m, _mm256_set1_ps(x.sum), total);
+                    *total = _mm256_fmadd_ps(_mm256_mul_ps(d, _mm256_set1_ps(x.d)), integers, *total);
+                    *total = _mm256_fmadd_ps(m, _mm256_set1_ps(x.sum), *total);
                 }
             }
         }
@@ -99,9 +97,9 @@ unsafe fn offset8<const T: usize, const H: usize>(
     let blocks = group.scales.len();
     let nibble = _mm256_set1_epi8(15);
     let (ones, sixteens) = (_mm256_set1_epi16(1), _mm256_set1_epi16(16));
-    let mut totals = [[_mm256_setzero_ps(); H]; T];
+    let mut totals = [[_mm256_setzero_ps(); T]; H];
     for block in 0..blocks {
-        for h in 0..H {
+        for (h, totals) in totals.iter_mut().enumerate() {
             let at = (half + h) * HALF;
             // SAFETY: `group` is whole: block `block` has 8 lines of 64 bytes, of which this half is 32, and 16 scales, of
             // which it is 8; `x` has T rows of `blocks`.
@@ -120,12 +118,12 @@ unsafe fn offset8<const T: usize, const H: usize>(
                     }
                 }
                 let d = half_scales(group.scales.as_ptr().add(block).cast::<u8>().add(at * 2));
-                for t in 0..T {
+                for (t, total) in totals.iter_mut().enumerate() {
                     let x = &*x.as_ptr().add(t * blocks + block);
                     let unsigned =
                         _mm256_add_epi32(_mm256_madd_epi16(low[t], ones), _mm256_madd_epi16(high[t], sixteens));
                     let integers = _mm256_cvtepi32_ps(_mm256_sub_epi32(unsigned, _mm256_set1_epi32(x.offset)));
-                    totals[t][h] = _mm256_fmadd_ps(_mm256_mul_ps(d, _mm256_set1_ps(x.d)), integers, totals[t][h]);
+                    *total = _mm256_fmadd_ps(_mm256_mul_ps(d, _mm256_set1_ps(x.d)), integers, *total);
                 }
             }
         }
@@ -162,9 +160,9 @@ unsafe fn half_scales(at: *const u8) -> __m256 {
 /// `sums.len() >= T` and `half + H <= 2`.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn store<const T: usize, const H: usize>(totals: &[[__m256; H]; T], half: usize, sums: &mut [[f32; GROUP]]) {
-    for (totals, sums) in totals.iter().zip(sums) {
-        for (h, total) in totals.iter().enumerate() {
+unsafe fn store<const T: usize, const H: usize>(totals: &[[__m256; T]; H], half: usize, sums: &mut [[f32; GROUP]]) {
+    for (h, totals) in totals.iter().enumerate() {
+        for (total, sums) in totals.iter().zip(&mut *sums) {
             // SAFETY: eight f32 from `(half + h) * 8` on lie within the sixteen of a token.
             unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add((half + h) * HALF), *total) }
         }

@@ -50,7 +50,7 @@ unsafe fn affine4<const T: usize>(group: GroupView<'_>, x: &[Block], sums: &mut 
             }
             let d = scales(group.scales.as_ptr().add(block).cast());
             let m = scales(group.minima.as_ptr().add(block).cast());
-            for t in 0..T {
+            for (t, total) in totals.iter_mut().enumerate() {
                 let x = &*x.as_ptr().add(t * blocks + block);
                 // Two chains: the sum of a block need not wait for all eight steps.
                 let mut even = _mm512_setzero_si512();
@@ -60,8 +60,8 @@ unsafe fn affine4<const T: usize>(group: GroupView<'_>, x: &[Block], sums: &mut 
                     odd = _mm512_dpbusd_epi32(odd, high[j], four(x, 4 + j));
                 }
                 let integers = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
-                let total = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(x.d)), integers, totals[t]);
-                totals[t] = _mm512_fmadd_ps(m, _mm512_set1_ps(x.sum), total);
+                *total = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(x.d)), integers, *total);
+                *total = _mm512_fmadd_ps(m, _mm512_set1_ps(x.sum), *total);
             }
         }
     }
@@ -84,7 +84,7 @@ unsafe fn offset8<const T: usize>(group: GroupView<'_>, x: &[Block], sums: &mut 
                 *w = _mm512_load_si512(line.add(j).cast());
             }
             let d = scales(group.scales.as_ptr().add(block).cast());
-            for t in 0..T {
+            for (t, total) in totals.iter_mut().enumerate() {
                 let x = &*x.as_ptr().add(t * blocks + block);
                 let mut even = _mm512_setzero_si512();
                 let mut odd = _mm512_setzero_si512();
@@ -94,7 +94,7 @@ unsafe fn offset8<const T: usize>(group: GroupView<'_>, x: &[Block], sums: &mut 
                 }
                 let unsigned = _mm512_add_epi32(even, odd);
                 let integers = _mm512_cvtepi32_ps(_mm512_sub_epi32(unsigned, _mm512_set1_epi32(x.offset)));
-                totals[t] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(x.d)), integers, totals[t]);
+                *total = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(x.d)), integers, *total);
             }
         }
     }
