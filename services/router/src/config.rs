@@ -28,7 +28,7 @@ pub struct RouterConfig {
     pub in_flight_max: usize,
     /// Largest request body, in bytes; a larger one is answered 413.
     pub body_bytes_max: ByteSize,
-    /// Most prompts in one `/v1/completions` request.
+    /// Most prompts in one `/v1/completions` request; never more than `in_flight_max`.
     pub prompts_max: usize,
     /// How long a client may take to send its request body.
     pub body_timeout: HumanDuration,

@@ -7,7 +7,7 @@ use kvasir_proto::{
     BlockEvents, InvalidMessage, convert,
     v1::{self, worker_client::WorkerClient},
 };
-use kvasir_runtime::grpc::{MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES};
+use kvasir_runtime::grpc::{CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX};
 use tonic::{
     Code, Request, Status, Streaming,
     transport::{Channel, Endpoint},
@@ -18,6 +18,9 @@ use crate::{
     policy::Load,
 };
 
+/// Flow-control window of a stream. Answers are small; what matters is that a client who does not read holds little, and
+/// that hundreds of such clients do not fill the connection's window, on which the others depend.
+const STREAM_WINDOW_BYTES: u32 = 64 << 10;
 /// A silent connection is probed after this long, so that a machine that vanished is noticed without traffic ..
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// .. and given up when the probe is not answered within this.
@@ -71,8 +74,8 @@ impl From<Status> for CallError {
         match status.code() {
             Code::ResourceExhausted => Self::Busy(message),
             Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange => Self::Refused(message),
-            // A broken connection comes as any of these, depending on where it broke.
-            Code::Unavailable | Code::Cancelled | Code::Unknown | Code::Aborted => Self::Lost(message),
+            // A broken connection comes as either, depending on where it broke.
+            Code::Unavailable | Code::Unknown => Self::Lost(message),
             _ => Self::Failed(message),
         }
     }
@@ -85,6 +88,7 @@ impl WorkerCalls {
             .connect_timeout(connect_timeout)
             .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true);

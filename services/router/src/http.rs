@@ -166,10 +166,10 @@ async fn answer(app: App, request: Request, route: &'static str, shape: Shape, a
             ([(header::CONTENT_TYPE, "application/json")], body).into_response()
         }
         Err(error) => {
-            // Refusals are the client's to read; the log gets them for the one who wonders why clients complain.
+            // The message may repeat what the client wrote: it goes to the client, and not into the log.
             tracing::info!(
                 status = error.status.as_u16(),
-                param = error.param,
+                code = error.code(),
                 "request was not served"
             );
             if let Some(meter) = meter {

@@ -94,7 +94,8 @@ impl Router {
             body_bytes_max: config.body_bytes_max.as_usize(),
             body_timeout: config.body_timeout.get(),
             stall_timeout: config.stall_timeout.get(),
-            prompts_max: config.prompts_max,
+            // A request that could never have all its places is refused rather than told to come back.
+            prompts_max: config.prompts_max.min(config.in_flight_max),
         };
         let routes = http::routes(app).merge(admin::router(runtime.metrics.clone(), runtime.readiness.clone()));
         let until = close.clone().cancelled_owned();

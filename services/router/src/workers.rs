@@ -234,7 +234,7 @@ impl Worker {
                 field: "namespace".to_owned(),
                 theirs: info.namespace.to_string(),
                 ours: ours.to_string(),
-                remedy: "give all workers of a router the same worker.tenant",
+                remedy: "give all workers of a router the same worker.tenant, and start the router after them",
             }),
             _ => Ok(()),
         }
@@ -439,7 +439,7 @@ async fn supervise(worker: Arc<Worker>, mut backoff: Backoff) {
         if let Ok(namespace) = worker.greet().await {
             let ended = tokio::select! {
                 ended = load::follow(&worker, &mut backoff) => ended,
-                () = watch::follow_worker(&worker, &worker.shared.holders, namespace) => continue,
+                never = watch::follow_worker(&worker, &worker.shared.holders, namespace) => match never {},
                 () = worker.suspect.notified() => {
                     // Marked already by whoever noticed; ask at once whether it is true.
                     continue;

@@ -167,6 +167,11 @@ impl ApiError {
         }
     }
 
+    /// The error's code, for logs.
+    pub(crate) fn code(&self) -> &'static str {
+        self.code.unwrap_or(self.kind)
+    }
+
     /// The body, for a stream that has begun and can change its status no more.
     pub(crate) fn body(&self) -> Body<'_> {
         Body {

@@ -59,6 +59,9 @@ pub(crate) fn stream(app: &App, reply: Reply, answers: Vec<Answer>, place: Place
                 meter.finish(error.status.as_u16());
             }
         }
+        // In this order: a client that has read the end finds its place free.
+        drop(place);
+        drop(client);
     };
     app.tasks.spawn(task.in_current_span());
     let body = Body::from_stream(ReceiverStream::new(pieces).map(Ok::<Bytes, Infallible>));

@@ -1,7 +1,7 @@
 //! Follows block events: each worker's device tier, and the store. A watch that breaks is opened again after a while;
 //! its snapshot makes the view whole. A router without events still routes, by load alone.
 
-use std::future::Future;
+use std::convert::Infallible;
 
 use kvasir_block::NamespaceId;
 use kvasir_client::{ClientError, EventStream, StoreClient};
@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Follows the device tier of `worker`; never returns, the caller drops it when the worker is lost.
-pub(super) async fn follow_worker(worker: &Worker, holders: &Holders, namespace: NamespaceId) {
+pub(super) async fn follow_worker(worker: &Worker, holders: &Holders, namespace: NamespaceId) -> Infallible {
     let mut backoff = Backoff::new(u64::from(worker.id.0));
     loop {
         let why = match worker.calls.watch_blocks(namespace).await {
