@@ -34,6 +34,8 @@ mod partial;
 mod pool;
 mod rope;
 mod scan;
+#[cfg(test)]
+mod testing;
 mod top_k;
 mod weights;
 
@@ -42,7 +44,7 @@ pub use attend::{Segment, attend};
 pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use isa::Isa;
-pub use matmul::matmul;
+pub use matmul::{matmul, matmul_many};
 pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;
