@@ -85,13 +85,20 @@ fn products(pool: &Pool) {
             x
         });
         let mut out = vec![0.0; tokens * 1536];
-        let seconds = fastest(|| {
-            for weights in layers.iter().flatten() {
-                let x = if weights.cols() == 576 { &inputs[0] } else { &inputs[1] };
-                matmul(weights, x, &mut out[..tokens * weights.rows()], pool);
-            }
-            black_box(&mut out);
-        });
+        let mut product = |weights: &Weights| {
+            let x = if weights.cols() == 576 { &inputs[0] } else { &inputs[1] };
+            matmul(weights, x, black_box(&mut out[..tokens * weights.rows()]), pool);
+        };
+        // Runs of many tokens are long: one matrix at a time, so that a run is not cut by another process.
+        let seconds = if tokens > 8 {
+            layers
+                .iter()
+                .flatten()
+                .map(|weights| fastest(|| product(weights)))
+                .sum()
+        } else {
+            fastest(|| layers.iter().flatten().for_each(&mut product))
+        };
         let gops = 2.0 * (macs * tokens) as f64 / seconds / 1e9;
         println!(
             "matmul Q4_1, {tokens:3} tokens: {gops:7.1} GOP/s, weights {:5.1} GB/s",
@@ -199,12 +206,15 @@ fn scan() {
 }
 
 fn regions(pool: &Pool) {
-    let seconds = fastest(|| {
-        for _ in 0..100 {
-            pool.run(pool.threads(), &|index| {
-                black_box(index);
-            });
-        }
-    });
-    println!("an empty parallel loop: {:.2} us", seconds * 1e4);
+    const LOOPS: u32 = 10_000;
+    let start = Instant::now();
+    for _ in 0..LOOPS {
+        pool.run(pool.threads(), &|index| {
+            black_box(index);
+        });
+    }
+    println!(
+        "an empty parallel loop: {:.2} us on average",
+        start.elapsed().as_secs_f64() * 1e6 / f64::from(LOOPS)
+    );
 }

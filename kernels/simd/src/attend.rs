@@ -329,7 +329,7 @@ fn product<L: Lanes, const R: usize>(
             strip::<L, R, 4>(l, a, b, sums, width, column);
             column += 4;
         }
-    } else if R < 4 {
+    } else if R == 2 {
         while column + 2 <= columns {
             strip::<L, R, 2>(l, a, b, sums, width, column);
             column += 2;

@@ -21,6 +21,10 @@
 //! matmul(&weights, &x, &mut out, &pool);
 //! assert!((out[0] - 16.0).abs() < 0.1);
 //! ```
+#![expect(
+    unsafe_code,
+    reason = "vector instructions and the pool: each use names the fact that makes it sound"
+)]
 
 mod activations;
 mod attend;
