@@ -8,8 +8,6 @@
 mod attention;
 mod batch;
 mod rows;
-#[cfg(test)]
-mod tests;
 
 use kvasir_block::KvSchema;
 use kvasir_simd::{Activations, Partial, Pool, RopeTable, add_assign, matmul, rms_norm, silu_mul, to_f16};

@@ -250,6 +250,3 @@ fn kinds(metadata: &Metadata, vocab: usize) -> Result<Vec<Option<Kind>>, LoadErr
     });
     Ok(kinds.collect())
 }
-
-#[cfg(test)]
-mod tests;
