@@ -1,6 +1,6 @@
 //! A request at the door: what was asked, checked against what this worker can do, before any work.
 
-use kvasir_model::Sampling;
+use kvasir_model::{InvalidSampling, Sampling};
 use kvasir_runtime::request_id::RequestId;
 
 use crate::config::{AttentionConfig, AttentionMode};
@@ -95,8 +95,6 @@ fn refuse<T>(field: &'static str, problem: impl Into<String>) -> Result<T, Refus
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 1024;
 const SALT_BYTES_MAX: usize = 1024;
-/// Beyond this the distribution is flat for any model; larger values are a mistake.
-const TEMPERATURE_MAX: f32 = 100.0;
 
 impl Request {
     /// Checks `asked`; `seed` is taken where the caller gave none.
@@ -199,30 +197,26 @@ fn max_tokens(asked: &Asked, limits: &Limits) -> Result<usize, Refusal> {
 fn sampling(asked: Option<AskedSampling>, seed: u64) -> Result<Sampling, Refusal> {
     let Some(asked) = asked else {
         return Ok(Sampling {
-            temperature: 0.0,
-            top_p: 1.0,
             seed,
+            ..Sampling::greedy()
         });
     };
-    // Written so that NaN fails too.
-    if !(asked.temperature >= 0.0 && asked.temperature <= TEMPERATURE_MAX) {
-        let problem = format!(
-            "{}: 0 is greedy, 1 samples as the model predicts, at most {TEMPERATURE_MAX}",
-            asked.temperature
-        );
-        return refuse("sampling.temperature", problem);
-    }
-    if !(asked.top_p > 0.0 && asked.top_p <= 1.0) {
-        return refuse(
-            "sampling.top_p",
-            format!("{}: lies in (0, 1], and 1 keeps all", asked.top_p),
-        );
-    }
-    Ok(Sampling {
+    let sampling = Sampling {
         temperature: asked.temperature,
         top_p: asked.top_p,
         seed: asked.seed.unwrap_or(seed),
-    })
+    };
+    match sampling.validate() {
+        Ok(()) => Ok(sampling),
+        Err(InvalidSampling { field, found, expected }) => {
+            let field = if field == "top_p" {
+                "sampling.top_p"
+            } else {
+                "sampling.temperature"
+            };
+            refuse(field, format!("{found}: must be {expected}"))
+        }
+    }
 }
 
 fn check_stops(stops: &[String]) -> Result<(), Refusal> {

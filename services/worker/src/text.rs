@@ -35,8 +35,9 @@ impl StopText {
             return Piece::Certain(text.to_owned());
         }
         self.held.push_str(text);
-        let first = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
-        if let Some(at) = first {
+        // The one that is complete first, so that how the text was cut into pieces does not matter.
+        let ends = |stop: &String| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at));
+        if let Some((_, at)) = self.stops.iter().filter_map(ends).min() {
             self.held.truncate(at);
             return Piece::Stopped(std::mem::take(&mut self.held));
         }

@@ -236,7 +236,7 @@ async fn bad_requests_are_refused_with_the_field_and_the_numbers() {
         ),
         (
             with(&|r| r.sampling = Some(sampling(1.0, 2.0))),
-            &["sampling.top_p", "(0, 1]"],
+            &["sampling.top_p", "above 0 and at most 1"],
         ),
         (with(&|r| r.stop = vec![String::new()]), &["stop"]),
         (

@@ -65,10 +65,10 @@ fn refusals_name_the_field_and_what_to_do() {
             "max_tokens",
             "ask for at most 92",
         ),
-        (sampled(-1.0, 1.0), "sampling.temperature", "0 is greedy"),
-        (sampled(f32::NAN, 1.0), "sampling.temperature", "0 is greedy"),
-        (sampled(1.0, 0.0), "sampling.top_p", "1 keeps all"),
-        (sampled(1.0, f32::INFINITY), "sampling.top_p", "1 keeps all"),
+        (sampled(-1.0, 1.0), "sampling.temperature", "from 0 to 2"),
+        (sampled(f32::NAN, 1.0), "sampling.temperature", "from 0 to 2"),
+        (sampled(1.0, 0.0), "sampling.top_p", "above 0 and at most 1"),
+        (sampled(1.0, f32::INFINITY), "sampling.top_p", "above 0 and at most 1"),
         (
             Asked {
                 stop: vec![String::new()],
