@@ -21,11 +21,11 @@ use bytes::{BufMut, Bytes, BytesMut};
 use kvasir_block::{BlockHash, Dtype, NamespaceId};
 use kvasir_index::{Excluded, FlatScan, Segment};
 
+pub(crate) use self::context::ContextBudget;
 pub use self::{
     context::Context,
     report::{Report, Shortfall},
 };
-pub(crate) use self::context::ContextBudget;
 use self::{context::Payload, query::InvalidQuery, report::Progress};
 use crate::{BlockCache, CacheError, ErrorKind};
 
@@ -109,14 +109,26 @@ impl BlockCache {
     ) -> Result<Context, CacheError> {
         let schema = self.shared.schema_of(namespace)?;
         if schema.dtype != Dtype::F16 {
-            let message = format!("retrieval scans f16 keys, this namespace has {}: attend in the worker", schema.dtype);
+            let message = format!(
+                "retrieval scans f16 keys, this namespace has {}: attend in the worker",
+                schema.dtype
+            );
             return Err(CacheError::new(ErrorKind::Unsupported, message));
         }
         if schema.attention != "full" {
-            let message = format!("retrieval serves \"full\" attention, this namespace has {:?}", schema.attention);
+            let message = format!(
+                "retrieval serves \"full\" attention, this namespace has {:?}",
+                schema.attention
+            );
             return Err(CacheError::new(ErrorKind::Unsupported, message));
         }
-        query::check_context(&schema, chain.len(), q_heads, softmax_scale, self.shared.config.context_blocks_max)?;
+        query::check_context(
+            &schema,
+            chain.len(),
+            q_heads,
+            softmax_scale,
+            self.shared.config.context_blocks_max,
+        )?;
         Context::open(&self.shared, schema, namespace, chain, q_heads, softmax_scale)
     }
 
@@ -138,7 +150,9 @@ impl BlockCache {
         let report = progress.finish();
         let counters = &self.shared.counters;
         counters.retrieve_queries.add(1);
-        counters.retrieve_late.add(u64::from(report.shortfall == Some(Shortfall::Deadline)));
+        counters
+            .retrieve_late
+            .add(u64::from(report.shortfall == Some(Shortfall::Deadline)));
         counters.retrieve_keys_scanned.add(report.keys_scanned);
         counters.retrieve_bytes.add(report.bytes_read);
         Ok((found, report))
@@ -186,12 +200,22 @@ fn search(
         match query.form {
             Form::Rows { k } => {
                 let found = scan.rows(k);
-                progress.head(scan.keys_scanned(), &found.mass, found.positions().len() * group, found.positions().len());
+                progress.head(
+                    scan.keys_scanned(),
+                    &found.mass,
+                    found.positions().len() * group,
+                    found.positions().len(),
+                );
                 rows.push(gather(&scan, &found, head_dim));
             }
             Form::Attend { target_mass, k_max } => {
                 let found = scan.attend(target_mass, k_max);
-                progress.head(scan.keys_scanned(), &found.mass, found.keys.iter().sum(), found.value_rows);
+                progress.head(
+                    scan.keys_scanned(),
+                    &found.mass,
+                    found.keys.iter().sum(),
+                    found.value_rows,
+                );
                 progress.cut_short(found.cut_short);
                 o.extend_from_slice(&found.o);
                 lse.extend_from_slice(&found.lse);

@@ -25,8 +25,10 @@ impl Bits {
     /// What is in the set, rising.
     pub(crate) fn iter(&self) -> impl Iterator<Item = u32> {
         self.words.iter().enumerate().flat_map(|(at, &word)| {
-            std::iter::successors((word != 0).then_some(word), |rest| Some(rest & (rest - 1)).filter(|rest| *rest != 0))
-                .map(move |rest| at as u32 * 64 + rest.trailing_zeros())
+            std::iter::successors((word != 0).then_some(word), |rest| {
+                Some(rest & (rest - 1)).filter(|rest| *rest != 0)
+            })
+            .map(move |rest| at as u32 * 64 + rest.trailing_zeros())
         })
     }
 }

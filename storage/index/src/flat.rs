@@ -67,7 +67,11 @@ impl Rows {
 impl<'a> FlatScan<'a> {
     /// A scan of rows of `head_dim` elements; `scale` is multiplied into `q . k`, usually `1/sqrt(head_dim)`.
     pub fn new(head_dim: usize, scale: f32) -> Self {
-        Self { head_dim, scale, ..Self::default() }
+        Self {
+            head_dim,
+            scale,
+            ..Self::default()
+        }
     }
 
     /// Starts anew with the query rows `q[heads, head_dim]`.
@@ -99,8 +103,12 @@ impl<'a> FlatScan<'a> {
             "scan: as many values as keys, rows of head_dim {head_dim}"
         );
         let len = segment.keys.len() / head_dim;
-        let positions = u32::try_from(segment.position).ok().zip(u32::try_from(segment.position + len).ok());
-        let Some((start, end)) = positions else { panic!("scan: positions have 32 bits") };
+        let positions = u32::try_from(segment.position)
+            .ok()
+            .zip(u32::try_from(segment.position + len).ok());
+        let Some((start, end)) = positions else {
+            panic!("scan: positions have 32 bits")
+        };
         for part in excluded.searched(start..end) {
             let rows = (part.start - start) as usize * head_dim..(part.end - start) as usize * head_dim;
             self.score(Segment {
@@ -200,7 +208,14 @@ impl<'a> FlatScan<'a> {
                 }
                 rows.clear();
                 rows.extend(here.iter().map(|index| index - from as u32));
-                weighted_values(&self.scores[head][from..to], &rows, lse[head], segment.values, head_dim, &mut part);
+                weighted_values(
+                    &self.scores[head][from..to],
+                    &rows,
+                    lse[head],
+                    segment.values,
+                    head_dim,
+                    &mut part,
+                );
                 add_assign(o, &part);
             }
         });
@@ -221,7 +236,10 @@ impl<'a> FlatScan<'a> {
         self.part.resize(self.scores.len() * len, 0.0);
         scores(&self.q, segment.keys, self.head_dim, self.scale, &mut self.part);
         for (all, part) in self.scores.iter_mut().zip(self.part.chunks_exact(len)) {
-            all.extend(part.iter().map(|score| if score.is_finite() { *score } else { f32::NEG_INFINITY }));
+            all.extend(
+                part.iter()
+                    .map(|score| if score.is_finite() { *score } else { f32::NEG_INFINITY }),
+            );
         }
         self.keys += len;
         self.segments.push(segment);
@@ -250,7 +268,11 @@ fn lse_of(scores: &[f32], chosen: &[u32], all: f32, gathered: &mut Vec<f32>) -> 
 
 /// Share of the mass under `all` that `chosen` holds; all of nothing where there is none.
 fn share(chosen: f32, all: f32) -> f32 {
-    if all == f32::NEG_INFINITY { 1.0 } else { (chosen - all).exp2().min(1.0) }
+    if all == f32::NEG_INFINITY {
+        1.0
+    } else {
+        (chosen - all).exp2().min(1.0)
+    }
 }
 
 #[cfg(test)]

@@ -259,8 +259,14 @@ mod tests {
         let expected: Vec<f16> = (0..31).map(|i| f16::from_le_bytes([2 * i + 1, 2 * i + 2])).collect();
         let odd = Payload::new(bytes.slice(1..63));
         let even = Payload::new(bytes.slice(2..64));
-        assert_eq!(odd.halves().iter().map(|half| half.to_bits()).collect::<Vec<_>>(), expected.iter().map(|half| half.to_bits()).collect::<Vec<_>>());
-        assert!(matches!((&odd, &even), (Payload::Copied(_), Payload::Shared(_)) | (Payload::Shared(_), Payload::Copied(_))));
+        assert_eq!(
+            odd.halves().iter().map(|half| half.to_bits()).collect::<Vec<_>>(),
+            expected.iter().map(|half| half.to_bits()).collect::<Vec<_>>()
+        );
+        assert!(matches!(
+            (&odd, &even),
+            (Payload::Copied(_), Payload::Shared(_)) | (Payload::Shared(_), Payload::Copied(_))
+        ));
     }
 
     #[test]

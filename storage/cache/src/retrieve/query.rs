@@ -18,7 +18,10 @@ pub(super) struct InvalidQuery {
 
 impl InvalidQuery {
     pub(super) fn new(field: &'static str, problem: impl Into<String>) -> Self {
-        Self { field, problem: problem.into() }
+        Self {
+            field,
+            problem: problem.into(),
+        }
     }
 }
 
@@ -40,7 +43,9 @@ pub(super) fn check_context(
     }
     let positions = blocks as u64 * u64::from(schema.block_tokens);
     if blocks > blocks_max || positions > u64::from(u32::MAX) {
-        let message = format!("a context of {blocks} blocks is more than context_blocks_max ({blocks_max}) or 32-bit positions allow");
+        let message = format!(
+            "a context of {blocks} blocks is more than context_blocks_max ({blocks_max}) or 32-bit positions allow"
+        );
         return Err(CacheError::new(ErrorKind::LimitReached, message));
     }
     let kv_heads = usize::from(schema.kv_heads);
@@ -58,7 +63,10 @@ pub(super) fn check_context(
 pub(super) fn check(query: &Query<'_>, context: &Context) -> Result<(), InvalidQuery> {
     let schema = context.schema();
     if query.layer >= schema.layers {
-        let problem = format!("{} does not exist: the schema has {} layers, from 0", query.layer, schema.layers);
+        let problem = format!(
+            "{} does not exist: the schema has {} layers, from 0",
+            query.layer, schema.layers
+        );
         return Err(InvalidQuery::new("layer", problem));
     }
     let (q_heads, head_dim) = (context.q_heads(), usize::from(schema.head_dim));
@@ -78,12 +86,19 @@ pub(super) fn check(query: &Query<'_>, context: &Context) -> Result<(), InvalidQ
             return Err(InvalidQuery::new("target_mass", problem));
         }
         Form::Attend { k_max: Some(0), .. } => {
-            return Err(InvalidQuery::new("k_max", "0 keys per query head: leave it out for no bound"));
+            return Err(InvalidQuery::new(
+                "k_max",
+                "0 keys per query head: leave it out for no bound",
+            ));
         }
         Form::Rows { .. } | Form::Attend { .. } => {}
     }
     if query.excluded.len() > Query::EXCLUDED_MAX {
-        let problem = format!("{} ranges, at most {} are taken: join them", query.excluded.len(), Query::EXCLUDED_MAX);
+        let problem = format!(
+            "{} ranges, at most {} are taken: join them",
+            query.excluded.len(),
+            Query::EXCLUDED_MAX
+        );
         return Err(InvalidQuery::new("excluded", problem));
     }
     if let Some(range) = query.excluded.iter().find(|range| range.start > range.end) {

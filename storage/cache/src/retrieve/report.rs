@@ -66,7 +66,11 @@ impl Progress {
     /// One KV head is done: keys scanned, the share of their mass per query head, keys that take part over all query heads,
     /// value rows read.
     pub(super) fn head(&mut self, scanned: usize, mass: &[f32], attended: usize, value_rows: usize) {
-        let reached = if self.keys == 0 { 1.0 } else { scanned as f32 / self.keys as f32 };
+        let reached = if self.keys == 0 {
+            1.0
+        } else {
+            scanned as f32 / self.keys as f32
+        };
         self.report.mass_covered.extend(mass.iter().map(|mass| mass * reached));
         self.report.keys_scanned += scanned as u64;
         self.report.keys_attended += attended as u64;

@@ -22,11 +22,25 @@ impl Case {
         let keys = rng.random_range(0..12) * block;
         // Peaked and flat softmaxes both.
         let spread = [0.1, 1.0, 3.0][rng.random_range(0..3)];
-        let mut draw = |count: usize, spread: f32| (0..count).map(|_| rng.random_range(-spread..spread)).collect::<Vec<f32>>();
+        let mut draw = |count: usize, spread: f32| {
+            (0..count)
+                .map(|_| rng.random_range(-spread..spread))
+                .collect::<Vec<f32>>()
+        };
         let halves = |values: Vec<f32>| values.into_iter().map(f16::from_f32).collect::<Vec<_>>();
         let q = draw(heads * head_dim, spread);
-        let (keys, values) = (halves(draw(keys * head_dim, spread)), halves(draw(keys * head_dim, 1.0)));
-        Self { head_dim, heads, block, q, keys, values }
+        let (keys, values) = (
+            halves(draw(keys * head_dim, spread)),
+            halves(draw(keys * head_dim, 1.0)),
+        );
+        Self {
+            head_dim,
+            heads,
+            block,
+            q,
+            keys,
+            values,
+        }
     }
 
     fn scale(&self) -> f32 {
@@ -38,7 +52,14 @@ impl Case {
         scan.begin(&self.q);
         let rows = self.block * self.head_dim;
         for (at, (keys, values)) in self.keys.chunks(rows).zip(self.values.chunks(rows)).enumerate() {
-            scan.scan(Segment { keys, values, position: at * self.block }, excluded);
+            scan.scan(
+                Segment {
+                    keys,
+                    values,
+                    position: at * self.block,
+                },
+                excluded,
+            );
         }
         scan
     }
@@ -52,9 +73,15 @@ impl Case {
         let q = &self.q[head * self.head_dim..][..self.head_dim];
         let dot = |at: u32| {
             let key = &self.keys[at as usize * self.head_dim..][..self.head_dim];
-            q.iter().zip(key).map(|(q, key)| f64::from(*q) * key.to_f64()).sum::<f64>()
+            q.iter()
+                .zip(key)
+                .map(|(q, key)| f64::from(*q) * key.to_f64())
+                .sum::<f64>()
         };
-        positions.iter().map(|&at| dot(at) * f64::from(self.scale()) * std::f64::consts::LOG2_E).collect()
+        positions
+            .iter()
+            .map(|&at| dot(at) * f64::from(self.scale()) * std::f64::consts::LOG2_E)
+            .collect()
     }
 
     /// Softmax over exactly `positions`, in f64: output and base-2 log-sum-exp.
@@ -64,7 +91,9 @@ impl Case {
         let mut o = vec![0.0; self.head_dim];
         for (&at, score) in positions.iter().zip(&scores) {
             let value = &self.values[at as usize * self.head_dim..][..self.head_dim];
-            o.iter_mut().zip(value).for_each(|(o, value)| *o += (score - lse).exp2() * value.to_f64());
+            o.iter_mut()
+                .zip(value)
+                .for_each(|(o, value)| *o += (score - lse).exp2() * value.to_f64());
         }
         (o, lse)
     }
@@ -82,7 +111,10 @@ fn assert_near(found: &[f32], expected: &[f64], tolerance: f64, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
         let same = f64::from(*found) == *expected;
-        assert!(same || (f64::from(*found) - expected).abs() <= tolerance, "{what}: element {at} is {found}, not {expected}");
+        assert!(
+            same || (f64::from(*found) - expected).abs() <= tolerance,
+            "{what}: element {at} is {found}, not {expected}"
+        );
     }
 }
 
@@ -106,24 +138,46 @@ fn attend_is_attention_over_the_fewest_best_keys() {
         let scan = case.scan(&excluded);
         let searched: Vec<u32> = excluded.searched(0..case.positions()).flatten().collect();
         assert_eq!(scan.keys_scanned(), searched.len(), "seed {seed}");
-        for (target, k_max) in [(1.0, None), (0.3, None), (0.9, None), (0.999, None), (0.9, Some(3)), (1.0, Some(5)), (1e-9, None)] {
+        for (target, k_max) in [
+            (1.0, None),
+            (0.3, None),
+            (0.9, None),
+            (0.999, None),
+            (0.9, Some(3)),
+            (1.0, Some(5)),
+            (1e-9, None),
+        ] {
             let what = format!("seed {seed}, mass {target}, at most {k_max:?}");
             let found = scan.attend(target, k_max);
             for head in 0..case.heads {
                 let order = Case::by_score(&scan, head, &searched);
                 let lse = case.attention(head, &searched).1;
-                let mass: Vec<f64> = case.scores(head, &order).iter().map(|score| (score - lse).exp2()).collect();
+                let mass: Vec<f64> = case
+                    .scores(head, &order)
+                    .iter()
+                    .map(|score| (score - lse).exp2())
+                    .collect();
                 let count = found.keys[head];
                 let covered: f64 = mass[..count].iter().sum();
                 let capped = k_max.is_some_and(|k_max| count == k_max) && found.cut_short;
                 if searched.is_empty() {
-                    assert_eq!((count, found.mass[head], found.lse[head]), (0, 1.0, f32::NEG_INFINITY), "{what}");
+                    assert_eq!(
+                        (count, found.mass[head], found.lse[head]),
+                        (0, 1.0, f32::NEG_INFINITY),
+                        "{what}"
+                    );
                 } else if target == 1.0 && k_max.is_none() {
                     assert_eq!((count, found.mass[head]), (searched.len(), 1.0), "{what}");
                 } else {
-                    assert!(capped || covered >= f64::from(target) - 1e-5, "{what}: {count} keys hold {covered}");
+                    assert!(
+                        capped || covered >= f64::from(target) - 1e-5,
+                        "{what}: {count} keys hold {covered}"
+                    );
                     let without_last = covered - mass[count - 1];
-                    assert!(without_last < f64::from(target) + 1e-5, "{what}: {count} keys are more than needed");
+                    assert!(
+                        without_last < f64::from(target) + 1e-5,
+                        "{what}: {count} keys are more than needed"
+                    );
                     assert!((f64::from(found.mass[head]) - covered).abs() < 1e-5, "{what}");
                 }
                 let (o, lse) = case.attention(head, &order[..count]);
@@ -143,8 +197,9 @@ fn rows_are_the_union_of_each_heads_best() {
         let searched: Vec<u32> = excluded.searched(0..case.positions()).flatten().collect();
         for k in [1, 7, 1000] {
             let found = scan.rows(k);
-            let mut union: Vec<u32> =
-                (0..case.heads).flat_map(|head| Case::by_score(&scan, head, &searched).into_iter().take(k)).collect();
+            let mut union: Vec<u32> = (0..case.heads)
+                .flat_map(|head| Case::by_score(&scan, head, &searched).into_iter().take(k))
+                .collect();
             union.sort_unstable();
             union.dedup();
             assert_eq!(found.positions(), union, "seed {seed}, k {k}");
@@ -169,14 +224,24 @@ fn ties_go_to_the_lower_position() {
     let keys = vec![f16::ONE; 1000 * 4];
     let mut scan = FlatScan::new(4, 1.0);
     scan.begin(&[1.0, 0.0, 0.0, 0.0]);
-    scan.scan(Segment { keys: &keys, values: &keys, position: 5000 }, &Excluded::none());
+    scan.scan(
+        Segment {
+            keys: &keys,
+            values: &keys,
+            position: 5000,
+        },
+        &Excluded::none(),
+    );
     assert_eq!(scan.rows(3).positions(), [5000, 5001, 5002]);
     for (target, keys) in [(0.25, 250), (0.2505, 251), (0.9995, 1000), (0.0001, 1)] {
         let found = scan.attend(target, None);
         assert!(found.keys[0].abs_diff(keys) <= 1, "{target}: {} keys", found.keys[0]);
         assert_eq!(found, scan.attend(target, None), "the same answer twice");
     }
-    assert_eq!((scan.attend(0.5, Some(10)).keys[0], scan.attend(0.5, Some(10)).cut_short), (10, true));
+    assert_eq!(
+        (scan.attend(0.5, Some(10)).keys[0], scan.attend(0.5, Some(10)).cut_short),
+        (10, true)
+    );
     assert!(!scan.attend(0.5, Some(501)).cut_short);
 }
 
@@ -187,7 +252,14 @@ fn keys_that_are_not_numbers_are_never_chosen() {
     let values = vec![f16::ONE; 8 * 2];
     let mut scan = FlatScan::new(2, 1.0);
     scan.begin(&[1.0, 1.0]);
-    scan.scan(Segment { keys: &keys, values: &values, position: 0 }, &Excluded::none());
+    scan.scan(
+        Segment {
+            keys: &keys,
+            values: &values,
+            position: 0,
+        },
+        &Excluded::none(),
+    );
     assert_eq!(scan.rows(8).positions(), [0, 2, 5, 6, 7]);
     let found = scan.attend(1.0, None);
     assert_eq!((found.keys[0], found.mass[0], found.value_rows), (5, 1.0, 5));
@@ -197,10 +269,20 @@ fn keys_that_are_not_numbers_are_never_chosen() {
 
 #[test]
 fn value_rows_count_once_for_all_heads() {
-    let keys: Vec<f16> = (0..4).flat_map(|at| (0..4).map(move |d| if at == d { 40.0 } else { 0.0 })).map(f16::from_f32).collect();
+    let keys: Vec<f16> = (0..4)
+        .flat_map(|at| (0..4).map(move |d| if at == d { 40.0 } else { 0.0 }))
+        .map(f16::from_f32)
+        .collect();
     let mut scan = FlatScan::new(4, 1.0);
     scan.begin(&[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]);
-    scan.scan(Segment { keys: &keys, values: &keys, position: 0 }, &Excluded::none());
+    scan.scan(
+        Segment {
+            keys: &keys,
+            values: &keys,
+            position: 0,
+        },
+        &Excluded::none(),
+    );
     let found = scan.attend(0.9, None);
     assert_eq!((found.keys, found.value_rows), (vec![1, 1, 1], 2));
 }
