@@ -2,9 +2,10 @@
 //!
 //! [`v1`] is generated from `kvasir/v1/*.proto` and committed (`cargo run -p kvasir-proto --example generate` rewrites
 //! it, a test notices drift). What arrives is checked once, by the conversions in [`convert`], whose errors name the
-//! field; behind them the domain types of `kvasir-block` are trusted.
+//! field; behind them the domain types of `kvasir-block` are trusted. [`frame`] carries the two bulk calls without the
+//! codec's copies.
 //!
-//! This crate opens no connection and knows no store. Meet first: [`v1`], [`InvalidMessage`].
+//! This crate opens no connection and knows no store. Meet first: [`v1`], [`InvalidMessage`], [`frame::BulkMessage`].
 //!
 //! ```
 //! use kvasir_block::BlockHash;
@@ -26,6 +27,7 @@ pub mod v1 {
 }
 
 pub mod convert;
+pub mod frame;
 
 pub use convert::{BlockEvents, EntryHead, EventKind, GetOutcome, InvalidMessage, PutOutcome};
 

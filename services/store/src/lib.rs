@@ -1,22 +1,33 @@
-//! kvasir-store.
+//! gRPC over the block cache: the process that keeps blocks and finds keys in them.
+//!
+//! [`Store::start`] opens a `kvasir_cache::BlockCache` and serves `kvasir.v1.BlockStore` and `kvasir.v1.Retrieval` over it,
+//! with health, reflection and an HTTP side for metrics. The two bulk calls are framed by hand (`kvasir_proto::frame`): a
+//! put is cut into layer blocks without copying, a get sends the host tier's own buffers. Work that may wait for the disk
+//! or takes the processor leaves the async threads through two bounded doors. Every limit is a key of [`StoreConfig`].
+//!
+//! It deliberately does not know how blocks are kept (that is `kvasir-cache`), nor what they are for.
+//!
+//! Meet first: [`Store`], [`StoreConfig`].
+//!
+//! ```no_run
+//! use kvasir_runtime::Runtime;
+//! use kvasir_store::{Store, StoreConfig};
+//!
+//! # async fn example() -> anyhow::Result<()> {
+//! let config = StoreConfig { data_dir: "/var/lib/kvasir/store".into(), ..StoreConfig::default() };
+//! let store = Store::start(&config, &Runtime::new()).await?;
+//! println!("http://{}", store.grpc_addr());
+//! store.stop().await
+//! # }
+//! ```
 #![forbid(unsafe_code)]
-#![allow(missing_docs, reason = "seam")]
 
-use std::net::SocketAddr;
+mod config;
+mod door;
+mod grpc;
+mod metrics;
+mod served;
+mod store;
 
-use kvasir_runtime::Runtime;
-use serde::{Deserialize, Serialize};
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct StoreConfig {}
-
-/// A running store; dropping it does not stop it, [`Store::stop`] does.
-#[derive(Debug)]
-pub struct Store;
-impl Store {
-    pub async fn start(_config: &StoreConfig, _runtime: &Runtime) -> anyhow::Result<Self> { unimplemented!() }
-    pub fn grpc_addr(&self) -> SocketAddr { unimplemented!() }
-    pub fn admin_addr(&self) -> SocketAddr { unimplemented!() }
-    pub async fn stop(self) -> anyhow::Result<()> { unimplemented!() }
-}
+pub use config::StoreConfig;
+pub use store::Store;

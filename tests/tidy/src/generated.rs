@@ -31,14 +31,44 @@ pub fn check(repository: &Repository) -> Vec<Violation> {
             "no generated code is committed: the build would need a generator",
         ));
     }
-    let regenerates =
-        |text: &str| text.contains("#[test]") && text.contains("protox") && text.contains("tonic_prost_build");
     let has_test = repository
         .with_extension(&["rs"])
-        .any(|(path, text)| path.starts_with(PROTO) && regenerates(text));
+        .filter(|(path, text)| path.starts_with(PROTO) && text.contains("#[test]"))
+        .any(|(path, text)| {
+            let modules = modules(path, text);
+            let texts = modules.iter().filter_map(|module| repository.text(module));
+            let whole = texts.fold(text.to_owned(), |whole, module| whole + module);
+            whole.contains("protox") && whole.contains("tonic_prost_build")
+        });
     if !has_test {
         let what = "no test regenerates the code from the .proto files (with protox and tonic_prost_build) and compares: it may drift unseen";
         found.push(Violation::new(PROTO, 0, what));
+    }
+    found
+}
+
+/// Where the modules that a file declares without a body may lie: at the path its attribute names, else by their names beside
+/// the file and in its folder. Paths that are not there do no harm.
+fn modules(path: &str, text: &str) -> Vec<String> {
+    let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
+    let own_folder = path.trim_end_matches(".rs");
+    let mut found = Vec::new();
+    let mut named = None;
+    for line in text.lines().map(str::trim) {
+        if let Some(file) = line
+            .strip_prefix("#[path = \"")
+            .and_then(|rest| rest.strip_suffix("\"]"))
+        {
+            named = Some(file);
+        } else if let Some(module) = line.strip_suffix(';').and_then(|rest| rest.rsplit_once("mod ")) {
+            match named.take() {
+                Some(file) => found.push(format!("{folder}/{file}")),
+                None => {
+                    found.push(format!("{folder}/{}.rs", module.1));
+                    found.push(format!("{own_folder}/{}.rs", module.1));
+                }
+            }
+        }
     }
     found
 }
@@ -55,12 +85,30 @@ mod tests {
             "proto/tests/drift.rs",
             "#[test]\nfn same() { protox::compile(); tonic_prost_build::configure(); }\n",
         );
-        let table: [(&[(&str, &str)], usize); 5] = [
+        let split = (
+            "proto/tests/drift.rs",
+            "#[path = \"drift/codegen.rs\"]\nmod codegen;\n\n#[test]\nfn same() {}\n",
+        );
+        let by_name = (
+            "proto/tests/drift.rs",
+            "pub(crate) mod codegen;\n#[test]\nfn same() {}\n",
+        );
+        let alone = ("proto/tests/drift.rs", "#[test]\nfn same() {}\n");
+        let codegen = "fn generate() { protox::compile(); tonic_prost_build::configure(); }\n";
+        let beneath = ("proto/tests/drift/codegen.rs", codegen);
+        let beside = ("proto/tests/codegen.rs", codegen);
+        let table: [(&[(&str, &str)], usize); 11] = [
             (&[], 0),
             (&[proto], 2),
             (&[proto, code], 1),
             (&[proto, test], 1),
             (&[proto, code, test], 0),
+            (&[proto, code, split, beneath], 0),
+            (&[proto, code, split], 1),
+            (&[proto, code, split, beside], 1),
+            (&[proto, code, by_name, beside], 0),
+            (&[proto, code, by_name, beneath], 0),
+            (&[proto, code, alone, beneath], 1),
         ];
         for (files, violations) in table {
             assert_eq!(check(&Repository::of(files)).len(), violations, "{files:?}");

@@ -1,0 +1,145 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// A KV-cache service for LLM inference: store, worker and router in one binary.
+#[derive(Debug, Parser)]
+#[command(name = "kvasir", version, arg_required_else_help = true)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Where configuration comes from; later ones win: defaults, files, environment (`KVASIR__STORE__LISTEN`), flags.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct ConfigArgs {
+    /// Read this file instead of $XDG_CONFIG_HOME/kvasir/kvasir.toml and ./kvasir.toml
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Set one key, as in --set store.host_bytes_max=1GiB; may be repeated
+    #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Short for --set up.data_dir=DIR
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Short for --set model.path=FILE
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) model: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Store, worker and router in one process, until Ctrl-C or SIGTERM
+    Up(ServeArgs),
+    /// The store alone
+    Store(ServeArgs),
+    /// A worker alone; it finds its store at worker.store_url
+    Worker(ServeArgs),
+    /// The router alone; it finds its workers at router.workers
+    Router(ServeArgs),
+    /// What is configured, and where each value came from
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// A real model and a real document: cold, warm, after a restart, after kill -9, with retrieval attention
+    Demo(DemoArgs),
+    /// Measurements
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
+    /// The version, and the versions of what is written and computed
+    Version,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ServeArgs {
+    /// Write the bound addresses as JSON to this file once everything is ready
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ready_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Prints every key, its value and where the value came from
+    Explain {
+        #[arg(long, value_enum, default_value_t = Format::Text)]
+        format: Format,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// TOML with the source of each value as a comment
+    Text,
+    /// One JSON array
+    Json,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DemoArgs {
+    /// Folder for the report, the logs and the data
+    #[arg(long, value_name = "DIR", default_value = "target/demo")]
+    pub(crate) out: PathBuf,
+    /// Questions to ask, at most as many as there are
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=5))]
+    pub(crate) questions: u16,
+    /// Tokens of each answer
+    #[arg(long, value_name = "N", default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub(crate) max_tokens: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Prefill and decode speed beside llama.cpp's, same model file, same threads
+    Engine(EngineArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct EngineArgs {
+    /// Print the result as one JSON object on standard output; the table goes to standard error
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Rounds per measurement; the median counts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=50))]
+    pub(crate) rounds: u16,
+    /// Threads for both; 0 takes one per core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// A Python with llama-cpp-python; `make peers` makes one at the place where this looks by itself
+    #[arg(long, value_name = "FILE")]
+    pub(crate) python: Option<PathBuf>,
+    /// Measure Kvasir alone
+    #[arg(long)]
+    pub(crate) alone: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_stand_before_or_after_the_command() {
+        let table = [
+            vec!["kvasir", "--set", "a.b=c", "--set", "d=e", "up"],
+            vec!["kvasir", "up", "--set", "a.b=c", "--set", "d=e"],
+        ];
+        for line in table {
+            let args = Args::try_parse_from(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
+            assert_eq!(args.config.set, ["a.b=c", "d=e"], "{line:?}");
+        }
+        assert!(Args::try_parse_from(["kvasir", "down"]).is_err());
+    }
+}

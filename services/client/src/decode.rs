@@ -1,0 +1,335 @@
+//! Retrieval: queries out, found keys or finished partial attention back.
+
+mod reply;
+
+use std::{collections::VecDeque, ops::Range, time::Duration};
+
+use bytes::Bytes;
+use kvasir_block::BlockHash;
+use kvasir_proto::{convert, v1};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use crate::{ClientError, Namespace, StoreClient, client::millis, error::CallName, observe};
+
+/// Queries sent and not answered; the store works on one at a time, so more would only wait there.
+const OUTSTANDING_MAX: usize = 64;
+
+/// How long past its deadline a query's reply may take to arrive: it then says that it fell short.
+const GRACE: Duration = Duration::from_millis(250);
+
+/// What a retrieval stream works on.
+#[derive(Clone, Debug)]
+pub struct OpenContext {
+    /// The chain of whole blocks from the first; all must be held.
+    pub chain: Vec<BlockHash>,
+    /// Query heads per layer: a multiple of the schema's KV heads.
+    pub q_heads: usize,
+    /// Multiplied into q·k; usually `1/sqrt(head_dim)`.
+    pub softmax_scale: f32,
+}
+
+/// How the keys that are found are used.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Form {
+    /// The `k` best keys of each query head, as rows.
+    Rows {
+        /// Keys per query head.
+        k: u32,
+    },
+    /// Partial attention over the fewest best keys that cover `target_mass`.
+    Attend {
+        /// Share of the searched softmax mass to cover, (0, 1].
+        target_mass: f32,
+        /// Most keys per query head, 0 for no bound.
+        k_max: u32,
+    },
+}
+
+/// Queries of all heads of one layer.
+#[derive(Clone, Debug)]
+pub struct Query {
+    /// Chosen by the caller, echoed in the reply.
+    pub sequence: u64,
+    /// Layer index from 0.
+    pub layer: u16,
+    /// `[q_heads, head_dim]`, rotated.
+    pub q: Vec<f32>,
+    /// What to answer with.
+    pub form: Form,
+    /// Token positions the caller holds itself; never searched, never counted.
+    pub excluded: Vec<Range<u32>>,
+    /// Time the store has; the reply then covers what was reached.
+    pub deadline: Option<Duration>,
+}
+
+/// The answer to a query.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// That of the query.
+    pub sequence: u64,
+    /// That of the query.
+    pub layer: u16,
+    /// What was found.
+    pub found: Found,
+    /// What the search did, and how much it covers.
+    pub report: Report,
+    /// Bytes of the reply on the wire.
+    pub wire_bytes: usize,
+}
+
+/// What was found.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// One per KV head.
+    Rows(Vec<HeadRows>),
+    /// Partial attention.
+    Attend {
+        /// Outputs, `[q_heads, head_dim]`.
+        o: Vec<f32>,
+        /// Log-sum-exp of the scores, base 2, `[q_heads]`; `-inf` where nothing was searched.
+        lse: Vec<f32>,
+    },
+}
+
+/// Keys and values `[positions, head_dim]` in the schema's dtype.
+#[derive(Clone, Debug)]
+pub struct HeadRows {
+    /// Token positions, rising.
+    pub positions: Vec<u32>,
+    /// Keys.
+    pub keys: Bytes,
+    /// Values.
+    pub values: Bytes,
+}
+
+/// What a search did.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Keys whose score was computed exactly, summed over KV heads.
+    pub keys_scanned: u64,
+    /// Keys that could have been searched, summed over KV heads.
+    pub keys_total: u64,
+    /// Keys that took part in the result, summed over query heads.
+    pub keys_attended: u64,
+    /// Share of the searched softmax mass that the result covers, one per query head.
+    pub mass_covered: Vec<f32>,
+    /// Why the result covers less than was asked.
+    pub shortfall: Option<Shortfall>,
+    /// Bytes of keys and values read.
+    pub bytes_read: u64,
+}
+
+/// Why a result covers less than was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shortfall {
+    /// The deadline passed.
+    Deadline,
+    /// A block vanished or was corrupt.
+    MissingBlocks,
+    /// `k_max` was reached before `target_mass`.
+    KMax,
+}
+
+/// An open context. Dropping it closes the context in the store.
+#[derive(Debug)]
+pub struct DecodeStream {
+    name: CallName,
+    namespace: Namespace,
+    q_heads: usize,
+    tokens: u32,
+    index: String,
+    requests: mpsc::Sender<v1::DecodeRequest>,
+    replies: Streaming<v1::DecodeReply>,
+    outstanding: VecDeque<Outstanding>,
+    call_timeout: Duration,
+    failed: Option<ClientError>,
+}
+
+/// A query whose reply has not come.
+#[derive(Clone, Copy, Debug)]
+struct Outstanding {
+    sequence: u64,
+    layer: u16,
+    form: Form,
+    /// When to give up, and how long that is in all.
+    until: Option<(Instant, Duration)>,
+}
+
+impl DecodeStream {
+    pub(crate) async fn open(
+        client: &StoreClient,
+        namespace: &Namespace,
+        open: OpenContext,
+    ) -> Result<Self, ClientError> {
+        let name = client.name("decode");
+        if open.chain.len() > namespace.hashes_max {
+            let (asked, max) = (open.chain.len(), namespace.hashes_max);
+            let what = format!("a context of {asked} blocks, the store takes {max}: raise its hashes_max");
+            return Err(observe::failed(name.call, name.invalid(what)));
+        }
+        let (requests, queued) = mpsc::channel(OUTSTANDING_MAX);
+        let request = v1::OpenContext {
+            namespace: convert::namespace_bytes(namespace.id),
+            hashes: convert::hash_bytes(&open.chain),
+            q_heads: u32::try_from(open.q_heads).unwrap_or(u32::MAX),
+            softmax_scale: open.softmax_scale,
+        };
+        let request = v1::DecodeRequest {
+            request: Some(v1::decode_request::Request::Open(request)),
+        };
+        // The channel is new and empty: it takes this one.
+        let _ = requests.try_send(request);
+        let mut stub = client.retrieval();
+        let call_timeout = client.config().call_timeout;
+        let opening = async {
+            let request = client.request(ReceiverStream::new(queued), None);
+            let mut replies = stub.decode(request).await?.into_inner();
+            let first = replies.message().await?;
+            Ok::<_, Status>((replies, first))
+        };
+        let (replies, first) = client.opening(&name, opening).await?;
+        let opened = match first.and_then(|reply| reply.result) {
+            Some(v1::decode_reply::Result::Opened(opened)) => opened,
+            _ => {
+                return Err(observe::failed(
+                    name.call,
+                    name.broken("the first reply does not open the context"),
+                ));
+            }
+        };
+        Ok(Self {
+            name,
+            namespace: namespace.clone(),
+            q_heads: open.q_heads,
+            tokens: opened.tokens,
+            index: opened.index,
+            requests,
+            replies,
+            outstanding: VecDeque::new(),
+            call_timeout,
+            failed: None,
+        })
+    }
+
+    /// Tokens of the context and the index that serves it.
+    pub fn opened(&self) -> (u32, &str) {
+        (self.tokens, &self.index)
+    }
+
+    /// Queries sent and not answered.
+    pub fn outstanding(&self) -> usize {
+        self.outstanding.len()
+    }
+
+    /// Sends a query.
+    ///
+    /// # Errors
+    /// `Invalid` for a query of the wrong shape or when too many are unanswered (the stream lives on); else the stream
+    /// broke.
+    pub async fn send(&mut self, query: Query) -> Result<(), ClientError> {
+        self.check_alive()?;
+        let head_dim = usize::from(self.namespace.schema.head_dim);
+        let problem = if query.q.len() != self.q_heads * head_dim {
+            let (heads, found) = (self.q_heads, query.q.len());
+            Some(format!(
+                "q: {found} values, {heads} heads of {head_dim} are {}",
+                heads * head_dim
+            ))
+        } else if query.layer >= self.namespace.schema.layers {
+            Some(format!("layer: {} of {}", query.layer, self.namespace.schema.layers))
+        } else if self.outstanding.len() >= OUTSTANDING_MAX {
+            Some(format!(
+                "{OUTSTANDING_MAX} queries are unanswered: receive before sending more"
+            ))
+        } else {
+            None
+        };
+        if let Some(problem) = problem {
+            return Err(observe::failed(self.name.call, self.name.invalid(problem)));
+        }
+        let form = match query.form {
+            Form::Rows { k } => v1::query::Form::Rows(v1::Rows { k }),
+            Form::Attend { target_mass, k_max } => v1::query::Form::Attend(v1::Attend { target_mass, k_max }),
+        };
+        let request = v1::Query {
+            sequence: query.sequence,
+            layer: query.layer.into(),
+            q: convert::float_bytes(&query.q),
+            excluded: query.excluded.into_iter().map(v1::TokenRange::from).collect(),
+            deadline_ms: query.deadline.map_or(0, millis),
+            form: Some(form),
+        };
+        let request = v1::DecodeRequest {
+            request: Some(v1::decode_request::Request::Query(request)),
+        };
+        match timeout(self.call_timeout, self.requests.send(request)).await {
+            Ok(Ok(())) => {
+                self.outstanding.push_back(Outstanding {
+                    sequence: query.sequence,
+                    layer: query.layer,
+                    form: query.form,
+                    until: query.deadline.map(|wait| (Instant::now() + wait + GRACE, wait + GRACE)),
+                });
+                Ok(())
+            }
+            // The connection dropped the requests: the store's last words say why.
+            Ok(Err(_)) => match timeout(self.call_timeout, self.replies.message()).await {
+                Ok(Err(status)) => Err(self.fail(self.name.status(&status))),
+                Ok(Ok(_)) => Err(self.fail(self.name.broken("the stream ended while queries were being sent"))),
+                Err(_) => Err(self.fail(self.name.timed_out(self.call_timeout))),
+            },
+            Err(_) => Err(self.fail(self.name.timed_out(self.call_timeout))),
+        }
+    }
+
+    /// The next reply, in the order asked. Dropping the wait loses nothing.
+    ///
+    /// # Errors
+    /// `TimedOut` when it did not come by the query's deadline (or the call timeout), and the stream is then of no more
+    /// use; `Invalid` when nothing was asked; else the stream broke.
+    pub async fn receive(&mut self) -> Result<Reply, ClientError> {
+        self.check_alive()?;
+        let Some(asked) = self.outstanding.front().copied() else {
+            return Err(observe::failed(
+                self.name.call,
+                self.name.invalid("no query is unanswered: send one first"),
+            ));
+        };
+        let (wait, total) = match asked.until {
+            Some((until, total)) => (until.saturating_duration_since(Instant::now()), total),
+            None => (self.call_timeout, self.call_timeout),
+        };
+        let reply = match timeout(wait, self.replies.message()).await {
+            Ok(Ok(Some(reply))) => reply,
+            Ok(Ok(None)) => {
+                let what = format!("the stream ended with {} queries unanswered", self.outstanding.len());
+                return Err(self.fail(self.name.broken(what)));
+            }
+            Ok(Err(status)) => return Err(self.fail(self.name.status(&status))),
+            Err(_) => return Err(self.fail(self.name.timed_out(total))),
+        };
+        self.outstanding.pop_front();
+        match self.checked(&asked, reply) {
+            Ok(reply) => {
+                observe::bytes(self.name.call, reply.wire_bytes);
+                Ok(reply)
+            }
+            Err(error) => Err(self.fail(self.name.broken_field(&error))),
+        }
+    }
+
+    fn check_alive(&self) -> Result<(), ClientError> {
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn fail(&mut self, error: ClientError) -> ClientError {
+        let error = observe::failed(self.name.call, error);
+        self.failed = Some(error.clone());
+        error
+    }
+}

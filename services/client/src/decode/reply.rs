@@ -1,0 +1,124 @@
+//! Checks that a reply is the answer to its query, in shape and in size.
+
+use kvasir_proto::{InvalidMessage, convert, v1};
+use prost::Message;
+
+use super::{DecodeStream, Form, Found, HeadRows, Outstanding, Reply, Report, Shortfall};
+
+/// Bytes of the gRPC prefix, which travel too.
+const PREFIX_BYTES: usize = 5;
+
+impl DecodeStream {
+    pub(super) fn checked(&self, asked: &Outstanding, reply: v1::DecodeReply) -> Result<Reply, InvalidMessage> {
+        let wire_bytes = PREFIX_BYTES + reply.encoded_len();
+        if reply.sequence != asked.sequence {
+            let problem = format!("{} instead of {}", reply.sequence, asked.sequence);
+            return Err(InvalidMessage::new("sequence", problem));
+        }
+        if reply.layer != u32::from(asked.layer) {
+            return Err(InvalidMessage::new(
+                "layer",
+                format!("{} instead of {}", reply.layer, asked.layer),
+            ));
+        }
+        let found = match (asked.form, reply.result) {
+            (Form::Rows { .. }, Some(v1::decode_reply::Result::Rows(rows))) => self.rows(rows)?,
+            (Form::Attend { .. }, Some(v1::decode_reply::Result::Attend(attend))) => self.attend(&attend)?,
+            (form, _) => return Err(InvalidMessage::new("result", format!("does not answer {form:?}"))),
+        };
+        let report = reply
+            .report
+            .ok_or_else(|| InvalidMessage::new("report", "is missing"))?;
+        Ok(Reply {
+            sequence: asked.sequence,
+            layer: asked.layer,
+            found,
+            report: self.report(report)?,
+            wire_bytes,
+        })
+    }
+
+    fn rows(&self, rows: v1::RowsResult) -> Result<Found, InvalidMessage> {
+        let schema = &self.namespace.schema;
+        let (kv_heads, row_bytes) = (
+            usize::from(schema.kv_heads),
+            usize::from(schema.head_dim) * schema.dtype.bytes(),
+        );
+        if rows.heads.len() != kv_heads {
+            let problem = format!("{} heads instead of {kv_heads}", rows.heads.len());
+            return Err(InvalidMessage::new("rows.heads", problem));
+        }
+        let mut heads = Vec::with_capacity(kv_heads);
+        for (
+            i,
+            v1::HeadRows {
+                positions,
+                keys,
+                values,
+            },
+        ) in rows.heads.into_iter().enumerate()
+        {
+            let field = |name: &str| format!("rows.heads[{i}].{name}");
+            let rising = positions.windows(2).all(|pair| pair[0] < pair[1]);
+            if !rising || positions.last().is_some_and(|last| *last >= self.tokens) {
+                let problem = format!("must rise and stay below {}", self.tokens);
+                return Err(InvalidMessage::new(field("positions"), problem));
+            }
+            let bytes = positions.len() * row_bytes;
+            for (name, found) in [("keys", keys.len()), ("values", values.len())] {
+                if found != bytes {
+                    return Err(InvalidMessage::new(
+                        field(name),
+                        format!("{found} bytes instead of {bytes}"),
+                    ));
+                }
+            }
+            heads.push(HeadRows {
+                positions,
+                keys,
+                values,
+            });
+        }
+        Ok(Found::Rows(heads))
+    }
+
+    fn attend(&self, attend: &v1::AttendResult) -> Result<Found, InvalidMessage> {
+        let head_dim = usize::from(self.namespace.schema.head_dim);
+        let o = convert::floats("attend.o", &attend.o, self.q_heads * head_dim)?;
+        if attend.lse.len() != self.q_heads * 4 {
+            let problem = format!("{} bytes instead of {}", attend.lse.len(), self.q_heads * 4);
+            return Err(InvalidMessage::new("attend.lse", problem));
+        }
+        let lse = convert::float_values(&attend.lse);
+        if lse.iter().any(|lse| lse.is_nan() || *lse == f32::INFINITY) {
+            return Err(InvalidMessage::new("attend.lse", "must be finite or -inf"));
+        }
+        Ok(Found::Attend { o, lse })
+    }
+
+    fn report(&self, report: v1::RetrievalReport) -> Result<Report, InvalidMessage> {
+        use v1::retrieval_report::Shortfall as Wire;
+        let shortfall = match Wire::try_from(report.shortfall) {
+            Ok(Wire::None) => None,
+            Ok(Wire::Deadline) => Some(Shortfall::Deadline),
+            Ok(Wire::MissingBlocks) => Some(Shortfall::MissingBlocks),
+            Ok(Wire::KMax) => Some(Shortfall::KMax),
+            Err(_) => {
+                let problem = format!("{} is not known here", report.shortfall);
+                return Err(InvalidMessage::new("report.shortfall", problem));
+            }
+        };
+        if report.mass_covered.len() != self.q_heads {
+            let problem = format!("{} values for {} heads", report.mass_covered.len(), self.q_heads);
+            return Err(InvalidMessage::new("report.mass_covered", problem));
+        }
+        Ok(Report {
+            keys_scanned: report.keys_scanned,
+            keys_total: report.keys_total,
+            keys_attended: report.keys_attended,
+            mass_covered: report.mass_covered,
+            shortfall,
+            bytes_read: report.bytes_read,
+        })
+    }
+}

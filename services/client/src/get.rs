@@ -1,0 +1,221 @@
+//! Gets: in the order asked, verified, one outcome per block.
+
+use std::{collections::VecDeque, ops::Range, time::Duration};
+
+use bytes::Bytes;
+use futures::stream;
+use kvasir_block::BlockHash;
+use kvasir_proto::{
+    EntryHead, GetOutcome, convert,
+    frame::{self, BulkLimits, BulkMessage, Incoming},
+    v1,
+};
+use tokio::time::{Instant, timeout};
+use tonic::{Status, body::Body};
+
+use crate::{ClientError, Namespace, StoreClient, error::CallName, observe};
+
+const PATH: &str = "/kvasir.v1.BlockStore/GetBlocks";
+
+/// How long past the deadline the store may take to say which blocks came too late.
+const GRACE: Duration = Duration::from_millis(250);
+
+/// What came of one layer block; `payload` is verified and set exactly for a hit.
+#[derive(Clone, Debug)]
+pub struct GotBlock {
+    /// Name of the block.
+    pub hash: BlockHash,
+    /// Layer index from 0.
+    pub layer: u16,
+    /// What became of it.
+    pub outcome: GetOutcome,
+    /// Its bytes; shared with the buffer they were received in.
+    pub payload: Option<Bytes>,
+}
+
+/// An open stream of gets. Dropping it cancels what has not come.
+#[derive(Debug)]
+pub struct GetStream {
+    name: CallName,
+    namespace: Namespace,
+    chain: Vec<BlockHash>,
+    layers: Range<u16>,
+    /// Blocks taken out of messages so far.
+    received: usize,
+    ready: VecDeque<GotBlock>,
+    replies: Incoming<Body>,
+    call_timeout: Duration,
+    /// When to give up, the grace included.
+    until: Option<(Instant, Duration)>,
+    failed: Option<ClientError>,
+}
+
+impl GetStream {
+    pub(crate) async fn open(
+        client: &StoreClient,
+        namespace: &Namespace,
+        chain: &[BlockHash],
+        layers: Range<u16>,
+        lease: Option<u64>,
+        deadline: Option<Duration>,
+    ) -> Result<Self, ClientError> {
+        let name = client.name("get_blocks");
+        let refuse = |what: String| observe::failed(name.call, name.invalid(what));
+        if chain.len() > namespace.hashes_max {
+            let (asked, max) = (chain.len(), namespace.hashes_max);
+            return Err(refuse(format!(
+                "{asked} blocks, the store takes {max} in one call: ask in several"
+            )));
+        }
+        if layers.is_empty() || layers.end > namespace.schema.layers {
+            let (asked, held) = (&layers, namespace.schema.layers);
+            return Err(refuse(format!(
+                "layers {asked:?}: the namespace has layers 0..{held}, ask for at least one"
+            )));
+        }
+        let request = v1::GetBlocksRequest {
+            namespace: convert::namespace_bytes(namespace.id),
+            hashes: convert::hash_bytes(chain),
+            layer_start: layers.start.into(),
+            layer_end: layers.end.into(),
+            lease: lease.unwrap_or(0),
+        };
+        let until = deadline.map(|deadline| (Instant::now() + deadline + GRACE, deadline + GRACE));
+        let message = frame::encode_message(&request).map_err(Status::from);
+        let replies = client.bulk(&name, PATH, stream::iter([message]), deadline).await?;
+        Ok(Self {
+            name,
+            namespace: namespace.clone(),
+            chain: chain.to_vec(),
+            layers,
+            received: 0,
+            ready: VecDeque::new(),
+            replies,
+            call_timeout: client.config().call_timeout,
+            until,
+            failed: None,
+        })
+    }
+
+    /// The next block, or `None` at the end. A wrong checksum turns a hit into `Corrupt`. Dropping the wait loses nothing.
+    ///
+    /// # Errors
+    /// The stream broke, no message came for the call timeout, or the deadline passed and the store did not say so.
+    pub async fn next(&mut self) -> Result<Option<GotBlock>, ClientError> {
+        if let Some(block) = self.ready.pop_front() {
+            return Ok(Some(block));
+        }
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        match self.more().await {
+            Ok(()) => Ok(self.ready.pop_front()),
+            Err(error) => {
+                // Of a message that breaks the contract nothing is given out, also not what came before its fault.
+                self.ready.clear();
+                let error = observe::failed(self.name.call, error);
+                self.failed = Some(error.clone());
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes messages until one has blocks, or the end.
+    async fn more(&mut self) -> Result<(), ClientError> {
+        let expected = self.chain.len() * self.layers.len();
+        while self.ready.is_empty() {
+            let (wait, total) = self.patience();
+            let message = match timeout(wait, self.replies.message()).await {
+                Ok(message) => message.map_err(|error| self.name.stream(&error))?,
+                Err(_) => return Err(self.name.timed_out(total)),
+            };
+            let Some(message) = message else {
+                if self.received < expected {
+                    let what = format!("the stream ended after {} of {expected} blocks", self.received);
+                    return Err(self.name.broken(what));
+                }
+                return Ok(());
+            };
+            let message = BulkMessage::parse(message, &BulkLimits::default());
+            self.unpack(message.map_err(|error| self.name.broken(error))?)?;
+        }
+        Ok(())
+    }
+
+    /// How long to wait for the next message, and how long that is in all.
+    fn patience(&self) -> (Duration, Duration) {
+        match self.until {
+            Some((until, total)) => {
+                let left = until.saturating_duration_since(Instant::now());
+                if left < self.call_timeout {
+                    (left, total)
+                } else {
+                    (self.call_timeout, self.call_timeout)
+                }
+            }
+            None => (self.call_timeout, self.call_timeout),
+        }
+    }
+
+    fn unpack(&mut self, message: BulkMessage) -> Result<(), ClientError> {
+        let BulkMessage { header, mut payload } = message;
+        if header.namespace != self.namespace.id.as_bytes()[..] {
+            return Err(self.name.broken("header.namespace is another than asked for"));
+        }
+        let heads = convert::heads(&header, payload.len()).map_err(|error| self.name.broken_field(&error))?;
+        for (i, (head, entry)) in heads.iter().zip(&header.entries).enumerate() {
+            let outcome = GetOutcome::try_from(entry.outcome).map_err(|error| self.name.broken_field(&error))?;
+            if let Err(problem) = self.check(head, outcome) {
+                return Err(self.name.broken(format_args!("header.entries[{i}].{problem}")));
+            }
+            let bytes = payload.cut(head.length).unwrap_or_default();
+            self.received += 1;
+            self.ready.push_back(self.verified(head, outcome, bytes));
+        }
+        Ok(())
+    }
+
+    /// Whether the entry is the next one that was asked for.
+    fn check(&self, head: &EntryHead, outcome: GetOutcome) -> Result<(), String> {
+        let (layer_index, block) = (
+            self.received / self.chain.len().max(1),
+            self.received % self.chain.len().max(1),
+        );
+        if layer_index >= self.layers.len() || self.chain.is_empty() {
+            return Err("hash: more blocks than asked for".to_owned());
+        }
+        // Below the schema's layers, which are u16.
+        let layer = self.layers.start + layer_index as u16;
+        if head.layer != layer {
+            return Err(format!("layer: {} instead of {layer}", head.layer));
+        }
+        if head.hash != self.chain[block] {
+            return Err(format!("hash: {:?} instead of {:?}", head.hash, self.chain[block]));
+        }
+        let length = if outcome == GetOutcome::Hit {
+            self.namespace.layer_block_bytes
+        } else {
+            0
+        };
+        if head.length != length {
+            return Err(format!("length: {} instead of {length}", head.length));
+        }
+        Ok(())
+    }
+
+    fn verified(&self, head: &EntryHead, outcome: GetOutcome, bytes: Bytes) -> GotBlock {
+        observe::bytes(self.name.call, bytes.len());
+        let hit = outcome == GetOutcome::Hit;
+        let right = !hit || head.checksum.verifies(&bytes);
+        if !right {
+            observe::corrupt();
+            tracing::warn!(hash = ?head.hash, layer = head.layer, "received layer block is corrupt, dropping it");
+        }
+        GotBlock {
+            hash: head.hash,
+            layer: head.layer,
+            outcome: if right { outcome } else { GetOutcome::Corrupt },
+            payload: (hit && right).then_some(bytes),
+        }
+    }
+}

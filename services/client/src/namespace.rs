@@ -1,0 +1,35 @@
+//! What the store says about a namespace and a prefix.
+
+use std::time::Duration;
+
+use kvasir_block::{KvSchema, NamespaceId};
+
+/// An open namespace and the limits of the store that holds it.
+#[derive(Clone, Debug)]
+pub struct Namespace {
+    /// Its id.
+    pub id: NamespaceId,
+    /// The schema of its blocks.
+    pub schema: KvSchema,
+    /// Bytes of one layer block.
+    pub layer_block_bytes: usize,
+    /// Largest message that the store accepts, in bytes.
+    pub message_bytes_max: usize,
+    /// Most block hashes in one call.
+    pub hashes_max: usize,
+    /// Changes when the store starts anew: what was known about its blocks is then history.
+    pub epoch: u64,
+}
+
+/// How much of a chain the store holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefixMatch {
+    /// Blocks from the start, without a gap, whose layers are all held.
+    pub hit_blocks: usize,
+    /// Of those, blocks that are in the store's memory.
+    pub host_blocks: usize,
+    /// Keeps the hit until released or expired; `None` when none was asked for, nothing was hit, or too many are out.
+    pub lease: Option<u64>,
+    /// How long the lease lasts.
+    pub lease_for: Duration,
+}

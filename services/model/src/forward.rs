@@ -1,0 +1,346 @@
+//! The forward: from tokens to logits, with keys and values in pages.
+//!
+//! Invariant kept here: a token's KV and logits have the same bits in any batch, any chunking, on any thread count. So
+//! K and V go through their f16 pages before they are attended to, whether they were computed in this step or loaded; the
+//! kernels treat rows independently; and attention is summed over fixed runs of positions (`batch::SPLIT_TOKENS`), never
+//! over whatever a step happens to hold.
+
+mod attention;
+mod batch;
+mod rows;
+
+use kvasir_block::KvSchema;
+use kvasir_simd::{Activations, Partial, Pool, RopeTable, add_assign, matmul, rms_norm, silu_mul, to_f16};
+
+use self::{attention::AttentionScratch, batch::Plan, rows::for_rows};
+use crate::{
+    LoadError, ModelFile, ModelShape, PagePool,
+    weights::{Columns, LayerWeights, ModelWeights},
+};
+
+pub use self::batch::{Attention, Logits, StepSequence};
+
+/// Threads that a model may be asked for.
+const THREADS_MAX: usize = 1024;
+
+/// How a model is loaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Threads that share each kernel, the stepping one included.
+    pub threads: usize,
+    /// Tokens per page; decides the schema.
+    pub block_tokens: u16,
+}
+
+/// The step was given up by a hook; nothing that was computed may be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the step was aborted: {0}")]
+pub struct StepAborted(pub String);
+
+/// Why a step has no output. Pages of the step's tokens may hold anything.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// A hook gave the step up.
+    #[error(transparent)]
+    Aborted(#[from] StepAborted),
+    /// The batch, or what a hook returned, cannot be; found before anything was written where the batch is at fault.
+    #[error("invalid step: {0}")]
+    Invalid(String),
+}
+
+/// What a worker does between the layers of a step. Called on the stepping thread.
+pub trait StepHooks {
+    /// Before a layer reads or writes the pool: may wait for pages of this layer and fill them.
+    ///
+    /// # Errors
+    /// [`StepAborted`] gives the step up.
+    fn before_layer(&mut self, _layer: usize, _pool: &mut PagePool) -> Result<(), StepAborted> {
+        Ok(())
+    }
+
+    /// The layer's K and V of all tokens of the step are in the pool.
+    fn after_layer(&mut self, _layer: usize, _pool: &PagePool) {}
+
+    /// For a `Local` sequence: rotated queries `[tokens, q_heads, head_dim]` of `batch[sequence]`, before local attention.
+    ///
+    /// # Errors
+    /// [`StepAborted`] gives the step up.
+    fn remote_begin(&mut self, _layer: usize, _sequence: usize, _q: &[f32]) -> Result<(), StepAborted> {
+        Ok(())
+    }
+
+    /// After local attention: the partial over everything that is not local, rows `[tokens, q_heads]`; merged by the model.
+    /// `None` where there is nothing.
+    ///
+    /// # Errors
+    /// [`StepAborted`] gives the step up.
+    fn remote_finish(&mut self, _layer: usize, _sequence: usize) -> Result<Option<Partial>, StepAborted> {
+        Ok(None)
+    }
+}
+
+/// No hooks.
+impl StepHooks for () {}
+
+/// Logits of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepOutput {
+    /// Elements per row.
+    pub vocab: usize,
+    /// Per sequence of the batch: rows of logits as asked, end to end.
+    pub rows: Vec<Vec<f32>>,
+}
+
+/// Weights and scratch for steps. One thread steps at a time.
+pub struct Model {
+    shape: ModelShape,
+    schema: KvSchema,
+    weights: ModelWeights,
+    rope: RopeTable,
+    threads: Pool,
+    scratch: Scratch,
+}
+
+/// Buffers of a step, reused; `[tokens, ..]` each.
+#[derive(Default)]
+struct Scratch {
+    /// The residual stream.
+    x: Vec<f32>,
+    /// What a projection is made of, once normalised.
+    normed: Vec<f32>,
+    quantized: Activations,
+    qkv: Vec<f32>,
+    attention: AttentionScratch,
+    /// Attention's result; in the last layer, its rows that logits are made of.
+    attended: Vec<f32>,
+    gate_up: Vec<f32>,
+    inner: Vec<f32>,
+    /// What is added to the residual stream.
+    added: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl Model {
+    /// Reads and packs the weights of `file`.
+    ///
+    /// # Errors
+    /// [`LoadError`] if an option is out of range, or the file changed since it was opened or cannot be read.
+    pub fn load(file: &ModelFile, options: &LoadOptions) -> Result<Self, LoadError> {
+        if !(1..=THREADS_MAX).contains(&options.threads) {
+            let (found, expected) = (options.threads.to_string(), "from 1 to 1024");
+            return Err(LoadError::Option {
+                option: "threads",
+                found,
+                expected,
+            });
+        }
+        let schema = file.schema(options.block_tokens);
+        schema.validate().map_err(|error| LoadError::Option {
+            option: "block_tokens",
+            found: error.found,
+            expected: error.expected,
+        })?;
+        let shape = file.shape().clone();
+        let weights = ModelWeights::load(file)?;
+        file.tensors().check_unchanged()?;
+        tracing::debug!(model = file.name(), threads = options.threads, "loaded weights");
+        Ok(Self {
+            rope: RopeTable::new(shape.context_tokens_max, shape.rope_dims, shape.rope_theta),
+            threads: Pool::new(options.threads),
+            scratch: Scratch::default(),
+            shape,
+            schema,
+            weights,
+        })
+    }
+
+    /// Sizes and constants of the forward.
+    pub fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    /// Complete identity of the KV that steps write.
+    pub fn schema(&self) -> &KvSchema {
+        &self.schema
+    }
+
+    /// What scores are multiplied by before the softmax: `1 / sqrt(head_dim)`.
+    pub fn softmax_scale(&self) -> f32 {
+        1.0 / (self.shape.head_dim as f32).sqrt()
+    }
+
+    /// Computes one step for a batch; writes K and V of its tokens into their pages, and returns logits as asked.
+    ///
+    /// Scratch grows with the tokens of the largest step: about 40 KiB each for SmolLM2-135M, logits not counted.
+    ///
+    /// # Errors
+    /// [`StepError::Invalid`] before anything is written if a token, position, page or range of the batch cannot be;
+    /// [`StepError::Aborted`] if a hook gave up.
+    pub fn step(
+        &mut self,
+        batch: &[StepSequence<'_>],
+        pool: &mut PagePool,
+        hooks: &mut dyn StepHooks,
+    ) -> Result<StepOutput, StepError> {
+        let plan = Plan::new(batch, pool, &self.shape, &self.schema, self.threads.threads())?;
+        let vocab = self.shape.vocab;
+        if plan.tokens == 0 {
+            return Ok(StepOutput {
+                vocab,
+                rows: vec![Vec::new(); batch.len()],
+            });
+        }
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let done = self.layers(batch, &plan, pool, hooks, &mut scratch);
+        if done.is_ok() {
+            self.logits(&plan, &mut scratch);
+        }
+        let rows = plan.sequences.iter().map(|sequence| {
+            let rows = sequence.logits.clone();
+            scratch
+                .logits
+                .get(rows.start * vocab..rows.end * vocab)
+                .unwrap_or_default()
+                .to_vec()
+        });
+        let output = done.map(|()| StepOutput {
+            vocab,
+            rows: rows.collect(),
+        });
+        self.scratch = scratch;
+        output
+    }
+
+    /// From tokens to the residual stream of the rows that logits are made of.
+    fn layers(
+        &self,
+        batch: &[StepSequence<'_>],
+        plan: &Plan,
+        pool: &mut PagePool,
+        hooks: &mut dyn StepHooks,
+        scratch: &mut Scratch,
+    ) -> Result<(), StepError> {
+        let hidden = self.shape.hidden;
+        scratch.x.resize(plan.tokens * hidden, 0.0);
+        let tokens = batch.iter().flat_map(|sequence| sequence.tokens);
+        for (token, x) in tokens.zip(scratch.x.chunks_exact_mut(hidden)) {
+            self.weights.embedding.dequantize_row(*token as usize, x);
+        }
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            let last = index + 1 == self.weights.layers.len();
+            self.norm_and_quantize(&layer.attention_norm, scratch);
+            layer.qkv.matmul(&scratch.quantized, &mut scratch.qkv, &self.threads);
+            let [q, k, v] = [0, 1, 2].map(|matrix| layer.qkv.columns(matrix, plan.tokens));
+            self.rotate(plan, &[q, k], &mut scratch.qkv);
+            hooks.before_layer(index, pool)?;
+            self.write_pages(plan, index, &scratch.qkv, k, v, pool);
+            self.attend(plan, index, last, q, pool, hooks, scratch)?;
+            if last {
+                keep_rows(&plan.kept, &mut scratch.x, hidden);
+                keep_rows(
+                    &plan.kept,
+                    &mut scratch.attended,
+                    self.shape.q_heads * self.shape.head_dim,
+                );
+            }
+            if !scratch.x.is_empty() {
+                self.feed_forward(layer, scratch);
+            }
+            hooks.after_layer(index, pool);
+        }
+        Ok(())
+    }
+
+    /// Attention's output projection and the feed-forward, each added to the residual stream.
+    fn feed_forward(&self, layer: &LayerWeights, scratch: &mut Scratch) {
+        let (width, inner) = (self.shape.q_heads * self.shape.head_dim, self.shape.feed_forward);
+        scratch.quantized.quantize(&scratch.attended, width, &self.threads);
+        layer
+            .attention_output
+            .matmul(&scratch.quantized, &mut scratch.added, &self.threads);
+        self.add(scratch);
+        self.norm_and_quantize(&layer.feed_forward_norm, scratch);
+        layer
+            .gate_up
+            .matmul(&scratch.quantized, &mut scratch.gate_up, &self.threads);
+        let tokens = scratch.x.len() / self.shape.hidden;
+        let [gate, up] = [0, 1].map(|matrix| layer.gate_up.columns(matrix, tokens));
+        scratch.inner.resize(tokens * inner, 0.0);
+        let gate_up = &scratch.gate_up;
+        for_rows(&self.threads, [(&mut scratch.inner, inner)], &|first, [out]| {
+            for (token, out) in (first..).zip(out.chunks_exact_mut(inner)) {
+                silu_mul(&gate_up[gate.row(token)], &gate_up[up.row(token)], out);
+            }
+        });
+        scratch.quantized.quantize(&scratch.inner, inner, &self.threads);
+        layer.down.matmul(&scratch.quantized, &mut scratch.added, &self.threads);
+        self.add(scratch);
+    }
+
+    fn norm_and_quantize(&self, weight: &[f32], scratch: &mut Scratch) {
+        let hidden = self.shape.hidden;
+        scratch.normed.resize(scratch.x.len(), 0.0);
+        let x = &scratch.x;
+        for_rows(&self.threads, [(&mut scratch.normed, hidden)], &|first, [out]| {
+            rms_norm(&x[first * hidden..][..out.len()], weight, self.shape.norm_epsilon, out);
+        });
+        scratch.quantized.quantize(&scratch.normed, hidden, &self.threads);
+    }
+
+    fn add(&self, scratch: &mut Scratch) {
+        let hidden = self.shape.hidden;
+        let added = &scratch.added;
+        for_rows(&self.threads, [(&mut scratch.x, hidden)], &|first, [x]| {
+            add_assign(x, &added[first * hidden..][..x.len()]);
+        });
+    }
+
+    /// Rotates queries and keys where they lie.
+    fn rotate(&self, plan: &Plan, columns: &[Columns], qkv: &mut [f32]) {
+        for (row, position) in plan.positions() {
+            for columns in columns {
+                self.rope
+                    .rotate_interleaved(&mut qkv[columns.row(row)], self.shape.head_dim, position);
+            }
+        }
+    }
+
+    /// Rounds keys and values of the step's tokens to f16, into their pages.
+    fn write_pages(&self, plan: &Plan, layer: usize, qkv: &[f32], k: Columns, v: Columns, pool: &mut PagePool) {
+        let layout = pool.layout();
+        let head_dim = layout.head_dim;
+        for (row, slot) in plan.slots.iter().enumerate() {
+            let page = pool.page_mut(layer, slot.page);
+            let heads = qkv[k.row(row)]
+                .chunks_exact(head_dim)
+                .zip(qkv[v.row(row)].chunks_exact(head_dim));
+            for (head, (key, value)) in heads.enumerate() {
+                let at = slot.row * head_dim;
+                to_f16(key, &mut page[layout.keys(head)][at..][..head_dim]);
+                to_f16(value, &mut page[layout.values(head)][at..][..head_dim]);
+            }
+        }
+    }
+
+    /// Final norm and output matrix over the kept rows.
+    fn logits(&self, plan: &Plan, scratch: &mut Scratch) {
+        scratch.logits.resize(plan.kept.len() * self.shape.vocab, 0.0);
+        if !plan.kept.is_empty() {
+            self.norm_and_quantize(&self.weights.output_norm, scratch);
+            matmul(
+                self.weights.output(),
+                &scratch.quantized,
+                &mut scratch.logits,
+                &self.threads,
+            );
+        }
+    }
+}
+
+/// Moves `kept` rows, which rise, to the front and drops the rest.
+fn keep_rows(kept: &[usize], rows: &mut Vec<f32>, width: usize) {
+    for (to, &from) in kept.iter().enumerate() {
+        rows.copy_within(from * width..(from + 1) * width, to * width);
+    }
+    rows.truncate(kept.len() * width);
+}

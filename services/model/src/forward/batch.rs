@@ -1,0 +1,308 @@
+//! A step's batch: what is asked for, checked, and laid out as work.
+
+use std::{collections::HashSet, ops::Range};
+
+use kvasir_block::KvSchema;
+
+use super::StepError;
+use crate::{ModelShape, PageId, PagePool};
+
+/// Attention is summed over runs of this many positions (in whole pages), then joined in order. Fixed, because the order
+/// of a sum decides its bits; short enough that one long sequence keeps several threads busy.
+const SPLIT_TOKENS: usize = 512;
+
+/// Query rows of a tile: as many as share a converted run of keys in the kernel.
+const TILE_ROWS: usize = 64;
+
+/// Tiles per thread from which each is one task; below, their splits are.
+const TILES_PER_THREAD: usize = 4;
+
+/// Which positions a sequence's queries attend to in the pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Attention {
+    /// All before and including themselves.
+    Full,
+    /// Only these rising, disjoint ranges (and never behind themselves); the rest comes from
+    /// [`super::StepHooks::remote_finish`].
+    Local(Vec<Range<usize>>),
+}
+
+/// Which tokens of a sequence get logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// None: the step only makes KV.
+    None,
+    /// The last.
+    Last,
+    /// Each.
+    All,
+}
+
+/// Tokens of one sequence in a step.
+#[derive(Clone, Debug)]
+pub struct StepSequence<'a> {
+    /// Token ids, consecutive; not empty.
+    pub tokens: &'a [u32],
+    /// Position of the first token.
+    pub position: usize,
+    /// Page of each block from position 0; `None` where a block is not resident (only under `Local`).
+    pub pages: &'a [Option<PageId>],
+    /// What the tokens attend to.
+    pub attention: Attention,
+    /// Which rows of logits to return.
+    pub logits: Logits,
+}
+
+/// A batch as work. The same in every layer.
+pub(super) struct Plan {
+    pub(super) tokens: usize,
+    pub(super) sequences: Vec<Sequence>,
+    /// Where K and V of each token go.
+    pub(super) slots: Vec<Slot>,
+    /// Rows that logits are made of, rising.
+    pub(super) kept: Vec<usize>,
+    pub(super) tiles: Vec<Tile>,
+    pub(super) jobs: Vec<Job>,
+}
+
+pub(super) struct Sequence {
+    /// Its rows in the step.
+    pub(super) rows: Range<usize>,
+    /// Position of its first token.
+    pub(super) position: usize,
+    pub(super) local: bool,
+    /// Keys and values attended to, in order of position.
+    pub(super) spans: Vec<Span>,
+    /// Runs of `spans` that are summed together.
+    pub(super) splits: Vec<Range<usize>>,
+    /// Its rows among [`Plan::kept`].
+    pub(super) logits: Range<usize>,
+}
+
+/// A token's row in a page.
+pub(super) struct Slot {
+    pub(super) page: PageId,
+    pub(super) row: usize,
+}
+
+/// Rows of a page that are attended to.
+pub(super) struct Span {
+    pub(super) page: PageId,
+    pub(super) rows: Range<usize>,
+    pub(super) position: usize,
+}
+
+/// Queries of one KV head that are attended for together.
+pub(super) struct Tile {
+    pub(super) sequence: usize,
+    pub(super) kv_head: usize,
+    /// Tokens of the sequence.
+    pub(super) tokens: Range<usize>,
+    /// Its jobs, in order of position.
+    pub(super) jobs: Range<usize>,
+    /// Whether the last layer needs it.
+    pub(super) kept: bool,
+}
+
+/// What one task attends to.
+pub(super) struct Job {
+    pub(super) tile: usize,
+    pub(super) splits: Range<usize>,
+}
+
+impl Plan {
+    pub(super) fn new(
+        batch: &[StepSequence<'_>],
+        pool: &PagePool,
+        shape: &ModelShape,
+        schema: &KvSchema,
+        threads: usize,
+    ) -> Result<Self, StepError> {
+        if pool.layout() != schema.layout() || pool.layers() != shape.layers {
+            return Err(StepError::Invalid(format!(
+                "the pool has {} layers of {:?}, and the model {} of {:?}",
+                pool.layers(),
+                pool.layout(),
+                shape.layers,
+                schema.layout()
+            )));
+        }
+        let mut plan = Self {
+            tokens: 0,
+            sequences: Vec::with_capacity(batch.len()),
+            slots: Vec::new(),
+            kept: Vec::new(),
+            tiles: Vec::new(),
+            jobs: Vec::new(),
+        };
+        for (index, sequence) in batch.iter().enumerate() {
+            plan.add(sequence, pool, shape)
+                .map_err(|problem| StepError::Invalid(format!("sequence {index} of the batch {problem}")))?;
+        }
+        plan.check_owners(batch, pool.layout().block_tokens)?;
+        plan.cut(shape, threads);
+        Ok(plan)
+    }
+
+    /// `(row, position)` of all tokens.
+    pub(super) fn positions(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.sequences
+            .iter()
+            .flat_map(|sequence| sequence.rows.clone().zip(sequence.position..))
+    }
+
+    fn add(&mut self, sequence: &StepSequence<'_>, pool: &PagePool, shape: &ModelShape) -> Result<(), String> {
+        let block_tokens = pool.layout().block_tokens;
+        let StepSequence {
+            tokens,
+            position,
+            pages,
+            attention,
+            logits,
+        } = sequence;
+        if tokens.is_empty() {
+            return Err("has no tokens".to_owned());
+        }
+        if let Some(token) = tokens.iter().find(|token| **token as usize >= shape.vocab) {
+            return Err(format!("has token {token}, and the vocabulary has {}", shape.vocab));
+        }
+        let end = position
+            .checked_add(tokens.len())
+            .filter(|end| *end <= shape.context_tokens_max)
+            .ok_or_else(|| {
+                let (count, most) = (tokens.len(), shape.context_tokens_max);
+                format!("has {count} tokens from position {position} on, and the context ends at {most}")
+            })?;
+        let page = |block: usize| match pages.get(block) {
+            Some(Some(page)) if (page.0 as usize) < pool.pages() => Ok(*page),
+            Some(Some(page)) => Err(format!("has page {}, and the pool has {}", page.0, pool.pages())),
+            Some(None) | None => Err(format!("has no page for block {block}, which it needs")),
+        };
+        for position in *position..end {
+            self.slots.push(Slot {
+                page: page(position / block_tokens)?,
+                row: position % block_tokens,
+            });
+        }
+        // Whole pages: how far a query sees is its own matter, and the cut of a run must not depend on the step's end.
+        let ranges = match attention {
+            Attention::Full => vec![0..end.next_multiple_of(block_tokens)],
+            Attention::Local(ranges) => ranges.clone(),
+        };
+        let (spans, splits) = spans(&ranges, end, block_tokens, page)?;
+        let rows = self.tokens..self.tokens + tokens.len();
+        let first_kept = match logits {
+            Logits::None => rows.end,
+            Logits::Last => rows.end - 1,
+            Logits::All => rows.start,
+        };
+        let kept = self.kept.len();
+        self.kept.extend(first_kept..rows.end);
+        self.tokens = rows.end;
+        self.sequences.push(Sequence {
+            rows,
+            position: *position,
+            local: matches!(attention, Attention::Local(_)),
+            spans,
+            splits,
+            logits: kept..self.kept.len(),
+        });
+        Ok(())
+    }
+
+    /// A page that is written belongs to one block of one sequence: anything else would read what another one writes.
+    fn check_owners(&self, batch: &[StepSequence<'_>], block_tokens: usize) -> Result<(), StepError> {
+        let written: HashSet<PageId> = self.slots.iter().map(|slot| slot.page).collect();
+        let mut seen = HashSet::with_capacity(written.len());
+        for (sequence, planned) in batch.iter().zip(&self.sequences) {
+            let blocks = (planned.position + planned.rows.len()).div_ceil(block_tokens);
+            for page in sequence.pages.iter().take(blocks).flatten() {
+                if written.contains(page) && !seen.insert(*page) {
+                    let problem = format!("page {} is written and has two owners in the batch", page.0);
+                    return Err(StepError::Invalid(problem));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts attention into tiles and jobs. Latest tokens first: they see most, and the longest work should not come last.
+    fn cut(&mut self, shape: &ModelShape, threads: usize) {
+        let step = (TILE_ROWS / shape.group()).max(1);
+        for (index, sequence) in self.sequences.iter().enumerate() {
+            let len = sequence.rows.len();
+            let kept_from = len - sequence.logits.len();
+            for start in (0..len).step_by(step).rev() {
+                let tokens = start..(start + step).min(len);
+                let kept = sequence.local || tokens.end > kept_from;
+                self.tiles.extend((0..shape.kv_heads).map(|kv_head| Tile {
+                    sequence: index,
+                    kv_head,
+                    tokens: tokens.clone(),
+                    jobs: 0..0,
+                    kept,
+                }));
+            }
+        }
+        let whole = self.tiles.len() >= TILES_PER_THREAD * threads;
+        for (index, tile) in self.tiles.iter_mut().enumerate() {
+            let sequence = &self.sequences[tile.sequence];
+            let seen = sequence.position + tile.tokens.end;
+            let splits = sequence
+                .splits
+                .partition_point(|split| sequence.spans[split.start].position < seen);
+            let first = self.jobs.len();
+            if whole || splits == 0 {
+                self.jobs.push(Job {
+                    tile: index,
+                    splits: 0..splits,
+                });
+            } else {
+                self.jobs.extend((0..splits).map(|split| Job {
+                    tile: index,
+                    splits: split..split + 1,
+                }));
+            }
+            tile.jobs = first..self.jobs.len();
+        }
+    }
+}
+
+/// The pages of `ranges` below `end`, cut at range ends, and the runs of them that are summed together.
+fn spans(
+    ranges: &[Range<usize>],
+    end: usize,
+    block_tokens: usize,
+    page: impl Fn(usize) -> Result<PageId, String>,
+) -> Result<(Vec<Span>, Vec<Range<usize>>), String> {
+    let split_blocks = (SPLIT_TOKENS / block_tokens).max(1);
+    let (mut spans, mut splits): (Vec<Span>, Vec<Range<usize>>) = (Vec::new(), Vec::new());
+    let (mut before, mut last_split) = (0, None);
+    for range in ranges {
+        if range.start < before || range.end < range.start {
+            return Err(format!(
+                "has local range {range:?} behind {before}: ranges must rise and not overlap"
+            ));
+        }
+        before = range.end;
+        let mut position = range.start;
+        while position < range.end.min(end) {
+            let block = position / block_tokens;
+            let stop = ((block + 1) * block_tokens).min(range.end);
+            let rows = position % block_tokens..stop - block * block_tokens;
+            spans.push(Span {
+                page: page(block)?,
+                rows,
+                position,
+            });
+            let split = block / split_blocks;
+            match splits.last_mut() {
+                Some(run) if last_split == Some(split) => run.end = spans.len(),
+                _ => splits.push(spans.len() - 1..spans.len()),
+            }
+            last_split = Some(split);
+            position = stop;
+        }
+    }
+    Ok((spans, splits))
+}

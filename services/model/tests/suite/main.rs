@@ -1,0 +1,12 @@
+//! The model crate from outside: files it must refuse, texts it must keep, bits that must not move, and an independent
+//! forward that it must agree with. Tests over a made-up model run anywhere; those over SmolLM2-135M need the file that
+//! `make model` puts into the cache folder, and fail without it.
+
+mod attention;
+mod files;
+mod golden;
+mod invariance;
+mod made_up;
+mod smollm;
+mod steps;
+mod tokens;

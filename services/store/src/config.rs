@@ -1,0 +1,213 @@
+//! `[store]`: places and limits.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use kvasir_cache::CacheConfig;
+use kvasir_proto::frame::BulkLimits;
+use kvasir_runtime::{
+    address::loopback_or_allowed,
+    units::{ByteSize, HumanDuration},
+};
+use serde::{Deserialize, Serialize};
+
+/// Configuration of a store. Every queue, pool and map of the store has its bound here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreConfig {
+    /// Address of the gRPC services. Port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// Address of `/metrics`, `/healthz` and `/readyz`.
+    pub admin_listen: SocketAddr,
+    /// Whether the addresses may be reachable from other machines. There is no authentication and no encryption yet.
+    pub allow_remote: bool,
+    /// Folder of the blocks and their index; the store has it for itself.
+    pub data_dir: PathBuf,
+    /// Most bytes of blocks kept in memory, bookkeeping included.
+    pub host_bytes_max: ByteSize,
+    /// Most bytes of segment files; at least two segments.
+    pub disk_bytes_max: ByteSize,
+    /// Bytes of one segment file: the unit in which disk space comes back.
+    pub segment_bytes: ByteSize,
+    /// Most payload bytes accepted but not yet synced; beyond it puts are answered `BUSY`.
+    pub flush_queue_bytes_max: ByteSize,
+    /// Most disk reads at a time; beyond it gets are answered `BUSY`.
+    pub disk_reads_max: usize,
+    /// Longest lease granted; longer wishes are cut to it.
+    pub lease_max: HumanDuration,
+    /// Most leases at a time, open contexts included; beyond it a match comes without a lease.
+    pub leases_max: usize,
+    /// Most namespaces.
+    pub namespaces_max: usize,
+    /// Most events that a watcher may be behind; beyond it its watch ends with `RESOURCE_EXHAUSTED`.
+    pub event_queue_max: usize,
+    /// Most watchers at a time.
+    pub subscribers_max: usize,
+    /// Most put, get and decode streams at a time; beyond it a call is refused with `RESOURCE_EXHAUSTED`. An open stream
+    /// holds at most three messages of about 1 MiB.
+    pub streams_max: usize,
+    /// Most bytes of put messages that are being received or stored, over all streams; beyond it clients wait.
+    pub put_bytes_max: ByteSize,
+    /// How long a put waits for a thread; then its blocks are answered `BUSY`.
+    pub put_wait_max: HumanDuration,
+    /// Largest put message accepted.
+    pub message_bytes_max: ByteSize,
+    /// How long a message may take to arrive once it began.
+    pub message_timeout: HumanDuration,
+    /// Most block hashes in one request, which also bounds the blocks of a context.
+    pub hashes_max: usize,
+    /// Threads for work on blocks: puts, gets, the disk.
+    pub io_threads: usize,
+    /// Threads for retrieval, which is bound by the processor.
+    pub retrieval_threads: usize,
+    /// Largest retrieval reply; a query whose rows could exceed it is refused.
+    pub reply_bytes_max: ByteSize,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 7401)),
+            admin_listen: SocketAddr::from(([127, 0, 0, 1], 7411)),
+            allow_remote: false,
+            data_dir: PathBuf::from("kvasir-data/store"),
+            host_bytes_max: ByteSize::gib(1),
+            disk_bytes_max: ByteSize::gib(16),
+            segment_bytes: ByteSize::mib(256),
+            flush_queue_bytes_max: ByteSize::mib(256),
+            disk_reads_max: 64,
+            lease_max: HumanDuration::secs(60),
+            leases_max: 16_384,
+            namespaces_max: 1024,
+            event_queue_max: 65_536,
+            subscribers_max: 256,
+            streams_max: 1024,
+            put_bytes_max: ByteSize::mib(64),
+            put_wait_max: HumanDuration::secs(1),
+            message_bytes_max: ByteSize::mib(8),
+            message_timeout: HumanDuration::secs(30),
+            hashes_max: 16_384,
+            io_threads: 16,
+            retrieval_threads: std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+            reply_bytes_max: ByteSize::mib(32),
+        }
+    }
+}
+
+impl StoreConfig {
+    /// Checks what a type cannot: addresses, and limits that must fit each other.
+    ///
+    /// # Errors
+    /// Names the key and says what to do.
+    pub fn validate(&self) -> anyhow::Result<()> {
+        loopback_or_allowed("store.listen", self.listen, "store.allow_remote", self.allow_remote)?;
+        loopback_or_allowed(
+            "store.admin_listen",
+            self.admin_listen,
+            "store.allow_remote",
+            self.allow_remote,
+        )?;
+        let counts = [
+            ("streams_max", self.streams_max),
+            ("hashes_max", self.hashes_max),
+            ("io_threads", self.io_threads),
+            ("retrieval_threads", self.retrieval_threads),
+            ("message_timeout", usize::from(!self.message_timeout.get().is_zero())),
+        ];
+        if let Some((key, _)) = counts.iter().find(|(_, count)| *count == 0) {
+            anyhow::bail!("store.{key} is 0: it must be more");
+        }
+        let largest = ByteSize::gib(1);
+        if self.message_bytes_max < ByteSize::kib(64) || self.message_bytes_max > largest {
+            anyhow::bail!(
+                "store.message_bytes_max = {}: choose 64KiB to {largest}",
+                self.message_bytes_max
+            );
+        }
+        if self.put_bytes_max < self.message_bytes_max || self.put_bytes_max > ByteSize::gib(1024) {
+            anyhow::bail!(
+                "store.put_bytes_max = {}: must have room for one message, store.message_bytes_max = {}",
+                self.put_bytes_max,
+                self.message_bytes_max
+            );
+        }
+        Ok(())
+    }
+
+    /// The part of it that the cache wants.
+    pub(crate) fn cache(&self) -> CacheConfig {
+        CacheConfig {
+            host_bytes_max: self.host_bytes_max.as_u64(),
+            disk_bytes_max: self.disk_bytes_max.as_u64(),
+            segment_bytes: self.segment_bytes.as_u64(),
+            flush_queue_bytes_max: self.flush_queue_bytes_max.as_u64(),
+            disk_reads_max: self.disk_reads_max,
+            lease_max: self.lease_max.get(),
+            leases_max: self.leases_max,
+            namespaces_max: self.namespaces_max,
+            event_queue_max: self.event_queue_max,
+            subscribers_max: self.subscribers_max,
+            ..CacheConfig::in_dir(&self.data_dir)
+        }
+    }
+
+    /// Largest request that carries hashes rather than blocks. Decoded hashes take no more than their bytes on the wire
+    /// and bookkeeping of the same size, so this bounds both.
+    pub(crate) fn control_bytes_max(&self) -> usize {
+        const HASH_ON_WIRE: usize = 34;
+        (2 * HASH_ON_WIRE * self.hashes_max + (64 << 10)).max(1 << 20)
+    }
+
+    /// Bounds of the header of a put message.
+    pub(crate) fn bulk_limits(&self) -> BulkLimits {
+        BulkLimits::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_survive_toml() {
+        let config = StoreConfig::default();
+        config.validate().expect("valid");
+        let json = serde_json::to_string(&config).expect("serialises");
+        assert_eq!(serde_json::from_str::<StoreConfig>(&json).expect("reads back"), config);
+        let unknown = serde_json::from_str::<StoreConfig>(r#"{"host_byte_max": "1GiB"}"#);
+        assert!(
+            unknown
+                .expect_err("unknown")
+                .to_string()
+                .contains("unknown field `host_byte_max`")
+        );
+    }
+
+    #[test]
+    fn what_cannot_work_names_the_key() {
+        type Break = fn(&mut StoreConfig);
+        let table: [(Break, &str); 7] = [
+            (
+                |c| c.listen = ([0, 0, 0, 0], 7401).into(),
+                "store.listen = \"0.0.0.0:7401\"",
+            ),
+            (|c| c.admin_listen = ([10, 0, 0, 1], 1).into(), "store.admin_listen"),
+            (|c| c.streams_max = 0, "store.streams_max is 0"),
+            (|c| c.retrieval_threads = 0, "store.retrieval_threads is 0"),
+            (
+                |c| c.message_bytes_max = ByteSize::kib(1),
+                "store.message_bytes_max = 1KiB",
+            ),
+            (
+                |c| c.message_bytes_max = ByteSize::gib(4),
+                "store.message_bytes_max = 4GiB",
+            ),
+            (|c| c.put_bytes_max = ByteSize::mib(1), "store.put_bytes_max = 1MiB"),
+        ];
+        for (damage, expected) in table {
+            let mut config = StoreConfig::default();
+            damage(&mut config);
+            let error = config.validate().expect_err(expected).to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! `kvasir_store_*`: the cache's numbers, the doors and the streams, once a second; latencies where calls are served.
+//!
+//! First looks: `kvasir_store_get_hits_total` against `kvasir_store_get_misses_total`, `kvasir_store_flush_queue_bytes` against its
+//! maximum, `kvasir_store_door_waiting`, and `kvasir_store_disk_degraded`.
+
+use std::{sync::Arc, time::Duration};
+
+use kvasir_cache::CacheStats;
+use metrics::{counter, gauge, histogram};
+
+use crate::{door::Door, served::Served};
+
+/// How often the cache's numbers are copied.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Copies numbers until the store stops.
+pub(crate) async fn publish(served: Arc<Served>) {
+    let mut tick = tokio::time::interval(PERIOD);
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = served.stopping.cancelled() => return,
+        }
+        // Takes the cache's lock for a moment, so not on this thread.
+        match served.with_cache(kvasir_cache::BlockCache::stats).await {
+            Ok(stats) => cache(&stats),
+            Err(_) => return,
+        }
+        doors(&[&served.io, &served.retrieval]);
+        let (streams, put_bytes, contexts) = served.load();
+        gauge!("kvasir_store_streams").set(streams as f64);
+        gauge!("kvasir_store_streams_max").set(served.config.streams_max as f64);
+        gauge!("kvasir_store_put_buffer_bytes").set(put_bytes as f64);
+        gauge!("kvasir_store_put_buffer_bytes_max").set(served.config.put_bytes_max.as_u64() as f64);
+        gauge!("kvasir_store_contexts").set(contexts as f64);
+    }
+}
+
+fn doors(doors: &[&Door]) {
+    for door in doors {
+        let (name, threads, running, waiting) = door.load();
+        gauge!("kvasir_store_door_threads", "door" => name).set(threads as f64);
+        gauge!("kvasir_store_door_running", "door" => name).set(running as f64);
+        gauge!("kvasir_store_door_waiting", "door" => name).set(waiting as f64);
+    }
+}
+
+fn cache(stats: &CacheStats) {
+    let disk = &stats.disk;
+    let gauges = [
+        ("kvasir_store_namespaces", stats.namespaces),
+        ("kvasir_store_blocks", stats.blocks),
+        ("kvasir_store_flush_queue_bytes", disk.queue_bytes),
+        ("kvasir_store_flush_queue_bytes_max", disk.queue_bytes_max),
+        ("kvasir_store_flush_queue_layer_blocks", disk.queued_layer_blocks),
+        ("kvasir_store_segments", disk.segments),
+        ("kvasir_store_leases", stats.leases),
+        ("kvasir_store_leases_max", stats.leases_max),
+        ("kvasir_store_pinned_blocks", stats.pinned_blocks),
+        ("kvasir_store_subscribers", stats.subscribers),
+        ("kvasir_store_disk_degraded", u64::from(disk.degraded.is_some())),
+    ];
+    for (name, value) in gauges {
+        gauge!(name).set(value as f64);
+    }
+    let tiers = [
+        ("host", stats.host_bytes, stats.host_bytes_max, stats.host_layer_blocks),
+        ("disk", disk.bytes, disk.bytes_max, disk.layer_blocks),
+    ];
+    for (tier, bytes, bytes_max, layer_blocks) in tiers {
+        gauge!("kvasir_store_tier_bytes", "tier" => tier).set(bytes as f64);
+        gauge!("kvasir_store_tier_bytes_max", "tier" => tier).set(bytes_max as f64);
+        gauge!("kvasir_store_tier_layer_blocks", "tier" => tier).set(layer_blocks as f64);
+    }
+    counter!("kvasir_store_get_hits_total", "tier" => "host").absolute(stats.get_hits_host);
+    counter!("kvasir_store_get_hits_total", "tier" => "disk").absolute(stats.get_hits_disk);
+    let misses = [
+        ("absent", stats.misses_absent),
+        ("corrupt", stats.misses_corrupt),
+        ("busy", stats.misses_busy),
+    ];
+    for (reason, count) in misses {
+        counter!("kvasir_store_get_misses_total", "reason" => reason).absolute(count);
+    }
+    let puts = [
+        ("stored", stats.put_blocks),
+        ("present", stats.put_present),
+        ("busy", stats.put_busy),
+        ("checksum_mismatch", stats.put_checksum_mismatch),
+    ];
+    for (outcome, count) in puts {
+        counter!("kvasir_store_put_blocks_total", "outcome" => outcome).absolute(count);
+    }
+    let counters = [
+        ("kvasir_store_get_bytes_total", stats.get_bytes),
+        ("kvasir_store_put_bytes_total", stats.put_bytes),
+        ("kvasir_store_put_host_only_total", stats.put_host_only),
+        ("kvasir_store_host_evicted_blocks_total", stats.host_evicted_blocks),
+        ("kvasir_store_host_corrupt_total", stats.host_corrupt),
+        ("kvasir_store_disk_refused_total", disk.refused),
+        ("kvasir_store_disk_corrupt_total", disk.corrupt),
+        ("kvasir_store_disk_failures_total", disk.failures),
+        ("kvasir_store_disk_syncs_total", disk.syncs),
+        ("kvasir_store_reclaimed_segments_total", disk.reclaimed_segments),
+        ("kvasir_store_leases_refused_total", stats.leases_refused),
+        ("kvasir_store_subscribers_lagged_total", stats.subscribers_lagged),
+    ];
+    for (name, value) in counters {
+        counter!(name).absolute(value);
+    }
+}
+
+/// A call (of a stream: one message of it) was served in `elapsed`.
+pub(crate) fn served(call: &'static str, elapsed: Duration) {
+    histogram!("kvasir_store_call_seconds", "call" => call).record(elapsed.as_secs_f64());
+}
+
+/// A call ended with a status that is not OK.
+pub(crate) fn refused(call: &'static str, code: &'static str) {
+    counter!("kvasir_store_errors_total", "call" => call, "code" => code).increment(1);
+}
+
+/// Layer blocks answered without being looked at.
+pub(crate) fn shed(outcome: &'static str, layer_blocks: usize) {
+    counter!("kvasir_store_shed_total", "outcome" => outcome).increment(layer_blocks as u64);
+}
+
+/// A retrieval was answered.
+pub(crate) fn retrieved(form: &'static str, keys_scanned: u64, bytes_read: u64, fell_short: bool) {
+    counter!("kvasir_store_queries_total", "form" => form).increment(1);
+    counter!("kvasir_store_keys_scanned_total").increment(keys_scanned);
+    counter!("kvasir_store_retrieval_bytes_total").increment(bytes_read);
+    counter!("kvasir_store_shortfalls_total").increment(u64::from(fell_short));
+}

@@ -1,0 +1,115 @@
+//! [`Store`]: start and stop.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use anyhow::Context;
+use kvasir_cache::BlockCache;
+use kvasir_runtime::{
+    Runtime,
+    admin::{self, HttpRunning, Readiness},
+    grpc::{GrpcRunning, GrpcServer},
+};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::{StoreConfig, grpc, metrics, served::Served};
+
+/// What `/readyz` calls this part.
+const PART: &str = "store";
+
+/// A running store; dropping it does not stop it, [`Store::stop`] does.
+#[derive(Debug)]
+pub struct Store {
+    served: Arc<Served>,
+    grpc: GrpcRunning,
+    admin: HttpRunning,
+    metrics: JoinHandle<()>,
+    stopping: CancellationToken,
+    readiness: Readiness,
+}
+
+impl Store {
+    /// Opens the data folder, recovers what it holds, and serves. It is ready when this returns.
+    ///
+    /// # Errors
+    /// A limit or address that cannot work, a data folder that cannot be opened or is in use, an address that is taken;
+    /// each says what to do.
+    pub async fn start(config: &StoreConfig, runtime: &Runtime) -> anyhow::Result<Self> {
+        config.validate()?;
+        runtime.readiness.not_ready(PART, "recovering the data folder");
+        let cache_config = config.cache();
+        let cache = tokio::task::spawn_blocking(move || BlockCache::open(cache_config))
+            .await?
+            .with_context(|| format!("cannot open the store in {}", config.data_dir.display()))?;
+        let stopping = runtime.shutdown.child_token();
+        let served = Arc::new(Served::new(config.clone(), cache, stopping.clone()));
+        let bound = bind(&served, runtime, &stopping).await;
+        let (grpc, admin) = match bound {
+            Ok(bound) => bound,
+            Err(error) => {
+                served.close().await.context("closing the store again")?;
+                return Err(error);
+            }
+        };
+        let metrics = tokio::spawn(metrics::publish(Arc::clone(&served)));
+        runtime.readiness.ready(PART);
+        tracing::info!(grpc = %grpc.addr(), admin = %admin.addr(), data_dir = %config.data_dir.display(), "store is serving");
+        Ok(Self {
+            served,
+            grpc,
+            admin,
+            metrics,
+            stopping,
+            readiness: runtime.readiness.clone(),
+        })
+    }
+
+    /// Where the gRPC services are.
+    pub fn grpc_addr(&self) -> SocketAddr {
+        self.grpc.addr()
+    }
+
+    /// Where `/metrics`, `/healthz` and `/readyz` are.
+    pub fn admin_addr(&self) -> SocketAddr {
+        self.admin.addr()
+    }
+
+    /// Stops accepting, ends streams and watches, waits for what is being stored, flushes, syncs and closes. Nothing that
+    /// was answered `STORED` is lost.
+    ///
+    /// # Errors
+    /// When not everything accepted could be written.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.readiness.not_ready(PART, "stopping");
+        self.grpc.set_serving(false).await;
+        self.stopping.cancel();
+        self.grpc.stop().await;
+        let closed = self.served.close().await;
+        if let Err(error) = self.metrics.await {
+            tracing::error!(%error, "the metrics task failed");
+        }
+        self.admin.stop().await;
+        closed.context("not everything that was accepted could be written")?;
+        tracing::info!("store has stopped, everything accepted is on disk");
+        Ok(())
+    }
+}
+
+async fn bind(
+    served: &Arc<Served>,
+    runtime: &Runtime,
+    stopping: &CancellationToken,
+) -> anyhow::Result<(GrpcRunning, HttpRunning)> {
+    let config = &served.config;
+    let server = grpc::add_to(GrpcServer::new(), served).reflection(kvasir_proto::FILE_DESCRIPTOR_SET)?;
+    // Until the end, so that a long flush can be watched.
+    let routes = admin::router(runtime.metrics.clone(), runtime.readiness.clone());
+    let admin = admin::serve(config.admin_listen, routes, &CancellationToken::new()).await?;
+    match server.serve(config.listen, stopping).await {
+        Ok(grpc) => Ok((grpc, admin)),
+        Err(error) => {
+            admin.stop().await;
+            Err(error.into())
+        }
+    }
+}

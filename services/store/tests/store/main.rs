@@ -1,0 +1,7 @@
+//! The store over real sockets, with the real client and with others.
+
+mod bad_input;
+mod hostile;
+mod life;
+mod round_trip;
+mod support;

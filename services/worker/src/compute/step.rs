@@ -1,0 +1,326 @@
+//! One step of the batch, and what happens between its layers.
+
+use std::{collections::HashMap, time::Instant};
+
+use bytes::Bytes;
+use kvasir_block::{BlockHash, Checksum};
+use kvasir_client::LayerBlock;
+use kvasir_model::{Attention, Logits, PageId, PagePool, StepAborted, StepError, StepHooks, StepOutput, StepSequence};
+use kvasir_simd::Partial;
+use tokio::runtime::Handle;
+
+use super::{Compute, SequenceId, Settings, Store};
+use crate::{
+    offload::{Offer, Offload},
+    onboard::Onboard,
+    retrieval::Link,
+    scheduler::{Candidate, Share, Stage, plan},
+    sequence::{Phase, Sequence},
+};
+
+impl Compute {
+    /// Computes a step; false when nobody can compute.
+    pub(super) fn step(&mut self) -> bool {
+        let candidates: Vec<Candidate> = self.running.iter().map(|sequence| self.candidate(sequence)).collect();
+        let shares = plan(&candidates, self.around.settings.step_tokens_max);
+        if shares.is_empty() {
+            return false;
+        }
+        let begun = Instant::now();
+        self.give_pages(&shares);
+        let offered = self.offer(&shares);
+        let (result, culprit) = self.compute(&shares, &offered);
+        match result {
+            Ok(output) => {
+                self.around.metrics.step.record(begun.elapsed().as_secs_f64());
+                self.advance(&shares, &output);
+            }
+            Err(error) => {
+                self.around.metrics.steps_aborted.increment(1);
+                if let Some(store) = &self.around.store {
+                    offered.iter().for_each(|block| store.offload.abandon(block.hash));
+                }
+                self.recover(&shares, culprit, &error);
+            }
+        }
+        true
+    }
+
+    fn candidate(&self, sequence: &Sequence) -> Candidate {
+        let stage = match sequence.phase {
+            Phase::Running => Stage::Ready,
+            Phase::Onboarding if self.onboards.get(&sequence.id).is_some_and(Onboard::has_begun) => Stage::Arriving,
+            Phase::Onboarding | Phase::Opening | Phase::Matching | Phase::Queued(_) => Stage::Waiting,
+        };
+        Candidate {
+            stage,
+            remaining: sequence.remaining(),
+        }
+    }
+
+    fn give_pages(&mut self, shares: &[Share]) {
+        for share in shares {
+            let sequence = &mut self.running[share.index];
+            let needed = (sequence.computed + share.tokens).div_ceil(self.around.settings.block_tokens);
+            while sequence.pages.len() < needed {
+                let page = self.tier.take(&mut sequence.promise);
+                sequence.pages.push(Some(page));
+            }
+        }
+    }
+
+    /// Offers the blocks that this step completes, and with a sequence's first step those that the device tier had,
+    /// which the store may never have got.
+    fn offer(&mut self, shares: &[Share]) -> Vec<Offered> {
+        let Some(store) = &self.around.store else {
+            return Vec::new();
+        };
+        let mut offered = Vec::new();
+        for share in shares {
+            let sequence = &mut self.running[share.index];
+            if sequence.request.no_cache || self.links.contains_key(&sequence.id) {
+                continue;
+            }
+            let found = 0..std::mem::take(&mut sequence.offer_first);
+            let completed = completed_blocks(sequence, share, self.around.settings.block_tokens);
+            for index in found.chain(completed) {
+                let (hash, page) = (sequence.chain.hashes()[index], sequence.pages[index]);
+                if let Some(page) = page
+                    && store.offload.offer(hash) == Offer::Accepted
+                {
+                    sequence.bytes_pushed += store.offload.block_bytes() as u64;
+                    offered.push(Offered { hash, page });
+                }
+            }
+        }
+        offered
+    }
+
+    fn compute(&mut self, shares: &[Share], offered: &[Offered]) -> (Result<StepOutput, StepError>, Option<Culprit>) {
+        let batch: Vec<StepSequence<'_>> = shares
+            .iter()
+            .map(|share| step_sequence(&self.running[share.index], share, &self.links))
+            .collect();
+        let ids: Vec<SequenceId> = shares.iter().map(|share| self.running[share.index].id).collect();
+        // The plan puts a loading sequence into a batch of its own.
+        let loading = ids.iter().find(|id| self.onboards.contains_key(id)).copied();
+        let mut hooks = Hooks {
+            ids: &ids,
+            loading,
+            onboards: &mut self.onboards,
+            links: &mut self.links,
+            offered,
+            store: self.around.store.as_ref(),
+            settings: self.around.settings,
+            runtime: &self.around.runtime,
+            culprit: None,
+        };
+        let result = self.model.step(&batch, &mut self.pool, &mut hooks);
+        (result, hooks.culprit)
+    }
+
+    /// After a step: names what is whole, chooses tokens, ends what is at its end.
+    fn advance(&mut self, shares: &[Share], output: &StepOutput) {
+        self.settle_loads();
+        let mut ended = Vec::new();
+        let mut to_open = Vec::new();
+        for (share, logits) in shares.iter().zip(&output.rows) {
+            let block_tokens = self.around.settings.block_tokens;
+            let sequence = &mut self.running[share.index];
+            if !sequence.request.no_cache && !self.links.contains_key(&sequence.id) {
+                for index in completed_blocks(sequence, share, block_tokens) {
+                    let hash = sequence.chain.hashes()[index];
+                    sequence.pages[index] = sequence.pages[index].map(|page| self.tier.register(page, hash, index));
+                }
+            }
+            sequence.computed += share.tokens;
+            sequence.tell_started();
+            if sequence.remaining() > 0 {
+                continue;
+            }
+            let before = sequence.times;
+            let reason = sequence.choose(logits, self.around.tokenizer.stops());
+            let metrics = &self.around.metrics;
+            metrics.generation_tokens.increment(1);
+            let now = sequence.times.last_token.unwrap_or(before.submitted);
+            match before.last_token {
+                Some(last) => metrics.inter_token.record((now - last).as_secs_f64()),
+                None => metrics
+                    .time_to_first_token
+                    .record((now - before.submitted).as_secs_f64()),
+            }
+            match reason {
+                Some(reason) => ended.push((sequence.id, reason)),
+                None if sequence.wants_retrieval => to_open.push(share.index),
+                None => {}
+            }
+        }
+        // Indices hold until sequences are taken out.
+        to_open.into_iter().for_each(|at| self.open_context(at));
+        for (id, reason) in ended {
+            self.finish(id, reason);
+        }
+    }
+
+    /// After a step that was given up: nothing it computed is used. The one who is to blame changes its ways, everyone
+    /// else takes part in the next step as if this one had not been.
+    fn recover(&mut self, shares: &[Share], culprit: Option<Culprit>, error: &StepError) {
+        match culprit {
+            Some(Culprit::Load(id, why)) => {
+                if let Some(at) = self.running_index(id) {
+                    tracing::warn!(parent: &self.running[at].span, why, "loading came to an end early, computing the rest");
+                }
+                self.settle_loads();
+            }
+            Some(Culprit::Retrieval(id, why)) => self.fall_back(id, why),
+            None => {
+                tracing::error!(%error, "a step failed, ending its requests");
+                let ids: Vec<SequenceId> = shares.iter().map(|share| self.running[share.index].id).collect();
+                for id in ids {
+                    self.fail(id, &format!("a step failed: {error}"));
+                }
+            }
+        }
+    }
+
+    /// Offers blocks that were dropped or lost, straight from their pages, all layers at once.
+    pub(super) fn offer_again(&mut self, id: SequenceId, blocks: &[usize]) {
+        let (Some(store), Some(at)) = (&self.around.store, self.running_index(id)) else {
+            return;
+        };
+        let sequence = &mut self.running[at];
+        for index in blocks {
+            let hash = sequence.chain.hashes().get(*index).copied();
+            let page = sequence.pages.get(*index).copied().flatten();
+            let (Some(hash), Some(page)) = (hash, page) else {
+                continue;
+            };
+            if store.offload.offer(hash) == Offer::Accepted {
+                sequence.bytes_pushed += store.offload.block_bytes() as u64;
+                for layer in 0..self.model.shape().layers {
+                    push(&store.offload, &self.pool, layer, Offered { hash, page });
+                }
+            }
+        }
+    }
+}
+
+/// Indices of blocks that the step completes.
+fn completed_blocks(sequence: &Sequence, share: &Share, block_tokens: usize) -> std::ops::Range<usize> {
+    sequence.computed / block_tokens..(sequence.computed + share.tokens) / block_tokens
+}
+
+fn step_sequence<'a>(sequence: &'a Sequence, share: &Share, links: &HashMap<SequenceId, Link>) -> StepSequence<'a> {
+    let position = sequence.computed;
+    let attention = match links.get(&sequence.id) {
+        Some(link) => Attention::Local(link.split().local(position)),
+        None => Attention::Full,
+    };
+    StepSequence {
+        tokens: &sequence.tokens[position..position + share.tokens],
+        position,
+        pages: &sequence.pages,
+        attention,
+        logits: if share.tokens == sequence.remaining() {
+            Logits::Last
+        } else {
+            Logits::None
+        },
+    }
+}
+
+/// A whole block that is pushed layer by layer.
+#[derive(Clone, Copy, Debug)]
+struct Offered {
+    hash: BlockHash,
+    page: PageId,
+}
+
+fn push(offload: &Offload, pool: &PagePool, layer: usize, block: Offered) {
+    // The one copy of the put path: the page may be evicted and written again before the store has taken the bytes.
+    let payload = Bytes::from(pool.page_bytes(layer, block.page));
+    offload.push(LayerBlock {
+        hash: block.hash,
+        layer: layer as u16,
+        checksum: Checksum::of(&payload),
+        payload,
+    });
+}
+
+/// Who made a step fail.
+#[derive(Debug)]
+enum Culprit {
+    Load(SequenceId, String),
+    Retrieval(SequenceId, String),
+}
+
+/// What the worker does between the layers of a step.
+struct Hooks<'a> {
+    /// By index in the batch.
+    ids: &'a [SequenceId],
+    /// The sequence of the batch whose prefix is still on its way.
+    loading: Option<SequenceId>,
+    onboards: &'a mut HashMap<SequenceId, Onboard>,
+    links: &'a mut HashMap<SequenceId, Link>,
+    offered: &'a [Offered],
+    store: Option<&'a Store>,
+    settings: Settings,
+    runtime: &'a Handle,
+    culprit: Option<Culprit>,
+}
+
+impl Hooks<'_> {
+    /// The link of a sequence of the batch, for `act`; what goes wrong is its sequence's fault.
+    fn with_link<T>(
+        &mut self,
+        sequence: usize,
+        act: impl FnOnce(&mut Link, &Settings, &Handle) -> Result<T, String>,
+    ) -> Result<T, StepAborted> {
+        let id = self.ids[sequence];
+        let result = match self.links.get_mut(&id) {
+            Some(link) => act(link, &self.settings, self.runtime),
+            None => Err("the sequence has no retrieval stream".to_owned()),
+        };
+        result.map_err(|why| {
+            self.culprit = Some(Culprit::Retrieval(id, why.clone()));
+            StepAborted(why)
+        })
+    }
+}
+
+impl StepHooks for Hooks<'_> {
+    fn before_layer(&mut self, layer: usize, pool: &mut PagePool) -> Result<(), StepAborted> {
+        for onboard in self.onboards.values_mut() {
+            onboard.pump(pool);
+        }
+        let Some((id, onboard)) = self.loading.and_then(|id| Some((id, self.onboards.get_mut(&id)?))) else {
+            return Ok(());
+        };
+        onboard
+            .wait(layer, pool, self.settings.onboard_timeout, self.runtime)
+            .map_err(|cut| {
+                self.culprit = Some(Culprit::Load(id, cut.0.clone()));
+                StepAborted(cut.0)
+            })
+    }
+
+    fn after_layer(&mut self, layer: usize, pool: &PagePool) {
+        if let Some(store) = self.store {
+            for block in self.offered {
+                push(&store.offload, pool, layer, *block);
+            }
+        }
+    }
+
+    fn remote_begin(&mut self, layer: usize, sequence: usize, q: &[f32]) -> Result<(), StepAborted> {
+        self.with_link(sequence, |link, settings, _| {
+            link.begin(layer, q, settings.retrieval_timeout)
+        })
+    }
+
+    fn remote_finish(&mut self, _layer: usize, sequence: usize) -> Result<Option<Partial>, StepAborted> {
+        self.with_link(sequence, |link, settings, runtime| {
+            link.finish(settings.retrieval_timeout, runtime).map(Some)
+        })
+    }
+}

@@ -1,0 +1,290 @@
+//! `[worker]`: every key with its meaning, unit and default.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use kvasir_block::Tenant;
+use kvasir_runtime::{
+    address::loopback_or_allowed,
+    units::{ByteSize, HumanDuration},
+};
+use serde::{Deserialize, Serialize};
+
+/// Configuration of a worker. Fill in what differs and leave the rest to `..Default::default()`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// Address of the gRPC service `kvasir.v1.Worker`; port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// Address of `/metrics`, `/healthz` and `/readyz`; port 0 picks a free one.
+    pub admin_listen: SocketAddr,
+    /// Whether addresses that other machines can reach are allowed. There is no authentication yet.
+    pub allow_remote: bool,
+    /// Where the store is, as in `http://127.0.0.1:7401`; empty works without a store.
+    pub store_url: String,
+    /// Owner of the blocks that this worker makes and looks for: part of their identity.
+    pub tenant: String,
+    /// Threads that share each kernel; 0 takes one per core.
+    pub threads: usize,
+    /// Tokens of a block. Must be the same at the router and at every worker of a store.
+    pub block_tokens: u16,
+    /// Bytes of the page pool (the device tier); rounded down to whole pages.
+    pub kv_bytes_max: ByteSize,
+    /// Most tokens computed in one step, over all sequences. More is faster for one prompt and makes the tokens of
+    /// others come in larger gaps.
+    pub step_tokens_max: usize,
+    /// Most sequences that are computed at a time.
+    pub sequences_max: usize,
+    /// Most requests that wait for their turn; beyond it they are answered RESOURCE_EXHAUSTED.
+    pub waiting_max: usize,
+    /// New tokens of a request that does not say how many it wants.
+    pub max_tokens: u32,
+    /// Most bytes of layer blocks that wait to be pushed; beyond it blocks are dropped and counted.
+    pub offload_queue_bytes_max: ByteSize,
+    /// Longest wait for an answer to a prefix match, and for each next layer block while loading; after it the rest is
+    /// computed.
+    pub onboard_timeout: HumanDuration,
+    /// Longest wait until the store holds a prompt that is to be retrieved from, and has opened it; after it the request
+    /// goes on with full attention.
+    pub context_timeout: HumanDuration,
+    /// Longest wait for the reply of one layer while decoding with retrieval; after it the request goes on with full
+    /// attention.
+    pub retrieval_timeout: HumanDuration,
+    /// Lease asked for on matched blocks: long enough to queue and load.
+    pub lease: HumanDuration,
+    /// How long stopping waits for running requests, and then again for the offload queue.
+    pub drain_grace: HumanDuration,
+    /// What a request's attention is when it does not say.
+    pub attention: AttentionConfig,
+}
+
+/// `[worker.attention]`: the defaults of a request's attention options.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AttentionConfig {
+    /// `full`, `rows` or `attend`.
+    pub mode: AttentionMode,
+    /// Keys per query head that `rows` brings.
+    pub k: u32,
+    /// Share of the searched softmax mass that `attend` covers, (0, 1].
+    pub target_mass: f32,
+    /// First tokens of the context that the worker attends to by itself.
+    pub sink: u32,
+    /// Last tokens of the context that the worker attends to by itself.
+    pub window: u32,
+}
+
+/// How a request's decoding attends to its prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionMode {
+    /// To every key, in the worker's own pages.
+    #[default]
+    Full,
+    /// To the static set, the new tokens, and the best keys, whose rows the store sends.
+    Rows,
+    /// To the static set and the new tokens; the store sends the finished partial over the rest.
+    Attend,
+}
+
+impl AttentionMode {
+    /// The word in configuration, requests and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Rows => "rows",
+            Self::Attend => "attend",
+        }
+    }
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7402)),
+            admin_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7412)),
+            allow_remote: false,
+            store_url: "http://127.0.0.1:7401".to_owned(),
+            tenant: "default".to_owned(),
+            threads: 0,
+            block_tokens: 64,
+            kv_bytes_max: ByteSize::gib(1),
+            step_tokens_max: 256,
+            sequences_max: 16,
+            waiting_max: 128,
+            max_tokens: 256,
+            offload_queue_bytes_max: ByteSize::mib(256),
+            onboard_timeout: HumanDuration::secs(2),
+            context_timeout: HumanDuration::secs(10),
+            retrieval_timeout: HumanDuration::millis(500),
+            lease: HumanDuration::secs(30),
+            drain_grace: HumanDuration::secs(10),
+            attention: AttentionConfig::default(),
+        }
+    }
+}
+
+impl Default for AttentionConfig {
+    fn default() -> Self {
+        Self {
+            mode: AttentionMode::Full,
+            k: 256,
+            target_mass: 0.99,
+            sink: 128,
+            window: 512,
+        }
+    }
+}
+
+/// A value that a worker cannot work with; the message names the key and what to write instead.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {problem}")]
+pub struct InvalidConfig {
+    /// The dotted key.
+    pub key: String,
+    /// What is wrong and what to do.
+    pub problem: String,
+}
+
+impl InvalidConfig {
+    pub(crate) fn new(key: &str, problem: impl Into<String>) -> Self {
+        Self {
+            key: key.to_owned(),
+            problem: problem.into(),
+        }
+    }
+}
+
+/// Most threads: beyond any machine this runs on, and small enough that a typo starts no thousands.
+const THREADS_MAX: usize = 1024;
+
+impl WorkerConfig {
+    /// Checks what the types cannot say.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`] for the first key that does not fit.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        for (key, addr) in [
+            ("worker.listen", self.listen),
+            ("worker.admin_listen", self.admin_listen),
+        ] {
+            loopback_or_allowed(key, addr, "worker.allow_remote", self.allow_remote)
+                .map_err(|error| InvalidConfig::new(key, error.to_string()))?;
+        }
+        let url = self.store_url.as_str();
+        if !url.is_empty() && !url.starts_with("http://") {
+            let problem = format!("{url:?} is not a store's address: write http://HOST:PORT, or nothing for no store");
+            return Err(InvalidConfig::new("worker.store_url", problem));
+        }
+        if Tenant::new(self.tenant.as_str()).is_none() {
+            let problem = format!("{:?} is not a tenant's name: \"default\" is a good one", self.tenant);
+            return Err(InvalidConfig::new("worker.tenant", problem));
+        }
+        if self.threads > THREADS_MAX {
+            let problem = format!("{}: at most {THREADS_MAX}, 0 takes one per core", self.threads);
+            return Err(InvalidConfig::new("worker.threads", problem));
+        }
+        let positive = [
+            ("worker.block_tokens", u64::from(self.block_tokens)),
+            ("worker.step_tokens_max", self.step_tokens_max as u64),
+            ("worker.sequences_max", self.sequences_max as u64),
+            ("worker.waiting_max", self.waiting_max as u64),
+            ("worker.max_tokens", u64::from(self.max_tokens)),
+            ("worker.kv_bytes_max", self.kv_bytes_max.as_u64()),
+            (
+                "worker.onboard_timeout",
+                self.onboard_timeout.get().as_millis().min(1) as u64,
+            ),
+            (
+                "worker.context_timeout",
+                self.context_timeout.get().as_millis().min(1) as u64,
+            ),
+            (
+                "worker.retrieval_timeout",
+                self.retrieval_timeout.get().as_millis().min(1) as u64,
+            ),
+            ("worker.lease", self.lease.get().as_millis().min(1) as u64),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(InvalidConfig::new(key, "must be more than nothing"));
+        }
+        if self.step_tokens_max < self.sequences_max {
+            let problem = format!(
+                "{} is less than worker.sequences_max = {}: a step must have a token for every sequence",
+                self.step_tokens_max, self.sequences_max
+            );
+            return Err(InvalidConfig::new("worker.step_tokens_max", problem));
+        }
+        self.attention.validate("worker.attention")
+    }
+
+    /// Threads to start.
+    pub(crate) fn threads_or_cores(&self) -> usize {
+        if self.threads > 0 {
+            return self.threads;
+        }
+        std::thread::available_parallelism().map_or(1, usize::from)
+    }
+}
+
+impl AttentionConfig {
+    /// Checks the values; `parent` is the path that errors name.
+    pub(crate) fn validate(&self, parent: &str) -> Result<(), InvalidConfig> {
+        // Written so that NaN fails too.
+        if !(self.target_mass > 0.0 && self.target_mass <= 1.0) {
+            let problem = format!("{}: a share of the softmax mass lies in (0, 1]", self.target_mass);
+            return Err(InvalidConfig::new(&format!("{parent}.target_mass"), problem));
+        }
+        if self.k == 0 {
+            return Err(InvalidConfig::new(
+                &format!("{parent}.k"),
+                "0: rows need at least one key",
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_the_key() {
+        fn with(change: impl FnOnce(&mut WorkerConfig)) -> WorkerConfig {
+            let mut config = WorkerConfig::default();
+            change(&mut config);
+            config
+        }
+        let table = [
+            (
+                with(|c| c.listen = SocketAddr::from(([0, 0, 0, 0], 7402))),
+                "worker.listen",
+            ),
+            (with(|c| c.store_url = "localhost:1".into()), "worker.store_url"),
+            (with(|c| c.tenant = String::new()), "worker.tenant"),
+            (with(|c| c.threads = 5000), "worker.threads"),
+            (with(|c| c.block_tokens = 0), "worker.block_tokens"),
+            (with(|c| c.step_tokens_max = 8), "worker.step_tokens_max"),
+            (
+                with(|c| c.retrieval_timeout = HumanDuration::millis(0)),
+                "worker.retrieval_timeout",
+            ),
+            (
+                with(|c| c.attention.target_mass = f32::NAN),
+                "worker.attention.target_mass",
+            ),
+            (with(|c| c.attention.target_mass = 1.5), "worker.attention.target_mass"),
+            (with(|c| c.attention.k = 0), "worker.attention.k"),
+        ];
+        for (config, key) in table {
+            assert_eq!(config.validate().expect_err(key).key, key);
+        }
+        let remote = with(|c| {
+            c.listen = SocketAddr::from(([0, 0, 0, 0], 7402));
+            c.allow_remote = true;
+            c.store_url = String::new();
+        });
+        assert_eq!(remote.validate(), Ok(()));
+        assert_eq!(WorkerConfig::default().validate(), Ok(()));
+    }
+}

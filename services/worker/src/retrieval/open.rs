@@ -1,0 +1,139 @@
+//! Opening a context at the store, and the task that carries queries and replies.
+
+use std::{sync::Arc, time::Duration};
+
+use kvasir_block::BlockHash;
+use kvasir_client::{DecodeStream, ErrorKind, Namespace, OpenContext, Query, Reply, StoreClient};
+use tokio::sync::mpsc;
+
+use crate::{
+    compute::{ComputeHandle, SequenceId},
+    offload::Offload,
+    store_session::StoreSession,
+};
+
+/// Times the blocks of a context are offered again: once for a full queue, once for a busy store, once for an eviction.
+const OFFERS_MAX: usize = 3;
+
+/// What is needed to open a context.
+pub(crate) struct Opening {
+    pub(crate) client: StoreClient,
+    pub(crate) session: Arc<StoreSession>,
+    pub(crate) offload: Arc<Offload>,
+    /// The context, from its first block.
+    pub(crate) chain: Vec<BlockHash>,
+    pub(crate) q_heads: usize,
+    pub(crate) softmax_scale: f32,
+    /// For all of it: offering, pushing, opening.
+    pub(crate) timeout: Duration,
+    /// Whose pages hold the context, and where to ask for them.
+    pub(crate) sequence: SequenceId,
+    pub(crate) compute: ComputeHandle,
+}
+
+/// Waits until the store holds the context, offering again what was dropped, and opens it.
+///
+/// # Errors
+/// Why it cannot be retrieved from, in words for a person.
+pub(crate) async fn open(opening: &Opening) -> Result<DecodeStream, String> {
+    match tokio::time::timeout(opening.timeout, try_open(opening)).await {
+        Ok(opened) => opened,
+        Err(_) => {
+            let standing = opening.offload.standing(&opening.chain);
+            Err(format!(
+                "the store did not have the context within {:?}: of {} blocks {} were on their way and {} missing",
+                opening.timeout,
+                opening.chain.len(),
+                standing.under_way,
+                standing.missing.len()
+            ))
+        }
+    }
+}
+
+async fn try_open(opening: &Opening) -> Result<DecodeStream, String> {
+    let mut offers = 0;
+    loop {
+        let Some(namespace) = opening.session.namespace() else {
+            return Err("the store is away".to_owned());
+        };
+        wait_until_held(opening, &mut offers).await?;
+        match open_stream(opening, &namespace).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if error.kind == ErrorKind::NotFound && offers < OFFERS_MAX => {
+                // What was believed held is not; all of it is offered again, and what is there is answered as present.
+                opening.offload.note_missing(&opening.chain);
+            }
+            Err(error) => {
+                opening.session.lost(&error);
+                return Err(format!("the store did not open the context: {error}"));
+            }
+        }
+    }
+}
+
+async fn open_stream(opening: &Opening, namespace: &Namespace) -> Result<DecodeStream, kvasir_client::ClientError> {
+    let context = OpenContext {
+        chain: opening.chain.clone(),
+        q_heads: opening.q_heads,
+        softmax_scale: opening.softmax_scale,
+    };
+    opening.client.decode(namespace, context).await
+}
+
+async fn wait_until_held(opening: &Opening, offers: &mut usize) -> Result<(), String> {
+    loop {
+        let changed = opening.offload.changed();
+        tokio::pin!(changed);
+        // Registered before the look, so that a change in between is not missed.
+        changed.as_mut().enable();
+        let standing = opening.offload.standing(&opening.chain);
+        match (standing.under_way, standing.missing.len()) {
+            (0, 0) => return Ok(()),
+            (0, missing) if *offers >= OFFERS_MAX => {
+                return Err(format!(
+                    "{missing} of {} blocks could not be pushed to the store",
+                    opening.chain.len()
+                ));
+            }
+            (0, _) => {
+                *offers += 1;
+                opening.compute.offer(opening.sequence, standing.missing).await;
+                // The compute thread answers by a change of standing, or by doing nothing where the queue is full.
+                let _waited = tokio::time::timeout(RETRY, changed).await;
+            }
+            _ => changed.await,
+        }
+    }
+}
+
+/// Wait between two offers of blocks that found no room.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// Carries queries out and replies in, one at a time, until the compute thread leaves or the stream fails.
+pub(crate) async fn carry(
+    mut stream: DecodeStream,
+    mut queries: mpsc::Receiver<Query>,
+    replies: mpsc::Sender<Result<Reply, String>>,
+    session: Arc<StoreSession>,
+) {
+    while let Some(query) = queries.recv().await {
+        let reply = async {
+            stream.send(query).await?;
+            stream.receive().await
+        };
+        let reply = tokio::select! {
+            // The compute thread gave up waiting.
+            () = replies.closed() => return,
+            reply = reply => reply,
+        };
+        let failed = reply.is_err();
+        let reply = reply.map_err(|error| {
+            session.lost(&error);
+            format!("retrieval failed: {error}")
+        });
+        if replies.send(reply).await.is_err() || failed {
+            return;
+        }
+    }
+}
