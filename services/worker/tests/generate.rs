@@ -363,14 +363,13 @@ async fn events_tell_what_the_device_tier_holds() {
     worker.generate(silent).await.expect("an answer");
     worker.generate(greedy(&prompt(310, 3), 2)).await.expect("an answer");
     let (mut stored, mut removed) = (0, 0);
-    while stored < 4 {
+    while (stored, removed) != (4, 1) {
         match next().await {
             (Kind::Stored, n) => stored += n,
             (Kind::Removed, n) => removed += n,
             other => panic!("{other:?}"),
         }
     }
-    assert_eq!((stored, removed), (4, 1));
     let again = worker.generate(greedy(&prompt(140, 1), 2)).await.expect("an answer");
     assert_eq!(
         again.started.cached_tokens_device, 64,
