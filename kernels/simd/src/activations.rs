@@ -1,25 +1,35 @@
 //! Activations quantised for the int8 tiles.
 
-use crate::{pool::Pool, weights::BLOCK};
+use crate::{
+    isa::{Isa, dispatched},
+    lanes::Lanes,
+    pool::Pool,
+    weights::BLOCK,
+};
 
 /// A block whose largest magnitude is below this is taken as zero: its inverse scale would not be finite.
 const TINY: f32 = 1e-30;
+/// Elements of a parallel task at least: less is not worth waking anyone.
+const TASK_ELEMENTS: usize = 16 * 1024;
 
 /// Activation rows `[tokens, cols]` quantised to int8 blocks of 32; the buffer is reused.
 ///
-/// Per block `d = max|x| / 127` in f32, `q = round(x * (127 / max|x|))` with ties to even, and the sum of the q.
+/// Per block `d = max|x| / 127` in f32, `q = round(x * (127 / max|x|))` with ties to even, and the sum of the q. NaN
+/// counts as 0; a block with an infinity yields infinite or NaN products.
 #[derive(Default)]
 pub struct Activations {
     tokens: usize,
     cols: usize,
-    quants: Vec<i8>,
-    /// `[tokens, blocks]`.
-    scales: Vec<BlockScale>,
+    /// `[tokens, cols / 32]`.
+    blocks: Vec<Block>,
 }
 
-/// What the tiles need of a block besides its integers.
+/// 32 quantised elements.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct BlockScale {
+#[repr(C)]
+pub(crate) struct Block {
+    /// In [-127, 127].
+    pub(crate) q: [i8; BLOCK],
     /// Value of one step.
     pub(crate) d: f32,
     /// `d` times the sum of the integers: the factor of a weight block's minimum.
@@ -33,7 +43,11 @@ impl Activations {
     ///
     /// # Panics
     /// If cols is 0 or no multiple of 32, or `x` is not whole rows.
-    pub fn quantize(&mut self, x: &[f32], cols: usize, _pool: &Pool) {
+    pub fn quantize(&mut self, x: &[f32], cols: usize, pool: &Pool) {
+        self.quantize_on(Isa::active(), x, cols, pool);
+    }
+
+    pub(crate) fn quantize_on(&mut self, isa: Isa, x: &[f32], cols: usize, pool: &Pool) {
         assert!(
             cols > 0 && cols.is_multiple_of(BLOCK),
             "quantize: {cols} columns are no multiple of {BLOCK}"
@@ -41,27 +55,12 @@ impl Activations {
         assert!(x.len().is_multiple_of(cols), "quantize: x is rows of {cols}");
         self.tokens = x.len() / cols;
         self.cols = cols;
-        self.quants.resize(x.len(), 0);
-        self.scales.resize(x.len() / BLOCK, BlockScale::default());
-        let quants = self.quants.as_chunks_mut::<BLOCK>().0;
-        for ((x, q), scale) in x.as_chunks::<BLOCK>().0.iter().zip(quants).zip(&mut self.scales) {
-            let high = x.iter().fold(0.0_f32, |high, x| high.max(x.abs()));
-            let (d, inverse) = if high >= TINY {
-                (high / 127.0, 127.0 / high)
-            } else {
-                (0.0, 0.0)
-            };
-            let mut sum = 0_i32;
-            for (q, x) in q.iter_mut().zip(x) {
-                *q = (x * inverse).round_ties_even() as i8;
-                sum += i32::from(*q);
-            }
-            *scale = BlockScale {
-                d,
-                sum: d * sum as f32,
-                offset: 128 * sum,
-            };
-        }
+        self.blocks.resize(x.len() / BLOCK, Block::default());
+        let x = x.as_chunks().0;
+        let share = x.len().div_ceil(pool.threads()).max(TASK_ELEMENTS / BLOCK);
+        pool.run_chunks(&mut self.blocks, share, &|index, blocks| {
+            quantize_blocks(isa, &x[index * share..][..blocks.len()], blocks);
+        });
     }
 
     /// Rows held.
@@ -74,9 +73,45 @@ impl Activations {
         self.cols
     }
 
-    pub(crate) fn row(&self, token: usize) -> (&[[i8; BLOCK]], &[BlockScale]) {
+    /// The blocks of rows `tokens`, `[tokens.len(), cols / 32]`.
+    pub(crate) fn rows(&self, tokens: std::ops::Range<usize>) -> &[Block] {
         let blocks = self.cols / BLOCK;
-        let quants = &self.quants[token * self.cols..][..self.cols];
-        (quants.as_chunks().0, &self.scales[token * blocks..][..blocks])
+        &self.blocks[tokens.start * blocks..tokens.end * blocks]
+    }
+}
+
+dispatched!(fn quantize_blocks(x: &[[f32; BLOCK]], blocks: &mut [Block]) = quantize_blocks_in);
+#[inline(always)]
+fn quantize_blocks_in<L: Lanes>(l: L, x: &[[f32; BLOCK]], blocks: &mut [Block]) {
+    let zero = l.splat(0.0);
+    for (x, block) in x.iter().zip(blocks) {
+        let ([low, high], _) = x.as_chunks() else { continue };
+        let (low, high) = (l.load(low), l.load(high));
+        let size = l.max(
+            l.max(l.sub(zero, low), low),
+            l.max(l.max(l.sub(zero, high), high), zero),
+        );
+        let size = l.highest(l.max(size, zero));
+        let (d, inverse) = if size >= TINY {
+            (size / 127.0, 127.0 / size)
+        } else {
+            (0.0, 0.0)
+        };
+        let inverse = l.splat(inverse);
+        let step = |x| {
+            let whole = l.round(l.mul(x, inverse));
+            // NaN is not even equal to itself.
+            l.where_not_less(whole, whole, whole)
+        };
+        let (low, high) = (step(low), step(high));
+        if let ([q_low, q_high], _) = block.q.as_chunks_mut() {
+            l.store_i8(low, q_low);
+            l.store_i8(high, q_high);
+        }
+        // Exact: at most 32 * 127.
+        let sum = l.sum(l.add(low, high));
+        block.d = d;
+        block.sum = d * sum;
+        block.offset = 128 * sum as i32;
     }
 }

@@ -11,7 +11,7 @@ use half::f16;
 
 use crate::{
     isa::{Isa, dispatched},
-    lanes::{LANES, Lanes, exp2},
+    lanes::{LANES, Lanes, exp2, load_some_f16},
     numeric,
     partial::Partial,
 };
@@ -57,23 +57,39 @@ pub fn attend(q: &[f32], visible: &[usize], head_dim: usize, scale: f32, segment
     }
     out.o.resize(q.len(), 0.0);
     out.lse.resize(visible.len(), 0.0);
-    SCRATCH.with_borrow_mut(|scratch| {
-        attend_on(
-            Isa::active(),
+    attend_to(
+        Isa::active(),
+        Call {
             q,
             visible,
             head_dim,
-            scale,
+            factor: scale * std::f32::consts::LOG2_E,
             segments,
-            &mut out.o,
-            &mut out.lse,
-            scratch,
-        );
-    });
+        },
+        out,
+    );
+}
+
+fn attend_to(isa: Isa, call: Call<'_>, out: &mut Partial) {
+    // Taken and put back: no borrow is held while the kernel runs.
+    let mut scratch = SCRATCH.take();
+    attend_on(isa, call, &mut out.o, &mut out.lse, &mut scratch);
+    SCRATCH.set(scratch);
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// What is asked.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    q: &'a [f32],
+    visible: &'a [usize],
+    head_dim: usize,
+    /// Scale times log2(e).
+    factor: f32,
+    segments: &'a [Segment<'a>],
 }
 
 /// Buffers of a call, reused by the thread.
@@ -95,35 +111,27 @@ struct Scratch {
     counts: Vec<usize>,
 }
 
-dispatched!(
-    fn attend_on(
-        q: &[f32], visible: &[usize], head_dim: usize, scale: f32, segments: &[Segment<'_>],
-        o: &mut [f32], lse: &mut [f32], scratch: &mut Scratch,
-    ) = attend_in
-);
+dispatched!(fn attend_on(call: Call<'_>, o: &mut [f32], lse: &mut [f32], scratch: &mut Scratch) = attend_in);
 #[inline(always)]
-fn attend_in<L: Lanes>(
-    l: L,
-    q: &[f32],
-    visible: &[usize],
-    head_dim: usize,
-    scale: f32,
-    segments: &[Segment<'_>],
-    o: &mut [f32],
-    lse: &mut [f32],
-    scratch: &mut Scratch,
-) {
+fn attend_in<L: Lanes>(l: L, call: Call<'_>, o: &mut [f32], lse: &mut [f32], scratch: &mut Scratch) {
+    let Call {
+        q,
+        visible,
+        head_dim,
+        factor,
+        segments,
+    } = call;
     let rows = visible.chunks(ROWS).zip(lse.chunks_mut(ROWS));
     let wide = q.chunks(ROWS * head_dim).zip(o.chunks_mut(ROWS * head_dim));
     for ((visible, lse), (q, o)) in rows.zip(wide) {
-        scratch.start(q, visible.len(), head_dim, scale * std::f32::consts::LOG2_E);
+        scratch.start(q, visible.len(), head_dim, factor);
         for segment in segments {
             let keys = segment
                 .keys
                 .chunks(TILE * head_dim)
                 .zip(segment.values.chunks(TILE * head_dim));
             for (tile, (keys, values)) in keys.enumerate() {
-                let position = segment.position + tile * TILE;
+                let position = segment.position.saturating_add(tile * TILE);
                 let len = keys.len() / head_dim;
                 scratch.counts.clear();
                 scratch
@@ -154,47 +162,95 @@ impl Scratch {
         self.softmax.resize(rows, (f32::NEG_INFINITY, 0.0));
     }
 
-    /// Keys transposed and values padded, both in f32; keys beyond the given are 0.
+    /// Keys transposed and values padded, both in f32. Keys beyond the given keep what was there: their scores are
+    /// masked.
     #[inline(always)]
-    fn convert<L: Lanes>(&mut self, _l: L, keys: &[f16], values: &[f16], head_dim: usize) {
-        self.keys.fill([0.0; LANES]);
-        let vectors = head_dim.div_ceil(LANES);
-        for (row, (key, value)) in keys
-            .chunks_exact(head_dim)
-            .zip(values.chunks_exact(head_dim))
-            .enumerate()
-        {
-            for (d, (k, v)) in key.iter().zip(value).enumerate() {
-                self.keys[d * TILE_VECTORS + row / LANES][row % LANES] = k.to_f32();
-                self.values[row * vectors + d / LANES][d % LANES] = v.to_f32();
+    fn convert<L: Lanes>(&mut self, l: L, keys: &[f16], values: &[f16], head_dim: usize) {
+        let rows = self.values.chunks_exact_mut(head_dim.div_ceil(LANES));
+        for (value, row) in values.chunks_exact(head_dim).zip(rows) {
+            let (whole, tail) = value.as_chunks();
+            for (value, out) in whole.iter().zip(&mut *row) {
+                l.store(l.load_f16(value), out);
+            }
+            if !tail.is_empty() {
+                l.store(load_some_f16(l, tail), &mut row[whole.len()]);
+            }
+        }
+        let flat = self.keys.as_flattened_mut();
+        let keys_by_eight = keys.chunks_exact(8 * head_dim);
+        let left = keys_by_eight.remainder();
+        let first_left = keys.len() / head_dim / 8 * 8;
+        for (eight, keys) in keys_by_eight.enumerate() {
+            let mut dims = flat.chunks_exact_mut(8 * TILE);
+            for (d, out) in (0..head_dim / 8 * 8).step_by(8).zip(&mut dims) {
+                transpose(l, keys, head_dim, d, out, eight);
+            }
+            for d in head_dim / 8 * 8..head_dim {
+                for row in 0..8 {
+                    flat[d * TILE + eight * 8 + row] = keys[row * head_dim + d].to_f32();
+                }
+            }
+        }
+        for (row, key) in left.chunks_exact(head_dim).enumerate() {
+            for (d, key) in key.iter().enumerate() {
+                flat[d * TILE + first_left + row] = key.to_f32();
             }
         }
     }
 
+    /// Adds a converted tile to every row, a strip of rows at a time.
     #[inline(always)]
     fn add_tile<L: Lanes>(&mut self, l: L, head_dim: usize) {
+        let rows = self.counts.len();
+        let mut row = 0;
+        while row + 4 <= rows {
+            self.add_tile_to::<L, 4>(l, head_dim, row);
+            row += 4;
+        }
+        match rows - row {
+            3 => self.add_tile_to::<L, 3>(l, head_dim, row),
+            2 => self.add_tile_to::<L, 2>(l, head_dim, row),
+            1 => self.add_tile_to::<L, 1>(l, head_dim, row),
+            _ => {}
+        }
+    }
+
+    #[inline(always)]
+    fn add_tile_to<L: Lanes, const R: usize>(&mut self, l: L, head_dim: usize, first: usize) {
         let vectors = head_dim.div_ceil(LANES);
-        for row in 0..self.counts.len() {
-            let count = self.counts[row];
+        let counts: [usize; R] = std::array::from_fn(|r| self.counts[first + r]);
+        let most = counts.iter().fold(0, |a, &b| a.max(b));
+        if most == 0 {
+            return;
+        }
+        let weights = &mut self.weights[first * TILE_VECTORS..][..R * TILE_VECTORS];
+        weights.fill([0.0; LANES]);
+        let q = std::array::from_fn(|r| &self.q[(first + r) * head_dim..][..head_dim]);
+        product::<L, R>(l, q, &self.keys, weights, most.div_ceil(LANES));
+        let sums = &mut self.sums[first * vectors..][..R * vectors];
+        for (r, &count) in counts.iter().enumerate() {
             if count == 0 {
                 continue;
             }
-            let weights = &mut self.weights[row * TILE_VECTORS..][..TILE_VECTORS];
-            weights.fill([0.0; LANES]);
-            product(l, &self.q[row * head_dim..][..head_dim], &self.keys, weights);
-            let scale = softmax_tile(l, weights, count, &mut self.softmax[row]);
-            let sums = &mut self.sums[row * vectors..][..vectors];
+            let weights = &mut weights[r * TILE_VECTORS..][..TILE_VECTORS];
+            let scale = softmax_tile(l, weights, count, &mut self.softmax[first + r]);
             if scale != 1.0 {
-                for sum in &mut *sums {
+                for sum in &mut sums[r * vectors..][..vectors] {
                     l.store(l.mul(l.load(sum), l.splat(scale)), sum);
                 }
             }
-            product(
-                l,
-                &self.weights.as_flattened()[row * TILE..][..count],
-                &self.values,
-                sums,
-            );
+        }
+        // Keys that all rows see, then what single rows see beyond: a masked value is never multiplied, not even by 0.
+        let weights = weights.as_flattened();
+        let joint = counts.iter().fold(TILE, |a, &b| a.min(b));
+        let shared = std::array::from_fn(|r| &weights[r * TILE..][..joint]);
+        product::<L, R>(l, shared, &self.values, sums, vectors);
+        for (r, &count) in counts.iter().enumerate() {
+            if count > joint {
+                let own = [&weights[r * TILE..][joint..count]];
+                let sums = &mut sums[r * vectors..][..vectors];
+                product::<L, 1>(l, own, &self.values[joint * vectors..], sums, vectors);
+            }
         }
     }
 
@@ -211,6 +267,21 @@ impl Scratch {
                 *lse = f32::NEG_INFINITY;
             }
         }
+    }
+}
+
+/// Eight dimensions from `d` on of eight keys, to `out[8, 64]` at keys `8 * eight`.
+#[inline(always)]
+fn transpose<L: Lanes>(l: L, keys: &[f16], head_dim: usize, d: usize, out: &mut [f32], eight: usize) {
+    let rows: [Option<&[f16; 8]>; 8] = std::array::from_fn(|row| keys[row * head_dim + d..].first_chunk());
+    let mut lines = out
+        .chunks_exact_mut(TILE)
+        .map(|line| line[8 * eight..].first_chunk_mut());
+    let lines: [Option<&mut [f32; 8]>; 8] = std::array::from_fn(|_| lines.next().flatten());
+    if let ([Some(a), Some(b), Some(c), Some(d), Some(e), Some(f), Some(g), Some(h)], lines) = (rows, lines)
+        && let [Some(i), Some(j), Some(k), Some(m), Some(n), Some(o), Some(p), Some(q)] = lines
+    {
+        l.transpose([a, b, c, d, e, f, g, h], [i, j, k, m, n, o, p, q]);
     }
 }
 
@@ -240,13 +311,69 @@ fn softmax_tile<L: Lanes>(l: L, scores: &mut [[f32; LANES]], count: usize, state
     scale
 }
 
-/// `sums[c] += a[k] * b[k, c]`, sequential over k.
+/// `sums[r, c] += a[r][k] * b[k, c]` for the first `columns` vectors of R rows, sequential over k.
 #[inline(always)]
-fn product<L: Lanes>(l: L, a: &[f32], b: &[[f32; LANES]], sums: &mut [[f32; LANES]]) {
-    let columns = sums.len();
-    for (&a, b) in a.iter().zip(b.chunks_exact(columns)) {
-        for (sum, b) in sums.iter_mut().zip(b) {
-            l.store(l.fma(l.splat(a), l.load(b), l.load(sum)), sum);
+fn product<L: Lanes, const R: usize>(
+    l: L,
+    a: [&[f32]; R],
+    b: &[[f32; LANES]],
+    sums: &mut [[f32; LANES]],
+    columns: usize,
+) {
+    // Rows of `b` and of `sums` are equally wide.
+    let width = sums.len() / R;
+    let mut column = 0;
+    // As many sums as fit the registers: enough to hide the latency of a multiplication, and to load each `b` seldom.
+    if L::WIDE || R == 1 {
+        while column + 4 <= columns {
+            strip::<L, R, 4>(l, a, b, sums, width, column);
+            column += 4;
+        }
+    } else if R == 2 {
+        while column + 2 <= columns {
+            strip::<L, R, 2>(l, a, b, sums, width, column);
+            column += 2;
+        }
+    }
+    while column < columns {
+        strip::<L, R, 1>(l, a, b, sums, width, column);
+        column += 1;
+    }
+}
+
+/// [`product`] of `C` vectors from `column` on, the sums in registers.
+#[inline(always)]
+fn strip<L: Lanes, const R: usize, const C: usize>(
+    l: L,
+    a: [&[f32]; R],
+    b: &[[f32; LANES]],
+    sums: &mut [[f32; LANES]],
+    width: usize,
+    column: usize,
+) {
+    let len = a[0].len();
+    let a = a.map(|row| &row[..len]);
+    let mut totals = [[l.splat(0.0); C]; R];
+    for (r, totals) in totals.iter_mut().enumerate() {
+        for (c, total) in totals.iter_mut().enumerate() {
+            *total = l.load(&sums[r * width + column + c]);
+        }
+    }
+    for (k, row) in b.chunks_exact(width).take(len).enumerate() {
+        let row = &row[column..column + C];
+        for (r, totals) in totals.iter_mut().enumerate() {
+            let factor = l.splat(a[r][k]);
+            for (total, b) in totals.iter_mut().zip(row) {
+                *total = l.fma(factor, l.load(b), *total);
+            }
+        }
+    }
+    for (r, totals) in totals.iter().enumerate() {
+        for (c, total) in totals.iter().enumerate() {
+            l.store(*total, &mut sums[r * width + column + c]);
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -48,3 +48,51 @@ fn widen_in<L: Lanes>(l: L, x: &[f16], out: &mut [f32]) {
     }
     store_some(l, load_some_f16(l, tail), out_tail);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{bits, values};
+
+    #[test]
+    fn every_half_widens_as_in_half() {
+        let all: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).filter(|x| !x.is_nan()).collect();
+        for isa in Isa::available() {
+            let mut found = vec![0.0; all.len()];
+            widen(isa, &all, &mut found);
+            assert_eq!(
+                bits(&found),
+                bits(&all.iter().map(|x| x.to_f32()).collect::<Vec<_>>()),
+                "{isa:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn values_narrow_as_in_half() {
+        // Ties, the largest finite, what rounds up to infinity, subnormals; at every length around a vector.
+        let mut x = vec![
+            1.0 + 1.0 / 2048.0,
+            1.0 + 3.0 / 2048.0,
+            65504.0,
+            65519.9,
+            65520.0,
+            -1e9,
+            6e-8,
+            2.9e-8,
+            1e-30,
+        ];
+        x.extend(values(3, 40).iter().map(|x| x * 1e-4));
+        for isa in Isa::available() {
+            for len in 0..x.len() {
+                let mut found = vec![f16::ONE; len];
+                narrow(isa, &x[..len], &mut found);
+                let truth: Vec<f16> = x[..len].iter().map(|&x| f16::from_f32(x)).collect();
+                assert!(
+                    found.iter().zip(&truth).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{isa:?} {len}"
+                );
+            }
+        }
+    }
+}

@@ -86,3 +86,46 @@ fn silu_mul_one<L: Lanes>(l: L, gate: L::F, up: L::F) -> L::F {
     let e = exp2(l, l.mul(gate, l.splat(-std::f32::consts::LOG2_E)));
     l.mul(l.div(gate, l.add(l.splat(1.0), e)), up)
 }
+
+#[cfg(test)]
+mod tests {
+    use kvasir_reference as reference;
+
+    use super::*;
+    use crate::testing::{bits, error, values};
+
+    #[test]
+    fn truth_and_equal_bits_at_any_width() {
+        for width in [1, 7, 16, 33, 576] {
+            let (x, up, weight) = (values(1, 3 * width), values(2, 3 * width), values(3, width));
+            let run = |isa| {
+                let (mut norm, mut gated) = (vec![0.0; 3 * width], vec![0.0; 3 * width]);
+                rms_norm_on(isa, &x, &weight, 1e-5, &mut norm);
+                silu_mul_on(isa, &x, &up, &mut gated);
+                (norm, gated)
+            };
+            let scalar = run(Isa::Scalar);
+            for isa in Isa::available() {
+                let found = run(isa);
+                assert_eq!(
+                    (bits(&found.0), bits(&found.1)),
+                    (bits(&scalar.0), bits(&scalar.1)),
+                    "{isa:?} {width}"
+                );
+            }
+            let norm: Vec<f64> = x
+                .chunks(width)
+                .flat_map(|x| reference::rms_norm(x, &weight, 1e-5))
+                .collect();
+            assert!(error(&scalar.0, &norm) < 5e-7);
+            assert!(error(&scalar.1, &reference::silu_mul(&x, &up)) < 5e-7);
+        }
+    }
+
+    #[test]
+    fn silu_at_the_ends() {
+        let mut out = [9.0; 3];
+        silu_mul(&[-1000.0, 1000.0, 0.0], &[1.0; 3], &mut out);
+        assert!(out[0].abs() < 1e-30 && out[1] == 1000.0 && out[2] == 0.0);
+    }
+}

@@ -20,7 +20,30 @@ static ACTIVE: AtomicU8 = AtomicU8::new(0);
 impl Isa {
     /// The widest set this processor has.
     pub fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vnni");
+            match (avx2, avx512) {
+                (true, true) => return Self::Avx512,
+                (true, false) => return Self::Avx2,
+                (false, _) => {}
+            }
+        }
         Self::Scalar
+    }
+
+    /// All sets this processor has, narrowest first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        let widest = Self::detect();
+        [Self::Scalar, Self::Avx2, Self::Avx512]
+            .into_iter()
+            .filter(move |isa| *isa <= widest)
     }
 
     /// The set in use: what [`Isa::detect`] found, unless [`Isa::limit`] lowered it.
@@ -50,7 +73,23 @@ macro_rules! dispatched {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)? = $generic:ident) => {
         $(#[$meta])*
         $vis fn $name(isa: $crate::isa::Isa, $($arg: $ty),*) $(-> $out)? {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $ty),*) $(-> $out)? {
+                $generic($crate::lanes::Avx2::new(), $($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+            fn avx512($($arg: $ty),*) $(-> $out)? {
+                $generic($crate::lanes::Avx512::new(), $($arg),*)
+            }
             match isa {
+                // SAFETY: kernels get their `Isa` from `Isa::active` or `Isa::available`, which name detected sets only.
+                #[cfg(target_arch = "x86_64")]
+                $crate::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
                 _ => $generic($crate::lanes::Scalar, $($arg),*),
             }
         }

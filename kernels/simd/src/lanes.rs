@@ -2,8 +2,18 @@
 //! registers do it. Every operation is exactly rounded IEEE or pure data movement, and [`Lanes::sum`] has a fixed tree,
 //! so all implementations agree in every bit.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod sse;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
 pub(crate) use scalar::Scalar;
 
 use half::f16;
@@ -17,6 +27,8 @@ pub(crate) const LANES: usize = 16;
 pub(crate) trait Lanes: Copy {
     /// Sixteen f32.
     type F: Copy;
+    /// Whether there are registers for a strip of four rows by four vectors.
+    const WIDE: bool;
 
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
@@ -24,6 +36,8 @@ pub(crate) trait Lanes: Copy {
     fn load_f16(self, x: &[f16; LANES]) -> Self::F;
     /// Rounds to nearest, ties to even.
     fn store_f16(self, x: Self::F, out: &mut [f16; LANES]);
+    /// Whole numbers in [-128, 127] as bytes.
+    fn store_i8(self, x: Self::F, out: &mut [i8; LANES]);
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
@@ -46,6 +60,8 @@ pub(crate) trait Lanes: Copy {
     fn sum(self, x: Self::F) -> f32;
     /// The largest lane (of none that is NaN).
     fn highest(self, x: Self::F) -> f32;
+    /// `out[c][r] = rows[r][c]`, in f32.
+    fn transpose(self, rows: [&[f16; 8]; 8], out: [&mut [f32; 8]; 8]);
 }
 
 /// `2^x` per lane, bit for bit [`crate::numeric::exp2`].

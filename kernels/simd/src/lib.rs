@@ -21,6 +21,10 @@
 //! matmul(&weights, &x, &mut out, &pool);
 //! assert!((out[0] - 16.0).abs() < 0.1);
 //! ```
+#![expect(
+    unsafe_code,
+    reason = "vector instructions and the pool: each use names the fact that makes it sound"
+)]
 
 mod activations;
 mod attend;
@@ -35,6 +39,8 @@ mod partial;
 mod pool;
 mod rope;
 mod scan;
+#[cfg(test)]
+mod testing;
 mod top_k;
 mod weights;
 
@@ -44,7 +50,7 @@ pub use cast::cast_f16;
 pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use isa::Isa;
-pub use matmul::matmul;
+pub use matmul::{matmul, matmul_many};
 pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;

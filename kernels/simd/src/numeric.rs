@@ -3,7 +3,7 @@
 /// Coefficients of `2^f` on [-1/2, 1/2] after the constant 1, lowest power first; least squares in relative error,
 /// which stays below 2e-8 before rounding.
 pub(crate) const EXP2: [f32; 6] = [
-    0.693_147_2,
+    std::f32::consts::LN_2,
     0.240_226_48,
     0.055_503_29,
     0.009_618_374,
@@ -50,4 +50,73 @@ pub(crate) fn log2(x: f32) -> f32 {
         sum = sum * square + 1.0 / f64::from(2 * k + 1);
     }
     (exponent + 2.0 * t * sum * std::f64::consts::LOG2_E) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        isa::{Isa, dispatched},
+        lanes::{self, Lanes},
+    };
+
+    dispatched!(fn exp2_on(x: &mut [[f32; 16]]) = exp2_in);
+    #[inline(always)]
+    fn exp2_in<L: Lanes>(l: L, x: &mut [[f32; 16]]) {
+        for x in x {
+            l.store(lanes::exp2(l, l.load(x)), x);
+        }
+    }
+
+    fn points() -> Vec<f32> {
+        let fine = (-260_000..=260_000).map(|i| i as f32 / 2000.0);
+        let odd = [
+            f32::NAN,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            -0.0,
+            0.0,
+            -126.0,
+            -126.00001,
+            127.0,
+            1e30,
+            -1e30,
+            1e-40,
+        ];
+        let mut points: Vec<f32> = fine.chain(odd).collect();
+        points.resize(points.len().next_multiple_of(16), 0.5);
+        points
+    }
+
+    #[test]
+    fn exp2_is_close_and_the_same_in_lanes() {
+        let points = points();
+        for isa in Isa::available() {
+            let mut lanes = points.clone();
+            exp2_on(isa, lanes.as_chunks_mut().0);
+            for (x, found) in points.iter().zip(lanes) {
+                assert_eq!(found.to_bits(), exp2(*x).to_bits(), "{isa:?} exp2({x})");
+            }
+        }
+        for x in points.into_iter().filter(|x| (-126.0..127.0).contains(x)) {
+            let truth = f64::from(x).exp2();
+            assert!((f64::from(exp2(x)) / truth - 1.0).abs() < 1.5e-7, "exp2({x})");
+        }
+        assert_eq!(
+            [exp2(0.0), exp2(-3.0), exp2(f32::NEG_INFINITY), exp2(f32::NAN)],
+            [1.0, 0.125, 0.0, 0.0]
+        );
+    }
+
+    #[test]
+    fn log2_is_close() {
+        for i in 1..200_000 {
+            let x = i as f32 * 0.37;
+            assert!((f64::from(log2(x)) - f64::from(x).log2()).abs() <= 1e-6, "log2({x})");
+        }
+        assert_eq!(
+            [log2(1.0), log2(2.0), log2(0.125), log2(1.0e-38)],
+            [0.0, 1.0, -3.0, 1.0e-38_f32.log2()]
+        );
+    }
 }

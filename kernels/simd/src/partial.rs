@@ -48,3 +48,42 @@ pub fn merge(into: &mut Partial, other: &Partial, head_dim: usize) {
         *a = high + log2(sum);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvasir_reference as reference;
+
+    use super::*;
+    use crate::testing::{error, values};
+
+    const NONE: f32 = f32::NEG_INFINITY;
+
+    #[test]
+    fn truth_and_rows_that_saw_nothing() {
+        for (a, b) in [
+            (1.0, 2.0),
+            (-300.0, 5.0),
+            (5.0, -300.0),
+            (NONE, 1.5),
+            (1.5, NONE),
+            (NONE, NONE),
+            (0.0, 0.0),
+        ] {
+            let mut into = Partial {
+                o: values(1, 8),
+                lse: vec![a],
+            };
+            let other = Partial {
+                o: values(2, 8),
+                lse: vec![b],
+            };
+            let (o, lse) = reference::merge((&into.o, a), (&other.o, b));
+            merge(&mut into, &other, 8);
+            assert!(error(&into.o, &o) < 5e-7, "{a} {b}");
+            assert!(
+                f64::from(into.lse[0]) == lse || (f64::from(into.lse[0]) - lse).abs() < 1e-5,
+                "{a} {b}"
+            );
+        }
+    }
+}

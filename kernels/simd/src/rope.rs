@@ -72,3 +72,29 @@ impl RopeTable {
 fn turn(a: f32, b: f32, cos: f32, sin: f32) -> [f32; 2] {
     [a * cos - b * sin, a * sin + b * cos]
 }
+
+#[cfg(test)]
+mod tests {
+    use kvasir_reference as reference;
+
+    use super::*;
+    use crate::testing::{error, values};
+
+    #[test]
+    fn truth_in_both_pairings() {
+        for (head_dim, dims, theta) in [(64, 64, 100_000.0), (64, 32, 10_000.0), (6, 4, 500.0), (5, 0, 10.0)] {
+            let table = RopeTable::new(2048, dims, theta);
+            for position in [0, 1, 77, 2047] {
+                let x = values(position as u64, 3 * head_dim);
+                let (mut pairs, mut halves) = (x.clone(), x.clone());
+                table.rotate_interleaved(&mut pairs, head_dim, position);
+                table.rotate_halves(&mut halves, head_dim, position);
+                let truth = |interleaved| -> Vec<f64> {
+                    let turn = |x| reference::rope(x, dims, f64::from(theta), position, interleaved);
+                    x.chunks(head_dim).flat_map(turn).collect()
+                };
+                assert!(error(&pairs, &truth(true)) < 5e-7 && error(&halves, &truth(false)) < 5e-7);
+            }
+        }
+    }
+}

@@ -29,17 +29,71 @@ pub fn scores(q: &[f32], keys: &[f16], head_dim: usize, scale: f32, out: &mut [f
     scores_on(Isa::active(), q, keys, head_dim, scale * std::f32::consts::LOG2_E, out);
 }
 
+/// Queries that share a converted key.
+const HEADS: usize = 4;
+/// Rows scored for one strip of queries before the next: small enough to stay in the first cache.
+const KEYS: usize = 64;
+
 dispatched!(fn scores_on(q: &[f32], keys: &[f16], head_dim: usize, factor: f32, out: &mut [f32]) = scores_in);
 #[inline(always)]
 fn scores_in<L: Lanes>(l: L, q: &[f32], keys: &[f16], head_dim: usize, factor: f32, out: &mut [f32]) {
     let n = keys.len() / head_dim;
-    for (head, q) in q.chunks_exact(head_dim).enumerate() {
-        for (row, key) in keys.chunks_exact(head_dim).enumerate() {
-            let mut sum = l.splat(0.0);
-            for (q, key) in q.chunks(LANES).zip(key.chunks(LANES)) {
-                sum = l.fma(load_some(l, q, 0.0), load_some_f16(l, key), sum);
+    for (run, keys) in keys.chunks(KEYS * head_dim).enumerate() {
+        let mut heads = q.chunks_exact(HEADS * head_dim);
+        for (strip, q) in heads.by_ref().enumerate() {
+            scores_of::<L, HEADS>(
+                l,
+                q,
+                keys,
+                head_dim,
+                factor,
+                &mut out[strip * HEADS * n + run * KEYS..],
+                n,
+            );
+        }
+        let left = heads.remainder();
+        if !left.is_empty() {
+            let out = &mut out[(q.len() - left.len()) / head_dim * n + run * KEYS..];
+            match left.len() / head_dim {
+                1 => scores_of::<L, 1>(l, left, keys, head_dim, factor, out, n),
+                2 => scores_of::<L, 2>(l, left, keys, head_dim, factor, out, n),
+                _ => scores_of::<L, 3>(l, left, keys, head_dim, factor, out, n),
             }
-            out[head * n + row] = l.sum(sum) * factor;
+        }
+    }
+}
+
+/// Scores of `G` queries into `out[head * stride + row]`: sixteen sums per pair, then the fixed tree.
+#[inline(always)]
+fn scores_of<L: Lanes, const G: usize>(
+    l: L,
+    q: &[f32],
+    keys: &[f16],
+    head_dim: usize,
+    factor: f32,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let heads: [&[f32]; G] = std::array::from_fn(|head| &q[head * head_dim..][..head_dim]);
+    let vectors = head_dim / LANES;
+    let whole: [&[[f32; LANES]]; G] = heads.map(|q| &q.as_chunks().0[..vectors]);
+    for (row, key) in keys.chunks_exact(head_dim).enumerate() {
+        let (chunks, tail) = key.as_chunks();
+        let mut sums = [l.splat(0.0); G];
+        for (v, key) in chunks[..vectors].iter().enumerate() {
+            let key = l.load_f16(key);
+            for (sum, q) in sums.iter_mut().zip(&whole) {
+                *sum = l.fma(l.load(&q[v]), key, *sum);
+            }
+        }
+        if !tail.is_empty() {
+            let key = load_some_f16(l, tail);
+            for (sum, q) in sums.iter_mut().zip(&heads) {
+                *sum = l.fma(load_some(l, &q[vectors * LANES..], 0.0), key, *sum);
+            }
+        }
+        for (head, sum) in sums.into_iter().enumerate() {
+            out[head * stride + row] = l.sum(sum) * factor;
         }
     }
 }
@@ -114,10 +168,18 @@ fn weighted_values_in<L: Lanes>(
         for (&row, weight) in rows.iter().zip(weights) {
             let value = &values[row as usize * head_dim..][..head_dim];
             let weight = l.splat(weight);
-            for (value, out) in value.chunks(LANES).zip(out.chunks_mut(LANES)) {
-                let sum = l.fma(weight, load_some_f16(l, value), load_some(l, out, 0.0));
-                store_some(l, sum, out);
+            let (value, value_tail) = value.as_chunks();
+            let (out, out_tail) = out.as_chunks_mut();
+            for (value, out) in value.iter().zip(out) {
+                l.store(l.fma(weight, l.load_f16(value), l.load(out)), out);
+            }
+            if !value_tail.is_empty() {
+                let sum = l.fma(weight, load_some_f16(l, value_tail), load_some(l, out_tail, 0.0));
+                store_some(l, sum, out_tail);
             }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -67,12 +67,32 @@ pub(crate) enum Format {
 }
 
 impl Format {
-    /// Bytes of the integers of a block of a group.
-    pub(crate) fn block_bytes(self) -> usize {
+    /// Lines of a block of a group.
+    pub(crate) fn lines(self) -> usize {
         match self {
-            Self::Affine4 => GROUP * BLOCK / 2,
-            Self::Offset8 => GROUP * BLOCK,
+            Self::Affine4 => GROUP * BLOCK / 2 / size_of::<Line>(),
+            Self::Offset8 => GROUP * BLOCK / size_of::<Line>(),
         }
+    }
+}
+
+/// Sixteen packed rows.
+#[derive(Clone, Copy)]
+pub(crate) struct GroupView<'a> {
+    pub(crate) format: Format,
+    /// `[blocks, lines]`.
+    pub(crate) lines: &'a [Line],
+    /// `[blocks, 16]`.
+    pub(crate) scales: &'a [[f16; GROUP]],
+    /// `[blocks, 16]` for [`Format::Affine4`], empty otherwise.
+    pub(crate) minima: &'a [[f16; GROUP]],
+}
+
+impl GroupView<'_> {
+    /// Whether the parts have the sizes of `blocks` blocks, which the tiles rely on.
+    pub(crate) fn is_whole(&self, blocks: usize) -> bool {
+        let minima = if self.format == Format::Affine4 { blocks } else { 0 };
+        self.scales.len() == blocks && self.minima.len() == minima && self.lines.len() == blocks * self.format.lines()
     }
 }
 
@@ -178,7 +198,7 @@ impl Weights {
         for (block, out) in out.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
             let at = group * self.blocks() + block;
             let d = self.scales[at][lane].to_f32();
-            let lines = self.lines(group, block);
+            let lines = &self.quants[at * self.format.lines()..];
             match self.format {
                 Format::Affine4 => {
                     let m = self.minima[at][lane].to_f32();
@@ -196,38 +216,28 @@ impl Weights {
         }
     }
 
-    pub(crate) fn format(&self) -> Format {
-        self.format
-    }
-
-    pub(crate) fn blocks(&self) -> usize {
-        self.cols / BLOCK
-    }
-
     pub(crate) fn groups(&self) -> usize {
         self.rows.div_ceil(GROUP)
     }
 
-    /// Packed integers of a block of a group: 4 lines of 4 bits or 8 of 8 bits.
-    pub(crate) fn lines(&self, group: usize, block: usize) -> &[Line] {
-        let lines = self.format.block_bytes() / 64;
-        &self.quants[(group * self.blocks() + block) * lines..][..lines]
+    /// Packed rows `16 * group..`.
+    pub(crate) fn group(&self, group: usize) -> GroupView<'_> {
+        let blocks = group * self.blocks()..(group + 1) * self.blocks();
+        let lines = self.format.lines();
+        GroupView {
+            format: self.format,
+            lines: &self.quants[blocks.start * lines..blocks.end * lines],
+            scales: &self.scales[blocks.clone()],
+            minima: if self.format == Format::Affine4 {
+                &self.minima[blocks]
+            } else {
+                &[]
+            },
+        }
     }
 
-    /// Packed integers of a whole group, `[blocks, lines]`.
-    pub(crate) fn group_lines(&self, group: usize) -> &[Line] {
-        let lines = self.format.block_bytes() / 64 * self.blocks();
-        &self.quants[group * lines..][..lines]
-    }
-
-    /// Scales of a group, `[blocks, 16]`.
-    pub(crate) fn group_scales(&self, group: usize) -> &[[f16; GROUP]] {
-        &self.scales[group * self.blocks()..][..self.blocks()]
-    }
-
-    /// Minima of a group, `[blocks, 16]`; 4-bit matrices only.
-    pub(crate) fn group_minima(&self, group: usize) -> &[[f16; GROUP]] {
-        &self.minima[group * self.blocks()..][..self.blocks()]
+    fn blocks(&self) -> usize {
+        self.cols / BLOCK
     }
 
     /// Blocks per row, once the shape is known to fit the data.
@@ -254,7 +264,7 @@ impl Weights {
             format,
             rows,
             cols,
-            quants: vec![Line([0; 64]); blocks * format.block_bytes() / 64],
+            quants: vec![Line([0; 64]); blocks * format.lines()],
             scales: vec![zero; blocks],
             minima: if format == Format::Affine4 {
                 vec![zero; blocks]
@@ -268,7 +278,7 @@ impl Weights {
         let (group, lane) = (row / GROUP, row % GROUP);
         let at = group * self.blocks() + block;
         self.scales[at][lane] = d;
-        let lines = self.format.block_bytes() / 64;
+        let lines = self.format.lines();
         for (line, four) in self.quants[at * lines..][..lines].iter_mut().zip(bytes.chunks_exact(4)) {
             line.0[lane * 4..][..4].copy_from_slice(four);
         }

@@ -15,6 +15,7 @@ fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; L
 
 impl Lanes for Scalar {
     type F = [f32; LANES];
+    const WIDE: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -35,6 +36,10 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn store_f16(self, x: Self::F, out: &mut [f16; LANES]) {
         *out = x.map(f16::from_f32);
+    }
+    #[inline(always)]
+    fn store_i8(self, x: Self::F, out: &mut [i8; LANES]) {
+        *out = x.map(|x| x as i8);
     }
     #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
@@ -93,5 +98,11 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn highest(self, x: Self::F) -> f32 {
         x.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [&[f16; 8]; 8], out: [&mut [f32; 8]; 8]) {
+        for (c, out) in out.into_iter().enumerate() {
+            *out = rows.map(|row| row[c].to_f32());
+        }
     }
 }
