@@ -28,6 +28,7 @@
 
 mod activations;
 mod attend;
+mod cast;
 mod convert;
 mod elementwise;
 mod isa;
@@ -45,6 +46,7 @@ mod weights;
 
 pub use activations::Activations;
 pub use attend::{Segment, attend};
+pub use cast::cast_f16;
 pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use isa::Isa;

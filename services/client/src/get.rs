@@ -111,6 +111,8 @@ impl GetStream {
         match self.more().await {
             Ok(()) => Ok(self.ready.pop_front()),
             Err(error) => {
+                // Of a message that breaks the contract nothing is given out, also not what came before its fault.
+                self.ready.clear();
                 let error = observe::failed(self.name.call, error);
                 self.failed = Some(error.clone());
                 Err(error)

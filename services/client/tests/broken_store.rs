@@ -91,9 +91,15 @@ impl store::BlockStore for Scripted {
 
     async fn put_blocks(
         &self,
-        _: Request<Streaming<v1::PutBlocksRequest>>,
+        request: Request<Streaming<v1::PutBlocksRequest>>,
     ) -> Result<Response<Self::PutBlocksStream>, Status> {
-        play(self.0.puts.clone())
+        // Silent until something was put.
+        let mut requests = request.into_inner();
+        let first = stream::once(async move { requests.message().await.map(drop) });
+        let replies = play(self.0.puts.clone())?.into_inner();
+        Ok(Response::new(
+            first.filter_map(|_| async { None }).chain(replies).boxed(),
+        ))
     }
 
     async fn get_blocks(&self, _: Request<v1::GetBlocksRequest>) -> Result<Response<Self::GetBlocksStream>, Status> {
@@ -192,7 +198,11 @@ async fn gets_are_compared_with_what_was_asked() {
         first(script).header.as_mut().expect("set")
     }
     let table: [(Break, ErrorKind, &str); 13] = [
-        (|s| header(s).namespace = Bytes::new(), ErrorKind::Internal, "header.namespace is another than asked for"),
+        (
+            |s| header(s).namespace = Bytes::new(),
+            ErrorKind::Internal,
+            "header.namespace is another than asked for",
+        ),
         (
             |s| header(s).entries[1].hash = Bytes::from_static(&[2; 31]),
             ErrorKind::Internal,
@@ -203,7 +213,11 @@ async fn gets_are_compared_with_what_was_asked() {
             ErrorKind::Internal,
             "header.entries[1].hash: ",
         ),
-        (|s| header(s).entries[0].layer = 1, ErrorKind::Internal, "header.entries[0].layer: 1 instead of 0"),
+        (
+            |s| header(s).entries[0].layer = 1,
+            ErrorKind::Internal,
+            "header.entries[0].layer: 1 instead of 0",
+        ),
         (
             |s| {
                 header(s).entries[0].length = 32;
@@ -222,22 +236,45 @@ async fn gets_are_compared_with_what_was_asked() {
             ErrorKind::Internal,
             "payload: the entries' lengths add up to 64 bytes, the payload has 65",
         ),
-        (|s| drop(s.pop()), ErrorKind::Internal, "the stream ended after 2 of 4 blocks"),
+        (
+            |s| drop(s.pop()),
+            ErrorKind::Internal,
+            "the stream ended after 2 of 4 blocks",
+        ),
         (
             |s| s.push(Some(Ok(right_gets()[1].clone()))),
             ErrorKind::Internal,
             "header.entries[0].hash: more blocks than asked for",
         ),
         (|s| s[1] = None, ErrorKind::TimedOut, "no answer within 400ms"),
-        (|s| s[1] = Some(Err(Status::internal("a bug"))), ErrorKind::Internal, "a bug"),
-        (|s| s[1] = Some(Err(Status::unavailable("stopping"))), ErrorKind::Unavailable, "stopping"),
-        (|s| s[1] = Some(Err(Status::not_found("which namespace?"))), ErrorKind::NotFound, "which namespace?"),
+        (
+            |s| s[1] = Some(Err(Status::internal("a bug"))),
+            ErrorKind::Internal,
+            "a bug",
+        ),
+        (
+            |s| s[1] = Some(Err(Status::unavailable("stopping"))),
+            ErrorKind::Unavailable,
+            "stopping",
+        ),
+        (
+            |s| s[1] = Some(Err(Status::not_found("which namespace?"))),
+            ErrorKind::NotFound,
+            "which namespace?",
+        ),
     ];
     for (damage, kind, message) in table {
         let mut gets = right_gets().map(|reply| Some(Ok(reply))).to_vec();
         damage(&mut gets);
-        let client = client_of(Script { gets, ..Script::default() }).await;
-        let mut stream = client.get_blocks(&namespace(), &CHAIN, 0..2, None, None).await.expect("a stream");
+        let client = client_of(Script {
+            gets,
+            ..Script::default()
+        })
+        .await;
+        let mut stream = client
+            .get_blocks(&namespace(), &CHAIN, 0..2, None, None)
+            .await
+            .expect("a stream");
         let error = loop {
             match stream.next().await {
                 Ok(Some(block)) => assert!(block.payload.is_none_or(|bytes| bytes == [7; BYTES][..])),
@@ -257,8 +294,15 @@ async fn a_wrong_checksum_is_corrupt_and_nothing_else_is_lost() {
     let mut gets = right_gets();
     gets[0].payload = Bytes::from_static(&[8; BYTES]);
     let gets = gets.map(|reply| Some(Ok(reply))).to_vec();
-    let client = client_of(Script { gets, ..Script::default() }).await;
-    let mut stream = client.get_blocks(&namespace(), &CHAIN, 0..2, None, None).await.expect("a stream");
+    let client = client_of(Script {
+        gets,
+        ..Script::default()
+    })
+    .await;
+    let mut stream = client
+        .get_blocks(&namespace(), &CHAIN, 0..2, None, None)
+        .await
+        .expect("a stream");
     let mut got = Vec::new();
     while let Some(block) = stream.next().await.expect("a block") {
         got.push((block.outcome, block.payload.map(|bytes| bytes.to_vec())));
@@ -276,16 +320,30 @@ async fn a_wrong_checksum_is_corrupt_and_nothing_else_is_lost() {
 async fn calls_that_cannot_be_right_are_refused_here() {
     let client = client_of(Script::default()).await;
     let many = vec![CHAIN[0]; 101];
-    let error = client.get_blocks(&namespace(), &many, 0..2, None, None).await.expect_err("too many");
+    let error = client
+        .get_blocks(&namespace(), &many, 0..2, None, None)
+        .await
+        .expect_err("too many");
     assert_eq!(error.kind, ErrorKind::Invalid);
-    assert!(error.message.contains("101 blocks, the store takes 100 in one call: ask in several"), "{error}");
+    assert!(
+        error
+            .message
+            .contains("101 blocks, the store takes 100 in one call: ask in several"),
+        "{error}"
+    );
     for layers in [0..0, 0..3, 5..6] {
-        let error = client.get_blocks(&namespace(), &CHAIN, layers, None, None).await.expect_err("no such layers");
+        let error = client
+            .get_blocks(&namespace(), &CHAIN, layers, None, None)
+            .await
+            .expect_err("no such layers");
         assert!(error.message.contains("the namespace has layers 0..2"), "{error}");
     }
     for url in ["", "store", "https://store", "http:///x"] {
         let error = StoreClient::new(ClientConfig::to(url)).expect_err(url);
-        assert!(error.kind == ErrorKind::Invalid && error.message.contains("http://127.0.0.1:7401"), "{error}");
+        assert!(
+            error.kind == ErrorKind::Invalid && error.message.contains("http://127.0.0.1:7401"),
+            "{error}"
+        );
     }
 }
 
@@ -308,14 +366,30 @@ async fn puts_have_one_outcome_each() {
     };
     let table = [
         (vec![reply(&[Stored])], ErrorKind::Internal, "1 outcomes for 2 blocks"),
-        (vec![reply(&[Stored, Hit])], ErrorKind::Internal, "outcomes: 3 is no outcome of a put"),
-        (vec![reply(&[Stored, Busy]), reply(&[Stored])], ErrorKind::Internal, "more outcomes than messages"),
+        (
+            vec![reply(&[Stored, Hit])],
+            ErrorKind::Internal,
+            "outcomes: 3 is no outcome of a put",
+        ),
+        (
+            vec![reply(&[Stored, Busy]), reply(&[Stored])],
+            ErrorKind::Internal,
+            "more outcomes than messages",
+        ),
         (vec![], ErrorKind::Internal, "the stream ended with 2 blocks unanswered"),
-        (vec![Some(Err(Status::resource_exhausted("full")))], ErrorKind::Exhausted, "full"),
+        (
+            vec![Some(Err(Status::resource_exhausted("full")))],
+            ErrorKind::Exhausted,
+            "full",
+        ),
         (vec![None], ErrorKind::TimedOut, "no answer within 400ms"),
     ];
     for (puts, kind, message) in table {
-        let client = client_of(Script { puts, ..Script::default() }).await;
+        let client = client_of(Script {
+            puts,
+            ..Script::default()
+        })
+        .await;
         let mut stream = client.put_blocks(&namespace()).await.expect("a stream");
         for index in 0..2 {
             stream.put(block(index, 1)).await.expect("queued");
@@ -325,17 +399,32 @@ async fn puts_have_one_outcome_each() {
         assert!(error.message.contains(message), "{error} does not say {message:?}");
     }
     let puts = vec![reply(&[Stored, Busy])];
-    let client = client_of(Script { puts, ..Script::default() }).await;
+    let client = client_of(Script {
+        puts,
+        ..Script::default()
+    })
+    .await;
     let mut stream = client.put_blocks(&namespace()).await.expect("a stream");
     let error = stream.put(block(0, 2)).await.expect_err("no such layer");
     assert!(error.message.contains("layer: 2 does not exist"), "{error}");
-    let short = LayerBlock { payload: Bytes::from_static(&[7; 3]), ..block(0, 0) };
+    let short = LayerBlock {
+        payload: Bytes::from_static(&[7; 3]),
+        ..block(0, 0)
+    };
     let error = stream.put(short).await.expect_err("too short");
-    assert!(error.message.contains("a layer block of this namespace has 64 bytes, this has 3"), "{error}");
+    assert!(
+        error
+            .message
+            .contains("a layer block of this namespace has 64 bytes, this has 3"),
+        "{error}"
+    );
     stream.put(block(0, 0)).await.expect("the stream lives on");
     stream.put(block(1, 1)).await.expect("the stream lives on");
     let outcomes = stream.finish().await.expect("outcomes");
-    assert_eq!(outcomes, [(CHAIN[0], 0, PutOutcome::Stored), (CHAIN[1], 1, PutOutcome::Busy)]);
+    assert_eq!(
+        outcomes,
+        [(CHAIN[0], 0, PutOutcome::Stored), (CHAIN[1], 1, PutOutcome::Busy)]
+    );
 }
 
 #[tokio::test]
@@ -351,12 +440,19 @@ async fn unary_replies_are_checked_and_waits_end() {
         }),
         ..v1::OpenNamespaceReply::default()
     };
-    let client = client_of(Script { opened: opened.clone(), ..Script::default() }).await;
+    let client = client_of(Script {
+        opened: opened.clone(),
+        ..Script::default()
+    })
+    .await;
     let namespace = client.open_namespace(&tenant(), &schema()).await.expect("all is well");
     assert_eq!((namespace.hashes_max, namespace.message_bytes_max), (5, 1000));
     type Break = fn(&mut v1::OpenNamespaceReply);
     let table: [(Break, &str); 4] = [
-        (|r| r.namespace = Bytes::from_static(b"x"), "namespace: a namespace id has 32 bytes, this has 1"),
+        (
+            |r| r.namespace = Bytes::from_static(b"x"),
+            "namespace: a namespace id has 32 bytes, this has 1",
+        ),
         (|r| r.namespace = Bytes::from_static(&[1; 32]), " instead of "),
         (|r| r.layer_block_bytes = 65, "layer_block_bytes 65 instead of 64"),
         (|r| r.limits = None, "the store accepts messages of 0 bytes"),
@@ -364,22 +460,43 @@ async fn unary_replies_are_checked_and_waits_end() {
     for (damage, message) in table {
         let mut opened = opened.clone();
         damage(&mut opened);
-        let client = client_of(Script { opened, ..Script::default() }).await;
+        let client = client_of(Script {
+            opened,
+            ..Script::default()
+        })
+        .await;
         let error = client.open_namespace(&tenant(), &schema()).await.expect_err(message);
         assert!(error.message.contains(message), "{error} does not say {message:?}");
     }
 
-    let matched = v1::MatchPrefixReply { hit_blocks: 3, ..v1::MatchPrefixReply::default() };
-    let client = client_of(Script { matched, ..Script::default() }).await;
-    let error = client.match_prefix(namespace.id, &CHAIN, None).await.expect_err("too many");
-    assert!(error.message.contains("0 of 3 hits in memory, of 2 blocks asked for"), "{error}");
+    let matched = v1::MatchPrefixReply {
+        hit_blocks: 3,
+        ..v1::MatchPrefixReply::default()
+    };
+    let client = client_of(Script {
+        matched,
+        ..Script::default()
+    })
+    .await;
+    let error = client
+        .match_prefix(namespace.id, &CHAIN, None)
+        .await
+        .expect_err("too many");
+    assert!(
+        error.message.contains("0 of 3 hits in memory, of 2 blocks asked for"),
+        "{error}"
+    );
 
     let started = std::time::Instant::now();
     let error = client.release(1).await.expect_err("silence");
     assert_eq!(error.kind, ErrorKind::TimedOut, "{error}");
     assert!(started.elapsed() < Duration::from_secs(2));
     let error = client.stat().await.expect_err("tried three times");
-    assert_eq!((error.kind, error.message.ends_with(": on purpose")), (ErrorKind::Unavailable, true), "{error}");
+    assert_eq!(
+        (error.kind, error.message.ends_with(": on purpose")),
+        (ErrorKind::Unavailable, true),
+        "{error}"
+    );
     let mut watch = client.watch_events(None).await.expect("a watch");
     let error = watch.next().await.expect_err("no such kind");
     assert!(error.message.contains("kind: 77 is no kind of event"), "{error}");
@@ -396,7 +513,10 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
     };
     let attend = v1::AttendResult {
         o: Bytes::from(vec![0; 2 * 4 * 4]),
-        lse: [f32::NEG_INFINITY, 1.0].iter().flat_map(|lse| lse.to_le_bytes()).collect(),
+        lse: [f32::NEG_INFINITY, 1.0]
+            .iter()
+            .flat_map(|lse| lse.to_le_bytes())
+            .collect(),
     };
     let good = v1::DecodeReply {
         sequence: 5,
@@ -423,16 +543,32 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
         (|r| r.layer = 0, Some("layer: 0 instead of 1")),
         (|r| r.result = None, Some("result: does not answer Attend")),
         (|r| r.report = None, Some("report: is missing")),
-        (|r| attend_of(r).o.truncate(7), Some("attend.o: 8 little-endian f32 have 32 bytes, this has 7")),
-        (|r| attend_of(r).lse = Bytes::from(vec![0xff; 8]), Some("attend.lse: must be finite or -inf")),
-        (|r| report_of(r).mass_covered.clear(), Some("report.mass_covered: 0 values for 2 heads")),
-        (|r| report_of(r).shortfall = 9, Some("report.shortfall: 9 is not known here")),
+        (
+            |r| attend_of(r).o.truncate(7),
+            Some("attend.o: 8 little-endian f32 have 32 bytes, this has 7"),
+        ),
+        (
+            |r| attend_of(r).lse = Bytes::from(vec![0xff; 8]),
+            Some("attend.lse: must be finite or -inf"),
+        ),
+        (
+            |r| report_of(r).mass_covered.clear(),
+            Some("report.mass_covered: 0 values for 2 heads"),
+        ),
+        (
+            |r| report_of(r).shortfall = 9,
+            Some("report.shortfall: 9 is not known here"),
+        ),
     ];
     for (damage, message) in table {
         let mut reply = good.clone();
         damage(&mut reply);
         let decodes = vec![Some(Ok(opened.clone())), Some(Ok(reply)), None];
-        let client = client_of(Script { decodes, ..Script::default() }).await;
+        let client = client_of(Script {
+            decodes,
+            ..Script::default()
+        })
+        .await;
         let open = OpenContext {
             chain: CHAIN.to_vec(),
             q_heads: 2,
@@ -444,11 +580,17 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
             sequence: 5,
             layer: 1,
             q: vec![0.0; 8],
-            form: Form::Attend { target_mass: 1.0, k_max: 0 },
+            form: Form::Attend {
+                target_mass: 1.0,
+                k_max: 0,
+            },
             excluded: vec![],
             deadline: None,
         };
-        let short = Query { q: vec![0.0; 7], ..query.clone() };
+        let short = Query {
+            q: vec![0.0; 7],
+            ..query.clone()
+        };
         let error = stream.send(short).await.expect_err("too short");
         assert!(error.message.contains("q: 7 values, 2 heads of 4 are 8"), "{error}");
         stream.send(query.clone()).await.expect("sent");

@@ -1,6 +1,6 @@
 //! `kvasir_store_*`: the cache's numbers, the doors and the streams, once a second; latencies where calls are served.
 //!
-//! First looks: `kvasir_store_hits_total` against `kvasir_store_misses_total`, `kvasir_store_flush_queue_bytes` against its
+//! First looks: `kvasir_store_get_hits_total` against `kvasir_store_get_misses_total`, `kvasir_store_flush_queue_bytes` against its
 //! maximum, `kvasir_store_door_waiting`, and `kvasir_store_disk_degraded`.
 
 use std::{sync::Arc, time::Duration};
@@ -72,15 +72,15 @@ fn cache(stats: &CacheStats) {
         gauge!("kvasir_store_tier_bytes_max", "tier" => tier).set(bytes_max as f64);
         gauge!("kvasir_store_tier_layer_blocks", "tier" => tier).set(layer_blocks as f64);
     }
-    counter!("kvasir_store_hits_total", "tier" => "host").absolute(stats.get_hits_host);
-    counter!("kvasir_store_hits_total", "tier" => "disk").absolute(stats.get_hits_disk);
+    counter!("kvasir_store_get_hits_total", "tier" => "host").absolute(stats.get_hits_host);
+    counter!("kvasir_store_get_hits_total", "tier" => "disk").absolute(stats.get_hits_disk);
     let misses = [
         ("absent", stats.misses_absent),
         ("corrupt", stats.misses_corrupt),
         ("busy", stats.misses_busy),
     ];
     for (reason, count) in misses {
-        counter!("kvasir_store_misses_total", "reason" => reason).absolute(count);
+        counter!("kvasir_store_get_misses_total", "reason" => reason).absolute(count);
     }
     let puts = [
         ("stored", stats.put_blocks),
@@ -89,7 +89,7 @@ fn cache(stats: &CacheStats) {
         ("checksum_mismatch", stats.put_checksum_mismatch),
     ];
     for (outcome, count) in puts {
-        counter!("kvasir_store_puts_total", "outcome" => outcome).absolute(count);
+        counter!("kvasir_store_put_blocks_total", "outcome" => outcome).absolute(count);
     }
     let counters = [
         ("kvasir_store_get_bytes_total", stats.get_bytes),

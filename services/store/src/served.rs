@@ -31,7 +31,9 @@ pub(crate) struct Served {
 
 /// A place among the open streams, given back on drop.
 #[derive(Debug)]
-pub(crate) struct StreamSlot(OwnedSemaphorePermit);
+pub(crate) struct StreamSlot {
+    _permit: OwnedSemaphorePermit,
+}
 
 /// Counts an open context, until dropped.
 #[derive(Debug)]
@@ -39,8 +41,8 @@ pub(crate) struct ContextCount(Arc<Served>);
 
 impl Served {
     pub(crate) fn new(config: StoreConfig, cache: BlockCache, stopping: CancellationToken) -> Self {
-        // A permit is a KiB: the semaphore counts in u32 per call.
-        let put_kib = config.put_bytes_max.as_usize() >> 10;
+        // A permit is a KiB, since the semaphore hands out u32 at a time; rounded up, so that the largest message fits.
+        let put_kib = config.put_bytes_max.as_usize().div_ceil(1024);
         Self {
             io: Door::new("io", config.io_threads),
             retrieval: Door::new("retrieval", config.retrieval_threads),
@@ -69,7 +71,8 @@ impl Served {
 
     /// A place for one more stream; `None` when all are taken.
     pub(crate) fn stream_slot(&self) -> Option<StreamSlot> {
-        Arc::clone(&self.streams).try_acquire_owned().ok().map(StreamSlot)
+        let permit = Arc::clone(&self.streams).try_acquire_owned().ok()?;
+        Some(StreamSlot { _permit: permit })
     }
 
     /// Room for a put message of `bytes`, waiting for it.
@@ -89,7 +92,12 @@ impl Served {
     /// Open streams, bytes of put messages at hand, open contexts.
     pub(crate) fn load(&self) -> (usize, usize, usize) {
         let streams = self.config.streams_max.saturating_sub(self.streams.available_permits());
-        let put_kib = (self.config.put_bytes_max.as_usize() >> 10).saturating_sub(self.put_bytes.available_permits());
+        let put_kib = self
+            .config
+            .put_bytes_max
+            .as_usize()
+            .div_ceil(1024)
+            .saturating_sub(self.put_bytes.available_permits());
         (streams, put_kib << 10, self.contexts.load(Ordering::Relaxed))
     }
 

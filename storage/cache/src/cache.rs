@@ -24,7 +24,7 @@ use self::availability::Available;
 pub use self::{get::GetOutcome, match_prefix::PrefixMatch, put::PutOutcome};
 use crate::{
     CacheConfig, CacheError, CacheStats, ErrorKind, LeaseId, Subscription, event::Hub, lease::Leases,
-    namespace::Namespaces, stats::Counters,
+    namespace::Namespaces, retrieve::ContextBudget, stats::Counters,
 };
 
 /// Where bytes were, or are.
@@ -41,24 +41,25 @@ pub enum Tier {
 /// Dropping it flushes too, but only [`Self::close`] tells whether that worked.
 #[derive(Debug)]
 pub struct BlockCache {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 pub(crate) struct Shared {
-    config: CacheConfig,
-    epoch: u64,
+    pub(crate) config: CacheConfig,
+    pub(crate) epoch: u64,
     started: Instant,
     namespaces: Namespaces,
     disk: DiskTier,
-    state: Mutex<State>,
-    counters: Counters,
+    pub(crate) state: Mutex<State>,
+    pub(crate) counters: Counters,
     disk_reads: AtomicUsize,
+    pub(crate) contexts: ContextBudget,
 }
 
 pub(crate) struct State {
-    host: HostTier,
-    leases: Leases,
-    available: Available,
+    pub(crate) host: HostTier,
+    pub(crate) leases: Leases,
+    pub(crate) available: Available,
     events: Hub,
 }
 
@@ -103,6 +104,7 @@ impl BlockCache {
             available,
             events: Hub::new(epoch, config.event_queue_max, config.subscribers_max),
         };
+        let contexts = ContextBudget::new(config.contexts_max, config.context_bytes_max);
         let shared = Arc::new(Shared {
             config,
             epoch,
@@ -112,6 +114,7 @@ impl BlockCache {
             state: Mutex::new(state),
             counters: Counters::default(),
             disk_reads: AtomicUsize::new(0),
+            contexts,
         });
         let watch = Arc::new(ReclaimWatch(Arc::downgrade(&shared)));
         shared.disk.start(watch).map_err(|error| {
@@ -227,6 +230,15 @@ impl BlockCache {
             leases_max: shared.config.leases_max as u64,
             leases_refused: state.leases.refused,
             pinned_blocks: state.leases.pinned_blocks() as u64,
+            contexts: shared.contexts.open(),
+            contexts_max: shared.config.contexts_max as u64,
+            context_bytes: shared.contexts.bytes(),
+            context_bytes_max: shared.config.context_bytes_max,
+            retrieve_queries: counters.retrieve_queries.get(),
+            retrieve_late: counters.retrieve_late.get(),
+            retrieve_keys_scanned: counters.retrieve_keys_scanned.get(),
+            retrieve_bytes: counters.retrieve_bytes.get(),
+            retrieve_missing: counters.retrieve_missing.get(),
             subscribers: state.events.subscribers() as u64,
             subscribers_lagged: state.events.lagged,
         }
@@ -254,7 +266,7 @@ impl Shared {
         self.disk.stop().map_err(flush_failed)
     }
 
-    fn schema_of(&self, namespace: NamespaceId) -> Result<Arc<KvSchema>, CacheError> {
+    pub(crate) fn schema_of(&self, namespace: NamespaceId) -> Result<Arc<KvSchema>, CacheError> {
         self.namespaces.get(namespace).ok_or_else(|| {
             let message = format!("namespace {namespace} is not open here: open it with its schema first");
             CacheError::new(ErrorKind::UnknownNamespace, message)

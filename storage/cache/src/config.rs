@@ -23,6 +23,13 @@ pub struct CacheConfig {
     pub lease_max: Duration,
     /// Most leases at a time, open contexts included; beyond it a match comes without a lease.
     pub leases_max: usize,
+    /// Most contexts open for retrieval at a time.
+    pub contexts_max: usize,
+    /// Most blocks in one context's chain.
+    pub context_blocks_max: usize,
+    /// Most payload bytes that all open contexts hold verified; beyond it a query reads and verifies blocks anew, which is
+    /// right but slower. Bytes that the host tier holds too are shared with it, and counted in both.
+    pub context_bytes_max: u64,
     /// Most namespaces.
     pub namespaces_max: usize,
     /// Most events a subscriber may be behind; beyond it the subscription ends as lagged.
@@ -43,6 +50,9 @@ impl CacheConfig {
             disk_reads_max: 64,
             lease_max: Duration::from_secs(60),
             leases_max: 16_384,
+            contexts_max: 1024,
+            context_blocks_max: 65_536,
+            context_bytes_max: 1 << 30,
             namespaces_max: 1024,
             event_queue_max: 65_536,
             subscribers_max: 256,
@@ -53,6 +63,8 @@ impl CacheConfig {
         let positive = [
             ("disk_reads_max", self.disk_reads_max),
             ("leases_max", self.leases_max),
+            ("contexts_max", self.contexts_max),
+            ("context_blocks_max", self.context_blocks_max),
             ("namespaces_max", self.namespaces_max),
             ("event_queue_max", self.event_queue_max),
             ("subscribers_max", self.subscribers_max),

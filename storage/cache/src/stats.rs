@@ -64,6 +64,24 @@ pub struct CacheStats {
     pub leases_refused: u64,
     /// Blocks pinned by leases.
     pub pinned_blocks: u64,
+    /// Contexts open for retrieval.
+    pub contexts: u64,
+    /// Their limit.
+    pub contexts_max: u64,
+    /// Payload bytes that open contexts hold verified.
+    pub context_bytes: u64,
+    /// Their limit.
+    pub context_bytes_max: u64,
+    /// Retrievals answered.
+    pub retrieve_queries: u64,
+    /// Of those, with less than was asked because the deadline passed.
+    pub retrieve_late: u64,
+    /// Keys they scored, summed over KV heads.
+    pub retrieve_keys_scanned: u64,
+    /// Bytes of keys and values they read.
+    pub retrieve_bytes: u64,
+    /// Layer blocks that they wanted and did not get: vanished, corrupt, or too many disk reads were running.
+    pub retrieve_missing: u64,
     /// Event subscribers.
     pub subscribers: u64,
     /// Subscribers that fell behind and were let go.
@@ -99,4 +117,9 @@ pub(crate) struct Counters {
     pub(crate) misses_corrupt: Counter,
     pub(crate) misses_busy: Counter,
     pub(crate) host_corrupt: Counter,
+    pub(crate) retrieve_queries: Counter,
+    pub(crate) retrieve_late: Counter,
+    pub(crate) retrieve_keys_scanned: Counter,
+    pub(crate) retrieve_bytes: Counter,
+    pub(crate) retrieve_missing: Counter,
 }

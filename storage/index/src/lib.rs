@@ -1,2 +1,34 @@
-//! kvasir-index.
+//! Finding the keys that queries attend to. So far one way: the exact flat scan, which is also the oracle for any other.
+//!
+//! A [`FlatScan`] takes the query rows of one KV head's group and the keys and values of that head, run after run, scores
+//! every key that is not [`Excluded`], and then answers in one of two forms: [`FlatScan::rows`] (the union of each query
+//! head's `k` best keys) or [`FlatScan::attend`] (partial attention over the fewest best keys that cover a wanted share of
+//! the softmax mass). Because every key is scored, the mass that an answer covers is computed, not estimated.
+//!
+//! It knows slices and shapes. It does not know blocks, layers, tiers, leases or deadlines: the owner feeds runs one by one
+//! and stops when it likes; the answer is then about what was fed. It keeps nothing between queries but its buffers.
+//!
+//! ```
+//! use half::f16;
+//! use kvasir_index::{Excluded, FlatScan, Segment};
+//! // Three keys of two elements; the query points along the first axis.
+//! let keys: Vec<f16> = [4.0, 0.0, 0.0, 4.0, 3.0, 1.0].map(f16::from_f32).to_vec();
+//! let values: Vec<f16> = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0].map(f16::from_f32).to_vec();
+//! let mut scan = FlatScan::new(2, 1.0);
+//! scan.begin(&[1.0, 0.0]);
+//! scan.scan(Segment { keys: &keys, values: &values, position: 0 }, &Excluded::none());
+//! assert_eq!(scan.rows(2).positions(), [0, 2]);
+//! let everything = scan.attend(1.0, None);
+//! assert_eq!((everything.keys[0], everything.mass[0]), (3, 1.0));
+//! // The first key holds 72 % of the mass, the third another 26 %.
+//! assert_eq!(scan.attend(0.9, None).keys[0], 2);
+//! ```
 #![forbid(unsafe_code)]
+
+mod bits;
+mod excluded;
+mod flat;
+
+pub use excluded::Excluded;
+pub use flat::{Attended, FlatScan, Rows};
+pub use kvasir_simd::Segment;

@@ -128,7 +128,7 @@ impl BlockStoreApi {
             namespace: convert::namespace_bytes(namespace),
             layer_block_bytes,
             limits: Some(limits),
-            segment_format: SEGMENT_FORMAT.into(),
+            segment_format: SEGMENT_FORMAT,
             index_format: INDEX_FORMAT,
             epoch: cache.epoch(),
         })

@@ -11,7 +11,11 @@ use crate::support::{Setup, chain, config, layer_block, schema};
 fn check<T: std::fmt::Debug>(result: Result<T, tonic::Status>, code: Code, message: &str) {
     let status = result.expect_err(message);
     assert_eq!(status.code(), code, "{status:?}");
-    assert!(status.message().contains(message), "{:?} does not say {message:?}", status.message());
+    assert!(
+        status.message().contains(message),
+        "{:?} does not say {message:?}",
+        status.message()
+    );
 }
 
 #[tokio::test]
@@ -25,12 +29,27 @@ async fn namespaces() {
         expected_namespace: convert::namespace_bytes(setup.namespace.id),
     };
     store.open_namespace(good.clone()).await.expect("the id is right");
-    let other_rope = kvasir_block::KvSchema { rope_theta: 5e5, ..schema() };
+    let other_rope = kvasir_block::KvSchema {
+        rope_theta: 5e5,
+        ..schema()
+    };
     type Break = Box<dyn Fn(&mut v1::OpenNamespaceRequest)>;
     let table: Vec<(Break, Code, &str)> = vec![
-        (Box::new(|r| r.tenant.clear()), Code::InvalidArgument, "tenant: is empty"),
-        (Box::new(|r| r.tenant = "t".repeat(1000)), Code::InvalidArgument, "tenant: 1000 bytes, at most 256"),
-        (Box::new(|r| r.schema = None), Code::InvalidArgument, "schema: is missing"),
+        (
+            Box::new(|r| r.tenant.clear()),
+            Code::InvalidArgument,
+            "tenant: is empty",
+        ),
+        (
+            Box::new(|r| r.tenant = "t".repeat(1000)),
+            Code::InvalidArgument,
+            "tenant: 1000 bytes, at most 256",
+        ),
+        (
+            Box::new(|r| r.schema = None),
+            Code::InvalidArgument,
+            "schema: is missing",
+        ),
         (
             Box::new(|r| r.schema.as_mut().expect("set").layers = 0),
             Code::InvalidArgument,
@@ -46,7 +65,11 @@ async fn namespaces() {
             Code::FailedPrecondition,
             "it differs from this schema in rope_theta",
         ),
-        (Box::new(|r| r.tenant = "other".to_owned()), Code::FailedPrecondition, "this schema and another tenant"),
+        (
+            Box::new(|r| r.tenant = "other".to_owned()),
+            Code::FailedPrecondition,
+            "this schema and another tenant",
+        ),
         (
             Box::new(|r| r.expected_namespace = Bytes::from_static(&[7; 32])),
             Code::FailedPrecondition,
@@ -83,7 +106,11 @@ async fn hashes_and_ranges() {
             Code::InvalidArgument,
             "namespace: a namespace id has 32 bytes, this has 0: take it from OpenNamespace",
         ),
-        (|r| r.namespace = Bytes::from_static(&[9; 32]), Code::NotFound, "is not open here, open it with its schema"),
+        (
+            |r| r.namespace = Bytes::from_static(&[9; 32]),
+            Code::NotFound,
+            "is not open here, open it with its schema",
+        ),
         (
             |r| r.hashes[1] = Bytes::from_static(&[1; 31]),
             Code::InvalidArgument,
@@ -94,10 +121,26 @@ async fn hashes_and_ranges() {
             Code::InvalidArgument,
             "hashes: 11 hashes, at most 10 are accepted: ask in several calls",
         ),
-        (|r| r.layer_end = 0, Code::InvalidArgument, "layer_end: 0: must be above layer_start 0"),
-        (|r| r.layer_start = 2, Code::InvalidArgument, "layer_end: 1: must be above layer_start 2"),
-        (|r| r.layer_end = 4, Code::InvalidArgument, "layer_end: 4: the namespace has layers 0 to 3"),
-        (|r| r.layer_end = 70_000, Code::InvalidArgument, "layer_end: 70000: layers end at 65535"),
+        (
+            |r| r.layer_end = 0,
+            Code::InvalidArgument,
+            "layer_end: 0: must be above layer_start 0",
+        ),
+        (
+            |r| r.layer_start = 2,
+            Code::InvalidArgument,
+            "layer_end: 1: must be above layer_start 2",
+        ),
+        (
+            |r| r.layer_end = 4,
+            Code::InvalidArgument,
+            "layer_end: 4: the namespace has layers 0 to 3",
+        ),
+        (
+            |r| r.layer_end = 70_000,
+            Code::InvalidArgument,
+            "layer_end: 70000: layers end at 65535",
+        ),
         (
             |r| r.hashes = vec![Bytes::from_static(&[1; 32]); 40_000],
             Code::ResourceExhausted,
@@ -115,11 +158,25 @@ async fn hashes_and_ranges() {
         lease_ms: 0,
     };
     let short = matching(vec![Bytes::from_static(b"x")]);
-    check(store.match_prefix(short).await, Code::InvalidArgument, "hashes[0]: a block hash has 32 bytes, this has 1");
+    check(
+        store.match_prefix(short).await,
+        Code::InvalidArgument,
+        "hashes[0]: a block hash has 32 bytes, this has 1",
+    );
     let many = matching(vec![Bytes::from_static(&[1; 32]); 11]);
-    check(store.match_prefix(many).await, Code::InvalidArgument, "hashes: 11 hashes, at most 10 are accepted");
-    let watch = v1::WatchEventsRequest { namespace: Bytes::from_static(b"abc") };
-    check(store.watch_events(watch).await, Code::InvalidArgument, "namespace: a namespace id has 32 bytes, this has 3");
+    check(
+        store.match_prefix(many).await,
+        Code::InvalidArgument,
+        "hashes: 11 hashes, at most 10 are accepted",
+    );
+    let watch = v1::WatchEventsRequest {
+        namespace: Bytes::from_static(b"abc"),
+    };
+    check(
+        store.watch_events(watch).await,
+        Code::InvalidArgument,
+        "namespace: a namespace id has 32 bytes, this has 3",
+    );
     setup.store.stop().await.expect("everything written");
 }
 
@@ -150,7 +207,11 @@ async fn puts() {
     }
     type Break = fn(&mut v1::PutBlocksRequest);
     let table: [(Break, Code, &str); 9] = [
-        (|r| r.header = None, Code::InvalidArgument, "header.namespace: a namespace id has 32 bytes, this has 0"),
+        (
+            |r| r.header = None,
+            Code::InvalidArgument,
+            "header.namespace: a namespace id has 32 bytes, this has 0",
+        ),
         (
             |r| header(r).namespace = Bytes::from_static(&[5; 32]),
             Code::NotFound,
@@ -199,7 +260,10 @@ async fn puts() {
         let mut request = good.clone();
         damage(&mut request);
         // The good message before it is stored all the same.
-        let replies = store.put_blocks(stream::iter([good.clone(), request])).await.expect("a stream");
+        let replies = store
+            .put_blocks(stream::iter([good.clone(), request]))
+            .await
+            .expect("a stream");
         let mut replies = replies.into_inner();
         let first = replies.message().await.expect("an outcome").expect("an outcome");
         assert_eq!(first.outcomes.len(), 1);

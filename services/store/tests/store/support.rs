@@ -42,7 +42,9 @@ pub(crate) fn tenant() -> Tenant {
 
 /// Names of `blocks` blocks of a prompt made from `seed`.
 pub(crate) fn chain(seed: u32, blocks: usize) -> Vec<BlockHash> {
-    let tokens: Vec<u32> = (0..blocks * 16).map(|i| i as u32 ^ seed.wrapping_mul(2_654_435_761)).collect();
+    let tokens: Vec<u32> = (0..blocks * 16)
+        .map(|i| i as u32 ^ seed.wrapping_mul(2_654_435_761))
+        .collect();
     block_hashes(&tokens, 16, &ExtraKeys::none())
 }
 
@@ -116,8 +118,11 @@ impl Setup {
 
     /// Gets all layers of all blocks.
     pub(crate) async fn get(&self, chain: &[BlockHash]) -> Vec<GotBlock> {
-        let mut stream =
-            self.client.get_blocks(&self.namespace, chain, 0..LAYERS, None, None).await.expect("a stream");
+        let mut stream = self
+            .client
+            .get_blocks(&self.namespace, chain, 0..LAYERS, None, None)
+            .await
+            .expect("a stream");
         let mut blocks = Vec::new();
         while let Some(block) = stream.next().await.expect("a block") {
             blocks.push(block);
@@ -126,7 +131,11 @@ impl Setup {
     }
 
     pub(crate) async fn hit_blocks(&self, chain: &[BlockHash]) -> usize {
-        self.client.match_prefix(self.namespace.id, chain, None).await.expect("a match").hit_blocks
+        self.client
+            .match_prefix(self.namespace.id, chain, None)
+            .await
+            .expect("a match")
+            .hit_blocks
     }
 }
 

@@ -9,13 +9,13 @@ use crate::EventKind;
 
 /// The blocks whose layers are all held.
 #[derive(Debug, Default)]
-pub(super) struct Available {
+pub(crate) struct Available {
     by_namespace: HashMap<NamespaceId, HashSet<BlockHash>>,
     count: usize,
 }
 
 impl Available {
-    pub(super) fn contains(&self, block: &BlockKey) -> bool {
+    pub(crate) fn contains(&self, block: &BlockKey) -> bool {
         self.by_namespace
             .get(&block.namespace)
             .is_some_and(|hashes| hashes.contains(&block.hash))

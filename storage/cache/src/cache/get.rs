@@ -57,7 +57,7 @@ impl BlockCache {
 
 impl Shared {
     /// Reads and verifies; what the disk had is promoted.
-    pub(super) fn read(&self, key: LayerBlockKey) -> GetOutcome {
+    pub(crate) fn read(&self, key: LayerBlockKey) -> GetOutcome {
         let in_host = self.state.lock().host.get(key);
         let mut corrupt = false;
         if let Some((payload, checksum)) = in_host {
