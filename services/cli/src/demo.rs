@@ -162,7 +162,6 @@ impl Demo {
             self.progress
                 .step(format_args!("question {}, full attention, token by token", index + 1));
             let full = worker.generate(&prompt, self.max_tokens, Mode::Full, &[]).await?;
-            let mut agreement = |mode, chosen: &[u32]| Forced::compare(mode, &full.ids, chosen);
             for (run, mode) in [
                 (
                     Run::Attend,
@@ -178,11 +177,8 @@ impl Demo {
                     run.name()
                 ));
                 let forced = worker.generate(&prompt, self.max_tokens, mode, &full.ids).await?;
-                let compared = agreement(run, &forced.ids)?;
-                self.report.forced.push(Forced {
-                    fell_back: forced.fell_back,
-                    ..compared
-                });
+                let compared = Forced::compare(run, &full.ids, &forced.ids, forced.fell_back)?;
+                self.report.forced.push(compared);
             }
         }
         Ok(())

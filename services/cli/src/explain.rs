@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{args::Format, output::print, tree::Configuration};
 
-pub(crate) fn print(configuration: &Configuration, format: Format) -> Result<()> {
+pub(crate) fn explain(configuration: &Configuration, format: Format) -> Result<()> {
     match format {
         Format::Text => {
             for line in text(configuration)? {

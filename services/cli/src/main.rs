@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<()> {
     if let Command::Version = args.command {
-        version::print();
+        version::show();
         return Ok(());
     }
     let configuration = Configuration::load(&args.config)?;
@@ -58,7 +58,7 @@ fn run(args: Args) -> Result<()> {
         Command::Version => Ok(()),
         Command::Config {
             command: ConfigCommand::Explain { format },
-        } => explain::print(&configuration, format),
+        } => explain::explain(&configuration, format),
         Command::Bench {
             command: BenchCommand::Engine(options),
         } => bench::engine(&configuration, &options),

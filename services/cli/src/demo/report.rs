@@ -116,14 +116,14 @@ struct Row {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Forced {
     run: Run,
-    pub(super) tokens: usize,
-    pub(super) agreeing: usize,
-    pub(super) fell_back: bool,
+    tokens: usize,
+    agreeing: usize,
+    fell_back: bool,
 }
 
 impl Forced {
     /// Counts equal choices. Both must have chosen equally often, or they were not forced alike.
-    pub(super) fn compare(run: Run, full: &[u32], chosen: &[u32]) -> Result<Self> {
+    pub(super) fn compare(run: Run, full: &[u32], chosen: &[u32], fell_back: bool) -> Result<Self> {
         if full.is_empty() || full.len() != chosen.len() {
             bail!(
                 "{} forced tokens brought {} choices: the worker does not force as documented",
@@ -135,7 +135,7 @@ impl Forced {
             run,
             tokens: full.len(),
             agreeing: full.iter().zip(chosen).filter(|(full, chosen)| full == chosen).count(),
-            fell_back: false,
+            fell_back,
         })
     }
 }
@@ -430,9 +430,9 @@ mod tests {
 
     #[test]
     fn choices_are_compared_one_by_one() {
-        let compared = Forced::compare(Run::Attend, &[1, 2, 3], &[1, 9, 3]).expect("comparable");
+        let compared = Forced::compare(Run::Attend, &[1, 2, 3], &[1, 9, 3], false).expect("comparable");
         assert_eq!((compared.tokens, compared.agreeing), (3, 2));
-        assert!(Forced::compare(Run::Attend, &[1, 2, 3], &[1, 2]).is_err());
-        assert!(Forced::compare(Run::Attend, &[], &[]).is_err());
+        assert!(Forced::compare(Run::Attend, &[1, 2, 3], &[1, 2], false).is_err());
+        assert!(Forced::compare(Run::Attend, &[], &[], false).is_err());
     }
 }
