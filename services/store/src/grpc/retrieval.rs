@@ -203,7 +203,7 @@ impl Asked {
                 let k = k as usize;
                 // The union of a KV head's query heads, at most all tokens; keys and values and a position each.
                 let rows = k
-                    .saturating_mul(open.q_heads)
+                    .saturating_mul(context.q_heads())
                     .min(usize::from(schema.kv_heads) * context.tokens());
                 let bytes = rows.saturating_mul(2 * head_dim * schema.dtype.bytes() + 4);
                 if bytes > reply_bytes_max {
