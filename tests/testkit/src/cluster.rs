@@ -50,7 +50,6 @@ impl Default for Options {
 }
 
 /// A running cluster. [`Cluster::stop`] ends it in order; dropping it leaves its tasks to the end of the process.
-#[derive(Debug)]
 pub struct Cluster {
     folder: TempDir,
     file: Arc<ModelFile>,
@@ -59,6 +58,13 @@ pub struct Cluster {
     workers: Vec<Worker>,
     router: Option<Router>,
     pub(crate) client: reqwest::Client,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let parts = (self.store.is_some(), self.workers.len(), self.router.is_some());
+        write!(f, "Cluster {{ store, workers, router: {parts:?}, folder: {:?} }}", self.folder.path())
+    }
 }
 
 impl Cluster {
