@@ -36,6 +36,11 @@ pub struct StoreConfig {
     pub lease_max: HumanDuration,
     /// Most leases at a time, open contexts included; beyond it a match comes without a lease.
     pub leases_max: usize,
+    /// Most contexts open for retrieval at a time; beyond it a decode stream is refused with `RESOURCE_EXHAUSTED`.
+    pub contexts_max: usize,
+    /// Most bytes of blocks that open contexts hold verified, so that a query is a scan; beyond it queries read and verify
+    /// anew. Bytes that are in memory anyway are shared.
+    pub context_bytes_max: ByteSize,
     /// Most namespaces.
     pub namespaces_max: usize,
     /// Most events that a watcher may be behind; beyond it its watch ends with `RESOURCE_EXHAUSTED`.
@@ -77,6 +82,8 @@ impl Default for StoreConfig {
             disk_reads_max: 64,
             lease_max: HumanDuration::secs(60),
             leases_max: 16_384,
+            contexts_max: 1024,
+            context_bytes_max: ByteSize::gib(1),
             namespaces_max: 1024,
             event_queue_max: 65_536,
             subscribers_max: 256,
@@ -136,6 +143,7 @@ impl StoreConfig {
     /// The part of it that the cache wants.
     pub(crate) fn cache(&self) -> CacheConfig {
         CacheConfig {
+            data_dir: self.data_dir.clone(),
             host_bytes_max: self.host_bytes_max.as_u64(),
             disk_bytes_max: self.disk_bytes_max.as_u64(),
             segment_bytes: self.segment_bytes.as_u64(),
@@ -143,10 +151,12 @@ impl StoreConfig {
             disk_reads_max: self.disk_reads_max,
             lease_max: self.lease_max.get(),
             leases_max: self.leases_max,
+            contexts_max: self.contexts_max,
+            context_blocks_max: self.hashes_max,
+            context_bytes_max: self.context_bytes_max.as_u64(),
             namespaces_max: self.namespaces_max,
             event_queue_max: self.event_queue_max,
             subscribers_max: self.subscribers_max,
-            ..CacheConfig::in_dir(&self.data_dir)
         }
     }
 

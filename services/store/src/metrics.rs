@@ -27,12 +27,11 @@ pub(crate) async fn publish(served: Arc<Served>) {
             Err(_) => return,
         }
         doors(&[&served.io, &served.retrieval]);
-        let (streams, put_bytes, contexts) = served.load();
+        let (streams, put_bytes) = served.load();
         gauge!("kvasir_store_streams").set(streams as f64);
         gauge!("kvasir_store_streams_max").set(served.config.streams_max as f64);
         gauge!("kvasir_store_put_buffer_bytes").set(put_bytes as f64);
         gauge!("kvasir_store_put_buffer_bytes_max").set(served.config.put_bytes_max.as_u64() as f64);
-        gauge!("kvasir_store_contexts").set(contexts as f64);
     }
 }
 
@@ -57,6 +56,10 @@ fn cache(stats: &CacheStats) {
         ("kvasir_store_leases", stats.leases),
         ("kvasir_store_leases_max", stats.leases_max),
         ("kvasir_store_pinned_blocks", stats.pinned_blocks),
+        ("kvasir_store_contexts", stats.contexts),
+        ("kvasir_store_contexts_max", stats.contexts_max),
+        ("kvasir_store_context_bytes", stats.context_bytes),
+        ("kvasir_store_context_bytes_max", stats.context_bytes_max),
         ("kvasir_store_subscribers", stats.subscribers),
         ("kvasir_store_disk_degraded", u64::from(disk.degraded.is_some())),
     ];
@@ -104,6 +107,10 @@ fn cache(stats: &CacheStats) {
         ("kvasir_store_reclaimed_segments_total", disk.reclaimed_segments),
         ("kvasir_store_leases_refused_total", stats.leases_refused),
         ("kvasir_store_subscribers_lagged_total", stats.subscribers_lagged),
+        ("kvasir_store_keys_scanned_total", stats.retrieve_keys_scanned),
+        ("kvasir_store_retrieval_bytes_total", stats.retrieve_bytes),
+        ("kvasir_store_queries_late_total", stats.retrieve_late),
+        ("kvasir_store_context_blocks_missing_total", stats.retrieve_missing),
     ];
     for (name, value) in counters {
         counter!(name).absolute(value);
@@ -126,9 +133,7 @@ pub(crate) fn shed(outcome: &'static str, layer_blocks: usize) {
 }
 
 /// A retrieval was answered.
-pub(crate) fn retrieved(form: &'static str, keys_scanned: u64, bytes_read: u64, fell_short: bool) {
+pub(crate) fn retrieved(form: &'static str, fell_short: bool) {
     counter!("kvasir_store_queries_total", "form" => form).increment(1);
-    counter!("kvasir_store_keys_scanned_total").increment(keys_scanned);
-    counter!("kvasir_store_retrieval_bytes_total").increment(bytes_read);
     counter!("kvasir_store_shortfalls_total").increment(u64::from(fell_short));
 }

@@ -1,9 +1,6 @@
 //! What the services share: the cache, the doors, and the bounds.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::Arc;
 
 use kvasir_cache::{BlockCache, CacheError};
 use parking_lot::RwLock;
@@ -26,7 +23,6 @@ pub(crate) struct Served {
     pub(crate) stopping: CancellationToken,
     streams: Arc<Semaphore>,
     put_bytes: Arc<Semaphore>,
-    contexts: AtomicUsize,
 }
 
 /// A place among the open streams, given back on drop.
@@ -34,10 +30,6 @@ pub(crate) struct Served {
 pub(crate) struct StreamSlot {
     _permit: OwnedSemaphorePermit,
 }
-
-/// Counts an open context, until dropped.
-#[derive(Debug)]
-pub(crate) struct ContextCount(Arc<Served>);
 
 impl Served {
     pub(crate) fn new(config: StoreConfig, cache: BlockCache, stopping: CancellationToken) -> Self {
@@ -49,7 +41,6 @@ impl Served {
             streams: Arc::new(Semaphore::new(config.streams_max.min(Semaphore::MAX_PERMITS))),
             put_bytes: Arc::new(Semaphore::new(put_kib.min(Semaphore::MAX_PERMITS))),
             cache: RwLock::new(Some(Arc::new(cache))),
-            contexts: AtomicUsize::new(0),
             config,
             stopping,
         }
@@ -84,13 +75,8 @@ impl Served {
             .map_err(|_| Lost::Closed)
     }
 
-    pub(crate) fn count_context(self: &Arc<Self>) -> ContextCount {
-        self.contexts.fetch_add(1, Ordering::Relaxed);
-        ContextCount(Arc::clone(self))
-    }
-
-    /// Open streams, bytes of put messages at hand, open contexts.
-    pub(crate) fn load(&self) -> (usize, usize, usize) {
+    /// Open streams, and bytes of put messages at hand.
+    pub(crate) fn load(&self) -> (usize, usize) {
         let streams = self.config.streams_max.saturating_sub(self.streams.available_permits());
         let put_kib = self
             .config
@@ -98,7 +84,7 @@ impl Served {
             .as_usize()
             .div_ceil(1024)
             .saturating_sub(self.put_bytes.available_permits());
-        (streams, put_kib << 10, self.contexts.load(Ordering::Relaxed))
+        (streams, put_kib << 10)
     }
 
     /// Waits for work that is under way, then flushes and closes the cache.
@@ -119,11 +105,5 @@ fn shut(cache: Arc<BlockCache>) -> Result<(), CacheError> {
         Ok(cache) => cache.close(),
         // Its last holder closes it by dropping it; what was accepted is safe by then.
         Err(cache) => cache.flush(),
-    }
-}
-
-impl Drop for ContextCount {
-    fn drop(&mut self) {
-        self.0.contexts.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -15,7 +15,7 @@ mod context;
 mod query;
 mod report;
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{ops::Range, time::Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use kvasir_block::{BlockHash, Dtype, NamespaceId};

@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::status::{observed, of_cache, of_message, refused, stopping, too_many_streams};
 use crate::{
     metrics,
-    served::{ContextCount, Served, StreamSlot},
+    served::{Served, StreamSlot},
 };
 
 const CALL: &str = "decode";
@@ -49,7 +49,7 @@ impl Retrieval for RetrievalApi {
         let call = Call {
             served: Arc::clone(&self.0),
             requests: request.into_inner(),
-            open: None,
+            context: None,
             span,
             _slot: slot,
         };
@@ -60,15 +60,9 @@ impl Retrieval for RetrievalApi {
 struct Call {
     served: Arc<Served>,
     requests: Streaming<v1::DecodeRequest>,
-    open: Option<Open>,
+    context: Option<Arc<Context>>,
     span: tracing::Span,
     _slot: StreamSlot,
-}
-
-struct Open {
-    context: Arc<Context>,
-    q_heads: usize,
-    _count: ContextCount,
 }
 
 impl Call {
@@ -97,7 +91,7 @@ impl Call {
     }
 
     async fn open(&mut self, open: v1::OpenContext) -> Result<v1::DecodeReply, Status> {
-        if self.open.is_some() {
+        if self.context.is_some() {
             return Err(Status::invalid_argument(
                 "open: this stream has a context, open another stream for another one",
             ));
@@ -115,11 +109,7 @@ impl Call {
             tokens: u32::try_from(context.tokens()).unwrap_or(u32::MAX),
             index: context.index().to_owned(),
         };
-        self.open = Some(Open {
-            context: Arc::new(context),
-            q_heads,
-            _count: self.served.count_context(),
-        });
+        self.context = Some(Arc::new(context));
         Ok(v1::DecodeReply {
             result: Some(decode_reply::Result::Opened(opened)),
             ..v1::DecodeReply::default()
@@ -140,15 +130,15 @@ impl Call {
     }
 
     async fn answer(&self, query: v1::Query) -> Result<v1::DecodeReply, Status> {
-        let Some(open) = &self.open else {
+        let Some(context) = self.context.clone() else {
             return Err(Status::invalid_argument("query: no context is open, send open first"));
         };
         let deadline = deadline(query.deadline_ms);
         let (sequence, wire_layer) = (query.sequence, query.layer);
-        let asked = Asked::of(query, open, self.served.config.reply_bytes_max.as_usize())
+        let asked = Asked::of(query, &context, self.served.config.reply_bytes_max.as_usize())
             .map_err(|error| of_message(&error.inside("query")))?;
         let form = asked.form;
-        let (cache, context) = (self.served.cache()?, Arc::clone(&open.context));
+        let cache = self.served.cache()?;
         let answer = self
             .served
             .retrieval
@@ -168,7 +158,7 @@ impl Call {
             Form::Rows { .. } => "rows",
             Form::Attend { .. } => "attend",
         };
-        metrics::retrieved(name, report.keys_scanned, report.bytes_read, report.shortfall.is_some());
+        metrics::retrieved(name, report.shortfall.is_some());
         Ok(v1::DecodeReply {
             sequence,
             layer: wire_layer,
@@ -187,8 +177,8 @@ struct Asked {
 }
 
 impl Asked {
-    fn of(query: v1::Query, open: &Open, reply_bytes_max: usize) -> Result<Self, InvalidMessage> {
-        let schema = open.context.schema();
+    fn of(query: v1::Query, context: &Context, reply_bytes_max: usize) -> Result<Self, InvalidMessage> {
+        let schema = context.schema();
         let layer = u16::try_from(query.layer)
             .ok()
             .filter(|layer| *layer < schema.layers)
@@ -197,7 +187,7 @@ impl Asked {
                 InvalidMessage::new("layer", problem)
             })?;
         let head_dim = usize::from(schema.head_dim);
-        let q = convert::floats("q", &query.q, open.q_heads * head_dim)?;
+        let q = convert::floats("q", &query.q, context.q_heads() * head_dim)?;
         if query.excluded.len() > EXCLUDED_MAX {
             let problem = format!(
                 "{} ranges, at most {EXCLUDED_MAX}: join neighbours",
@@ -213,8 +203,8 @@ impl Asked {
                 let k = k as usize;
                 // The union of a KV head's query heads, at most all tokens; keys and values and a position each.
                 let rows = k
-                    .saturating_mul(open.q_heads)
-                    .min(usize::from(schema.kv_heads) * open.context.tokens());
+                    .saturating_mul(context.q_heads())
+                    .min(usize::from(schema.kv_heads) * context.tokens());
                 let bytes = rows.saturating_mul(2 * head_dim * schema.dtype.bytes() + 4);
                 if bytes > reply_bytes_max {
                     let problem = format!(

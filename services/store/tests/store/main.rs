@@ -3,5 +3,6 @@
 mod bad_input;
 mod hostile;
 mod life;
+mod retrieval;
 mod round_trip;
 mod support;
