@@ -208,7 +208,7 @@ mod tests {
             ("{{ strftime_now('%d %b %Y') }}.", "."),
             (
                 "{{ 'a,b'.split(',')[1] }}{{ 'xax'.strip('x') }}{{ 'ab'.startswith('a') }}",
-                "batrue",
+                "baTrue",
             ),
             (
                 "{% for k, v in messages[1].items() %}{{ k }}={{ v }};{% endfor %}",

@@ -151,10 +151,10 @@ impl Tokenizer {
         if self.add_bos {
             ids.extend(self.bos);
         }
-        for piece in self.specials.split(text, special) {
+        for (index, piece) in self.specials.split(text, special).into_iter().enumerate() {
             match piece {
                 // A template may bring the first token itself; twice would be another prompt.
-                Piece::Token(id) if self.add_bos && Some(id) == self.bos && ids == [id] => {}
+                Piece::Token(id) if self.add_bos && Some(id) == self.bos && index == 0 => {}
                 Piece::Token(id) => ids.push(id),
                 Piece::Text(text) => {
                     let encoded = self

@@ -185,11 +185,12 @@ impl Plan {
             });
         }
         // Whole pages: how far a query sees is its own matter, and the cut of a run must not depend on the step's end.
+        let whole = 0..end.next_multiple_of(block_tokens);
         let ranges = match attention {
-            Attention::Full => vec![0..end.next_multiple_of(block_tokens)],
-            Attention::Local(ranges) => ranges.clone(),
+            Attention::Full => std::slice::from_ref(&whole),
+            Attention::Local(ranges) => ranges,
         };
-        let (spans, splits) = spans(&ranges, end, block_tokens, page)?;
+        let (spans, splits) = spans(ranges, end, block_tokens, page)?;
         let rows = self.tokens..self.tokens + tokens.len();
         let first_kept = match logits {
             Logits::None => rows.end,

@@ -170,9 +170,24 @@ fn smollm_attends_elsewhere_as_well() {
     let text = "The lighthouse was built in 1874 by a man named Holm, who liked the sea. ".repeat(12);
     let prompt = file.tokenizer().encode(&text, false).expect("any text");
     let end = prompt.len() + 1;
-    let (full, split) = both_ways(&mut model, &prompt, &[prompt[3]], &[0..32, end - 64..end]);
-    let worst = furthest(&full, &split);
-    assert!(worst <= 0.5, "logits between -20 and 35 differ by {worst}");
+    // All of it here, cut at other places: what the order of sums alone does, through thirty layers of int8 rounding.
+    let (full, cut) = both_ways(&mut model, &prompt, &[prompt[3]], &[0..5, 5..77, 77..end]);
+    let (_, split) = both_ways(&mut model, &prompt, &[prompt[3]], &[0..32, end - 64..end]);
+    let (noise, found) = (mean_distance(&full, &cut), mean_distance(&full, &split));
+    assert!(
+        noise > 0.0 && found <= 2.0 * noise,
+        "mean distance {found}, by the order of sums {noise}"
+    );
+    assert!(
+        furthest(&full, &split) <= 1.0,
+        "{} {}",
+        furthest(&full, &split),
+        furthest(&full, &cut)
+    );
+}
+
+fn mean_distance(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f32>() / a.len() as f32
 }
 
 /// Notes what is called, and gives up where told to.

@@ -11,11 +11,12 @@ use crate::{
     smollm,
 };
 
-/// Largest difference of a logit; logits of this model lie between -20 and 35.
-const LOGIT_ERROR_MAX: f32 = 2.0;
-/// Mean difference of a logit.
-const LOGIT_ERROR_MEAN_MAX: f32 = 0.25;
-/// Where numpy's two best are nearer than this, either may win: the difference of two logits is off by less.
+/// Largest difference of a logit; logits of this model lie between -20 and 35. Measured: 0.99.
+const LOGIT_ERROR_MAX: f32 = 1.25;
+/// Mean difference of a logit. Measured: 0.16.
+const LOGIT_ERROR_MEAN_MAX: f32 = 0.2;
+/// Where numpy's two best are nearer than this, either may win: five times the mean difference. 308 of the 480 tokens
+/// are further apart, and all of those must agree.
 const NEAR_TIE: f32 = 0.8;
 
 #[derive(Deserialize)]

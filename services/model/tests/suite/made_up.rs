@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 /// A metadata value.
 #[derive(Clone, Debug)]
-pub enum Value {
+pub(crate) enum Value {
     U32(u32),
     F32(f32),
     Bool(bool),
@@ -19,7 +19,7 @@ pub enum Value {
 
 /// GGUF's number of a tensor type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     F32 = 0,
     Q4_0 = 2,
     Q4_1 = 3,
@@ -29,25 +29,25 @@ pub enum Kind {
 
 /// A tensor, outermost dimension first.
 #[derive(Clone, Debug)]
-pub struct Tensor {
-    pub name: String,
-    pub dims: Vec<u64>,
-    pub kind: u32,
-    pub data: Vec<u8>,
+pub(crate) struct Tensor {
+    pub(crate) name: String,
+    pub(crate) dims: Vec<u64>,
+    pub(crate) kind: u32,
+    pub(crate) data: Vec<u8>,
 }
 
 /// A file in the making.
 #[derive(Clone, Debug)]
-pub struct Gguf {
-    pub magic: u32,
-    pub metadata: Vec<(String, Value)>,
-    pub tensors: Vec<Tensor>,
+pub(crate) struct Gguf {
+    pub(crate) magic: u32,
+    pub(crate) metadata: Vec<(String, Value)>,
+    pub(crate) tensors: Vec<Tensor>,
 }
 
 impl Gguf {
     /// Two layers, four query and two KV heads of 16, 64 hidden elements, a vocabulary of bytes; weights seeded. The second
     /// layer mixes tensor types, as files quantised for size do.
-    pub fn small() -> Self {
+    pub(crate) fn small() -> Self {
         let mut rng = StdRng::seed_from_u64(5);
         let texts = vocabulary();
         let mut types = vec![1; texts.len()];
@@ -107,23 +107,23 @@ impl Gguf {
     }
 
     /// Sets or replaces a key.
-    pub fn set(&mut self, key: &str, value: Value) {
+    pub(crate) fn set(&mut self, key: &str, value: Value) {
         self.remove(key);
         self.metadata.push((key.to_owned(), value));
     }
 
-    pub fn remove(&mut self, key: &str) {
+    pub(crate) fn remove(&mut self, key: &str) {
         self.metadata.retain(|(other, _)| other != key);
     }
 
-    pub fn tensor(&mut self, name: &str) -> &mut Tensor {
+    pub(crate) fn tensor(&mut self, name: &str) -> &mut Tensor {
         self.tensors
             .iter_mut()
             .find(|tensor| tensor.name == name)
             .expect("a tensor of the small model")
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut out = Vec::new();
         out.extend(self.magic.to_le_bytes());
         out.extend(3_u32.to_le_bytes());
@@ -167,13 +167,13 @@ impl Gguf {
     }
 
     /// Writes the file and opens it.
-    pub fn open(&self) -> Result<ModelFile, LoadError> {
+    pub(crate) fn open(&self) -> Result<ModelFile, LoadError> {
         open_bytes(&self.bytes())
     }
 }
 
 /// Opens `bytes` as the file `Made-Up.Q4_1.gguf`, which is gone from its folder afterwards but still readable.
-pub fn open_bytes(bytes: &[u8]) -> Result<ModelFile, LoadError> {
+pub(crate) fn open_bytes(bytes: &[u8]) -> Result<ModelFile, LoadError> {
     let folder = Folder::new();
     let path = folder.0.join("Made-Up.Q4_1.gguf");
     std::fs::write(&path, bytes).expect("the temporary folder is writable");
@@ -181,10 +181,10 @@ pub fn open_bytes(bytes: &[u8]) -> Result<ModelFile, LoadError> {
 }
 
 /// A folder that is removed when dropped.
-pub struct Folder(PathBuf);
+pub(crate) struct Folder(PathBuf);
 
 impl Folder {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!(
@@ -197,7 +197,7 @@ impl Folder {
         Self(path)
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
@@ -210,7 +210,7 @@ impl Drop for Folder {
 }
 
 /// The small model with pages of four tokens.
-pub fn small_model(threads: usize) -> Model {
+pub(crate) fn small_model(threads: usize) -> Model {
     let file = Gguf::small().open().expect("the small model is sound");
     Model::load(
         &file,
@@ -223,12 +223,12 @@ pub fn small_model(threads: usize) -> Model {
 }
 
 /// A pool for `model`.
-pub fn pool_for(model: &Model, pages: usize) -> PagePool {
+pub(crate) fn pool_for(model: &Model, pages: usize) -> PagePool {
     PagePool::new(model.schema().layout(), model.shape().layers, pages).expect("a pool of a few megabytes")
 }
 
 /// Pages `first..first + blocks` in an order of their own.
-pub fn pages(first: u32, blocks: u32) -> Vec<Option<PageId>> {
+pub(crate) fn pages(first: u32, blocks: u32) -> Vec<Option<PageId>> {
     (0..blocks)
         .map(|block| Some(PageId(first + blocks - 1 - block)))
         .collect()

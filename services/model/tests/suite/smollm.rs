@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::OnceLock};
 use kvasir_model::{LoadOptions, Model, ModelFile};
 
 /// Where `make model` puts it.
-pub fn path() -> PathBuf {
+pub(crate) fn path() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
@@ -15,13 +15,13 @@ pub fn path() -> PathBuf {
 }
 
 /// The file, opened once.
-pub fn file() -> &'static ModelFile {
+pub(crate) fn file() -> &'static ModelFile {
     static FILE: OnceLock<ModelFile> = OnceLock::new();
     FILE.get_or_init(|| ModelFile::open(&path()).expect("the model file: run `make model`"))
 }
 
 /// The model with pages of 64 tokens.
-pub fn model(threads: usize) -> Model {
+pub(crate) fn model(threads: usize) -> Model {
     Model::load(
         file(),
         &LoadOptions {
