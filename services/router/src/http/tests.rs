@@ -15,14 +15,18 @@ use crate::{
     grpc::scripted::{Play, ScriptedWorker, Step},
 };
 
-fn model_file() -> std::sync::Arc<ModelFile> {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
+/// Where `make` puts what is fetched.
+fn cache() -> PathBuf {
+    std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .unwrap_or_else(|| {
             let home = std::env::var_os("HOME").expect("a home folder");
             PathBuf::from(home).join(".cache")
-        });
-    let path = cache.join("kvasir/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+        })
+}
+
+fn model_file() -> std::sync::Arc<ModelFile> {
+    let path = cache().join("kvasir/models/SmolLM2-135M-Instruct.Q4_1.gguf");
     std::sync::Arc::new(ModelFile::open(&path).unwrap_or_else(|error| panic!("{error}; `make model` brings it")))
 }
 
@@ -569,4 +573,45 @@ async fn a_router_does_not_start_over_workers_that_disagree() {
     let error = Router::start(&config, file, &Runtime::new()).await.expect_err("taken");
     assert!(format!("{error:#}").contains("router.listen"), "{error:#}");
     worker.stop().await;
+}
+
+/// The package that most clients are written with, as it comes from PyPI (`make openai` installs it).
+#[tokio::test]
+async fn the_official_client_understands_every_answer() {
+    let bench = Bench::start([
+        Play::answer(&["Hel", "lo"]),
+        Play::answer(&["Why", "?"]),
+        Play::answer(&["one"]),
+        Play::answer(&["two"]),
+        Play::answer(&["on ", "and on"]),
+        Play::Refuse(Code::ResourceExhausted, "full"),
+        Play::Say(vec![
+            Step::Started(0, 0),
+            Step::Text("a"),
+            Step::Break(Code::Internal, "bug"),
+        ]),
+    ])
+    .await;
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/http/tests/openai_client.py");
+    let python = cache().join("kvasir/openai/bin/python");
+    let output = tokio::process::Command::new(&python)
+        .arg(script)
+        .args([&bench.url, &bench.model])
+        .output()
+        .await
+        .unwrap_or_else(|error| panic!("{}: {error}; `make openai` brings it", python.display()));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let found: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let expected = json!({
+        "models": [bench.model],
+        "whole": ["Hello", "stop", 2], "cached": 0, "worker": bench.worker.url, "request_id": true,
+        "stream": "Why?", "role": "assistant", "usage": 2,
+        "texts": ["one", "two"], "text_stream": "on and on",
+        "no_model": ["NotFoundError", 404, "model_not_found", "model"],
+        "tools": ["BadRequestError", 400, "unsupported_parameter", "tools"],
+        "busy": ["RateLimitError", 429, "rate_limit_exceeded", null],
+        "broken": ["APIError", "worker_failed"],
+    });
+    assert_eq!(found, expected);
+    bench.stop().await;
 }
