@@ -4,7 +4,7 @@
 //! outbox holds at most the text and ids of one generation, which the context window bounds; and the pages of a
 //! finished sequence are free whether or not its text was read.
 
-use std::sync::Arc;
+use std::{sync::Arc, task::Poll};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -121,10 +121,9 @@ impl Inbox {
         loop {
             // One permit is kept when it comes between the look and the wait; there is only one reader.
             let arrived = self.0.arrived.notified();
-            match self.0.state.lock().take() {
-                Taken::Delivery(delivery) => return Some(delivery),
-                Taken::End => return None,
-                Taken::Nothing => {}
+            let taken = self.0.state.lock().take();
+            if let Poll::Ready(delivery) = taken {
+                return delivery;
             }
             arrived.await;
         }
@@ -142,28 +141,23 @@ impl Drop for Inbox {
     }
 }
 
-enum Taken {
-    Delivery(Delivery),
-    Nothing,
-    End,
-}
-
 impl State {
-    fn take(&mut self) -> Taken {
+    /// The next delivery, `None` after the last, pending while there is neither.
+    fn take(&mut self) -> Poll<Option<Delivery>> {
         if let Some(started) = self.started.take() {
-            return Taken::Delivery(Delivery::Started(started));
+            return Poll::Ready(Some(Delivery::Started(started)));
         }
         if !self.text.is_empty() || !self.ids.is_empty() {
-            return Taken::Delivery(Delivery::Tokens {
+            return Poll::Ready(Some(Delivery::Tokens {
                 text: std::mem::take(&mut self.text),
                 ids: std::mem::take(&mut self.ids),
-            });
+            }));
         }
         match self.end.take() {
-            Some(Ok(finished)) => Taken::Delivery(Delivery::Finished(finished)),
-            Some(Err(failure)) => Taken::Delivery(Delivery::Failed(failure)),
-            None if self.ended => Taken::End,
-            None => Taken::Nothing,
+            Some(Ok(finished)) => Poll::Ready(Some(Delivery::Finished(finished))),
+            Some(Err(failure)) => Poll::Ready(Some(Delivery::Failed(failure))),
+            None if self.ended => Poll::Ready(None),
+            None => Poll::Pending,
         }
     }
 }

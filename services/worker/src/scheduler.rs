@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn the_oldest_prompt_gets_half_and_everyone_ends() {
-        let mut left = vec![500usize, 30, 30, 400];
+        let mut left = [500usize, 30, 30, 400];
         let mut steps = 0;
         while left.iter().any(|n| *n > 0) {
             let (index, list): (Vec<usize>, Vec<Candidate>) = left

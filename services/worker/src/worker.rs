@@ -203,7 +203,8 @@ impl Worker {
         closing.cancel();
         grpc.stop().await;
         tasks.close();
-        if let Some(store) = store {
+        // A process that ends at once has ended the task that pushes.
+        if let Some(store) = store.filter(|_| !stop.is_cancelled()) {
             push_the_rest(&store, drain_grace).await;
         }
         stop.cancel();

@@ -37,9 +37,7 @@ impl Compute {
             }
             Err(error) => {
                 self.around.metrics.steps_aborted.increment(1);
-                if let Some(store) = &self.around.store {
-                    offered.iter().for_each(|block| store.offload.abandon(block.hash));
-                }
+                self.take_back(&offered);
                 self.recover(&shares, culprit, &error);
             }
         }
@@ -89,11 +87,23 @@ impl Compute {
                     && store.offload.offer(hash) == Offer::Accepted
                 {
                     sequence.bytes_pushed += store.offload.block_bytes() as u64;
-                    offered.push(Offered { hash, page });
+                    let sequence = sequence.id;
+                    offered.push(Offered { hash, page, sequence });
                 }
             }
         }
         offered
+    }
+
+    /// Gives up what was offered for a step that was given up: the step that follows offers it again.
+    fn take_back(&mut self, offered: &[Offered]) {
+        let Some(store) = &self.around.store else { return };
+        for block in offered {
+            store.offload.abandon(block.hash);
+            if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == block.sequence) {
+                sequence.bytes_pushed -= store.offload.block_bytes() as u64;
+            }
+        }
     }
 
     fn compute(&mut self, shares: &[Share], offered: &[Offered]) -> (Result<StepOutput, StepError>, Option<Culprit>) {
@@ -198,7 +208,7 @@ impl Compute {
             if store.offload.offer(hash) == Offer::Accepted {
                 sequence.bytes_pushed += store.offload.block_bytes() as u64;
                 for layer in 0..self.model.shape().layers {
-                    push(&store.offload, &self.pool, layer, Offered { hash, page });
+                    push(&store.offload, &self.pool, layer, hash, page);
                 }
             }
         }
@@ -234,13 +244,14 @@ fn step_sequence<'a>(sequence: &'a Sequence, share: &Share, links: &HashMap<Sequ
 struct Offered {
     hash: BlockHash,
     page: PageId,
+    sequence: SequenceId,
 }
 
-fn push(offload: &Offload, pool: &PagePool, layer: usize, block: Offered) {
+fn push(offload: &Offload, pool: &PagePool, layer: usize, hash: BlockHash, page: PageId) {
     // The one copy of the put path: the page may be evicted and written again before the store has taken the bytes.
-    let payload = Bytes::from(pool.page_bytes(layer, block.page));
+    let payload = Bytes::from(pool.page_bytes(layer, page));
     offload.push(LayerBlock {
-        hash: block.hash,
+        hash,
         layer: layer as u16,
         checksum: Checksum::of(&payload),
         payload,
@@ -307,7 +318,7 @@ impl StepHooks for Hooks<'_> {
     fn after_layer(&mut self, layer: usize, pool: &PagePool) {
         if let Some(store) = self.store {
             for block in self.offered {
-                push(&store.offload, pool, layer, *block);
+                push(&store.offload, pool, layer, block.hash, block.page);
             }
         }
     }

@@ -69,6 +69,11 @@ pub(crate) fn greedy(prompt: &[u32], max_tokens: u32) -> v1::GenerateRequest {
 impl Running {
     /// Starts a worker without a store on free ports; the rest as in `config`.
     pub(crate) async fn start(config: WorkerConfig) -> Self {
+        Self::with_store(config, String::new()).await
+    }
+
+    /// The same with the store at `store_url`.
+    pub(crate) async fn with_store(config: WorkerConfig, store_url: String) -> Self {
         let path = model_path();
         let file =
             ModelFile::open(&path).unwrap_or_else(|error| panic!("{}: {error}; run `make model`", path.display()));
@@ -77,7 +82,7 @@ impl Running {
         let config = WorkerConfig {
             listen: any,
             admin_listen: any,
-            store_url: String::new(),
+            store_url,
             ..config
         };
         let worker = Worker::start(&config, Arc::clone(&file), &Runtime::new())
@@ -95,6 +100,13 @@ impl Running {
 
     pub(crate) fn encode(&self, text: &str) -> Vec<u32> {
         self.file.tokenizer().encode(text, true).expect("text")
+    }
+
+    /// The first tokens of a page that a person wrote.
+    pub(crate) fn page(&self, tokens: usize) -> Vec<u32> {
+        let mut page = self.encode(include_str!("../../../../ARCHITECTURE.md"));
+        page.truncate(tokens);
+        page
     }
 
     pub(crate) async fn open(&self, request: v1::GenerateRequest) -> Result<Streaming<v1::GenerateReply>, Status> {
