@@ -9,7 +9,6 @@ pub fn cast_f16(bytes: &[u8]) -> Option<&[f16]> {
         return None;
     }
     // SAFETY: f16 is a transparent u16: every bit pattern is one, and align_to keeps alignment and bounds itself.
-    #[expect(unsafe_code, reason = "the only way to see bytes as halves without copying every payload")]
     let (before, halves, after) = unsafe { bytes.align_to::<f16>() };
     (before.is_empty() && after.is_empty()).then_some(halves)
 }

@@ -56,7 +56,7 @@ pub enum OpenError {
     /// Sizes that cannot work.
     #[error("{field} is {found}: {expected}")]
     Config {
-        /// Name of the field in [`DiskConfig`].
+        /// Name of the setting: `segment_bytes`, or `disk_bytes_max` for [`DiskConfig::bytes_max`].
         field: &'static str,
         /// Its value.
         found: u64,
@@ -141,7 +141,8 @@ pub enum Offer {
     Present,
     /// The queue is full because the disk is slower than the writers: not taken, try later.
     Full,
-    /// The queue is full, or the tier is closed, because the disk does not work: not taken.
+    /// Not taken: the tier is closed, or the queue is full and the disk takes nothing. [`DiskStats::degraded`] says why: it
+    /// fails, or every segment holds a leased block.
     Degraded,
 }
 
@@ -233,7 +234,7 @@ struct State {
     /// Someone waits: try now, not in a second.
     hurry: bool,
     stop: bool,
-    /// The flusher thread is gone.
+    /// No flusher thread runs: not yet, or not any more.
     stopped: bool,
     refused: u64,
     corrupt: u64,
@@ -255,6 +256,7 @@ impl DiskTier {
         let recovered = recovery::recover(&config)?;
         let state = State {
             table: recovered.table,
+            stopped: true,
             ..State::default()
         };
         let shared = Shared {
@@ -283,9 +285,12 @@ impl DiskTier {
             return Err(io::Error::other("the flusher was started before"));
         };
         let flusher = Flusher::new(Arc::clone(&self.shared), watch, writer, next_segment);
+        // Before the thread is there: it may end, and say so, at once.
+        self.shared.state.lock().stopped = false;
         let thread = std::thread::Builder::new()
             .name("kv-flusher".to_owned())
-            .spawn(move || flusher.run())?;
+            .spawn(move || flusher.run())
+            .inspect_err(|_| self.shared.state.lock().stopped = true)?;
         *handle = FlusherHandle::Running(thread);
         Ok(())
     }
@@ -370,7 +375,7 @@ impl DiskTier {
     /// Waits until everything taken so far is durable.
     ///
     /// # Errors
-    /// [`FlushError`] when the disk did not take it; it stays queued.
+    /// [`FlushError`] when the disk did not take it, or the tier was not started; it stays queued.
     pub fn flush(&self) -> Result<(), FlushError> {
         let mut state = self.shared.state.lock();
         let (target, failures) = (state.table.accepted, state.failures);
@@ -378,10 +383,7 @@ impl DiskTier {
         self.shared.work.notify_one();
         while state.table.settled < target {
             if state.failures > failures || state.stopped {
-                let reason = state
-                    .degraded
-                    .clone()
-                    .unwrap_or_else(|| "the tier is closed".to_owned());
+                let reason = state.degraded.clone().unwrap_or_else(|| "no flusher runs".to_owned());
                 return Err(FlushError {
                     queued: target - state.table.settled,
                     reason,
@@ -410,10 +412,7 @@ impl DiskTier {
         if queued == 0 {
             return Ok(());
         }
-        let reason = state
-            .degraded
-            .clone()
-            .unwrap_or_else(|| "the flusher did not run".to_owned());
+        let reason = state.degraded.clone().unwrap_or_else(|| "no flusher ran".to_owned());
         Err(FlushError { queued, reason })
     }
 

@@ -1,3 +1,8 @@
+#![expect(
+    clippy::single_range_in_vec_init,
+    reason = "one excluded range is a case like any other"
+)]
+
 use std::{path::Path, time::Duration};
 
 use half::f16;
@@ -107,7 +112,7 @@ fn assert_near(found: &[f32], expected: &[f64], what: &str) {
     }
 }
 
-/// Attention of all query heads over exactly `positions`, in f64.
+/// Attention of all query heads over exactly `positions`.
 fn oracle(schema: &KvSchema, q: &[f32], layer: u16, scale: f32, positions: &[u32]) -> (Vec<f64>, Vec<f64>) {
     let (layout, dim) = (schema.layout(), usize::from(schema.head_dim));
     let q_heads = q.len() / dim;
@@ -120,19 +125,11 @@ fn oracle(schema: &KvSchema, q: &[f32], layer: u16, scale: f32, positions: &[u32
         let row = |at: u32, of: Range<usize>| {
             &blocks[at as usize / layout.block_tokens][of][at as usize % layout.block_tokens * dim..][..dim]
         };
-        let score = |at: u32| -> f64 {
-            let key = row(at, layout.keys(kv_head));
-            let dot: f64 = q.iter().zip(key).map(|(q, key)| f64::from(*q) * key.to_f64()).sum();
-            dot * f64::from(scale) * std::f64::consts::LOG2_E
-        };
-        let total = positions.iter().map(|&at| score(at).exp2()).sum::<f64>().log2();
-        let mut out = vec![0.0; dim];
-        for &at in positions {
-            let weight = (score(at) - total).exp2();
-            out.iter_mut()
-                .zip(row(at, layout.values(kv_head)))
-                .for_each(|(o, v)| *o += weight * v.to_f64());
-        }
+        let seen: Vec<_> = positions
+            .iter()
+            .map(|&at| (row(at, layout.keys(kv_head)), row(at, layout.values(kv_head))))
+            .collect();
+        let (out, total) = kvasir_reference::attend(q, &seen, scale);
         o.extend(out);
         lse.push(total);
     }

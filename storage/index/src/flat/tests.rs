@@ -84,18 +84,14 @@ impl Case {
             .collect()
     }
 
-    /// Softmax over exactly `positions`, in f64: output and base-2 log-sum-exp.
+    /// Attention over exactly `positions`: output and base-2 log-sum-exp.
     fn attention(&self, head: usize, positions: &[u32]) -> (Vec<f64>, f64) {
-        let scores = self.scores(head, positions);
-        let lse = scores.iter().map(|score| score.exp2()).sum::<f64>().log2();
-        let mut o = vec![0.0; self.head_dim];
-        for (&at, score) in positions.iter().zip(&scores) {
-            let value = &self.values[at as usize * self.head_dim..][..self.head_dim];
-            o.iter_mut()
-                .zip(value)
-                .for_each(|(o, value)| *o += (score - lse).exp2() * value.to_f64());
-        }
-        (o, lse)
+        let row = |at: u32| at as usize * self.head_dim..(at as usize + 1) * self.head_dim;
+        let seen: Vec<_> = positions
+            .iter()
+            .map(|&at| (&self.keys[row(at)], &self.values[row(at)]))
+            .collect();
+        kvasir_reference::attend(&self.q[head * self.head_dim..][..self.head_dim], &seen, self.scale())
     }
 
     /// Positions by falling score, ties by rising position, from the scores as scanned.

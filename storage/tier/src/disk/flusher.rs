@@ -221,7 +221,13 @@ impl Flusher {
                 let error = WriteError::from(error);
                 if !error.is_disk_full() || cut.is_err() {
                     tracing::warn!(segment = writer.id, %error, "retiring the segment");
+                    let empty = (writer.end == SEGMENT_HEADER_BYTES as u64).then_some(writer.id);
                     self.writer = None;
+                    // Or a disk that fails for a day would leave a file and an open descriptor for every attempt.
+                    if let Some(id) = empty {
+                        self.shared.state.lock().table.remove_segment(id);
+                        let _ = std::fs::remove_file(segment_path(&dir, id));
+                    }
                 }
                 Err(error)
             }

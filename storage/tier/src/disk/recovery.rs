@@ -15,7 +15,7 @@ use std::{
 
 use super::{
     DiskConfig, OpenError,
-    format::{RECORD_ALIGN, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentId},
+    format::{RECORD_ALIGN, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentId},
     index::{Contents, Index},
     segment::{SegmentWriter, scan, segment_id, sync_dir},
     table::{SegmentState, Table},
@@ -67,7 +67,7 @@ pub(crate) fn recover(config: &DiskConfig) -> Result<Recovered, OpenError> {
     }
     report.dangling = contents.broken;
     for (key, location) in contents.records {
-        let end = u64::from(location.offset) + u64::from(location.payload_bytes);
+        let end = u64::from(location.offset) + RECORD_HEADER_BYTES as u64 + u64::from(location.payload_bytes);
         match table.segments.get(&location.segment) {
             Some(segment) if end <= segment.bytes => table.set_stored(key, location),
             _ => {
@@ -94,8 +94,11 @@ pub(crate) fn recover(config: &DiskConfig) -> Result<Recovered, OpenError> {
     // Only the newest segment is appended to: age is the order of reclaim.
     let writer = appendable.filter(|id| ids.last() == Some(id)).and_then(|id| {
         let segment = &table.segments[&id];
-        // A file that was cut short by someone else ends anywhere; records start at aligned places only.
-        let room = segment.bytes < config.segment_bytes && segment.bytes.is_multiple_of(RECORD_ALIGN);
+        // A file that was cut short by someone else ends anywhere, but records start at aligned places only; and in front
+        // of where the index has been told, no scan would find them.
+        let sound =
+            segment.bytes.is_multiple_of(RECORD_ALIGN) && indexed_to.get(&id).is_none_or(|&to| to <= segment.bytes);
+        let room = sound && segment.bytes < config.segment_bytes;
         room.then(|| SegmentWriter {
             id,
             file: Arc::clone(&segment.file),

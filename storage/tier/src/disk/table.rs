@@ -116,7 +116,9 @@ impl Table {
     pub(crate) fn publish(&mut self, key: LayerBlockKey, location: Location) -> bool {
         match self.place(key) {
             Some(Place::Queued(_)) => self.set_stored(key, location),
-            _ => return false,
+            // Removed and queued again before it was written: it was in the batch twice, and either record will do.
+            Some(Place::Stored(_)) => {}
+            None => return false,
         }
         true
     }
