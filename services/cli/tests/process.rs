@@ -247,7 +247,7 @@ async fn up_serves_and_ends_in_good_order() {
     for content in [secret, "Name three uses"] {
         assert!(!err.contains(content), "the log holds prompt text: {content}");
     }
-    let ready_file = folder.path().join("up-0.json");
+    let ready_file = up.ready_file();
     assert!(ready_file.exists());
     let status = up.stop().await;
     assert_eq!(status.code(), Some(0));

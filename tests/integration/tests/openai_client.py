@@ -70,7 +70,8 @@ def refused(name, kind, expected, **changes):
     try:
         client.chat.completions.create(**{**greedy, **changes})
     except kind as error:
-        check(name, expected in str(error), error)
+        said = f"{error} (code {error.code}, param {error.param})"
+        check(name, expected in said, said)
     else:
         sys.exit(f"FAILED {name}: was not refused")
 

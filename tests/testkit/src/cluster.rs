@@ -63,7 +63,11 @@ pub struct Cluster {
 impl std::fmt::Debug for Cluster {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let parts = (self.store.is_some(), self.workers.len(), self.router.is_some());
-        write!(f, "Cluster {{ store, workers, router: {parts:?}, folder: {:?} }}", self.folder.path())
+        write!(
+            f,
+            "Cluster {{ store, workers, router: {parts:?}, folder: {:?} }}",
+            self.folder.path()
+        )
     }
 }
 

@@ -106,6 +106,10 @@ impl Running {
             .to_owned()
     }
 
+    pub(crate) fn ready_file(&self) -> PathBuf {
+        self.folder.join(format!("{}.json", self.name))
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id().expect("the process runs")
     }
