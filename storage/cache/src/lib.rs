@@ -5,6 +5,10 @@
 //! calls may wait for the disk, so async callers use a blocking pool. It knows no wire format, no configuration file and
 //! no metrics registry: [`BlockCache::stats`] gives plain numbers.
 //!
+//! [`retrieve`] answers attention queries where the blocks lie: a [`retrieve::Context`] pins a chain of them, and
+//! [`BlockCache::retrieve`] scans its verified keys and gives the best rows or a partial attention. Each answer comes with a
+//! [`retrieve::Report`] of what it covers.
+//!
 //! Meet first: [`BlockCache`], [`CacheConfig`], [`GetOutcome`].
 //!
 //! ```
