@@ -1,9 +1,4 @@
 //! What a person reads: results on standard output, progress and errors on standard error.
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "the one place of the binary that speaks to its user"
-)]
 
 use std::io::Write;
 
