@@ -1,9 +1,6 @@
 //! What a person reads: results on standard output, progress and errors on standard error.
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "the one place of the binary that speaks to its user"
-)]
+//!
+//! The printing macros panic when the reader has gone, so nothing here uses them.
 
 use std::io::Write;
 

@@ -9,6 +9,9 @@ use kvasir_testkit::{Cluster, Generation, Options, generate, request, until_dura
 
 const BLOCK: u32 = 64;
 
+/// What a case changes in the options that all share.
+type Change = fn(&mut AttentionOptions);
+
 /// Cold, from its own pages, from the store, partly from the store: the same tokens, and the counts say where they came from.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_way_to_a_prompt_gives_the_same_tokens() -> Result<()> {
@@ -86,7 +89,7 @@ async fn retrieval_decodes_and_survives_the_loss_of_the_store() -> Result<()> {
     let mut cluster = Cluster::start(Options::default()).await?;
     let worker = cluster.worker_url(0);
     let prompt = prompt(cluster.file(), 12 * BLOCK as usize + 5);
-    let with = |mode: AttentionMode, change: fn(&mut AttentionOptions), tokens: u32| {
+    let with = |mode: AttentionMode, change: Change, tokens: u32| {
         let mut options = AttentionOptions {
             sink: 64,
             window: 128,
@@ -103,7 +106,7 @@ async fn retrieval_decodes_and_survives_the_loss_of_the_store() -> Result<()> {
     };
     let full = generate(&worker, request(&prompt, 16)).await?;
 
-    let table: [(&str, AttentionMode, fn(&mut AttentionOptions), f32); 3] = [
+    let table: [(&str, AttentionMode, Change, f32); 3] = [
         (
             "attend to everything",
             AttentionMode::Attend,
