@@ -15,9 +15,10 @@ use crate::{
 const LOGIT_ERROR_MAX: f32 = 1.25;
 /// Mean difference of a logit. Measured: 0.16.
 const LOGIT_ERROR_MEAN_MAX: f32 = 0.2;
-/// Where numpy's two best are nearer than this, either may win: five times the mean difference. 308 of the 480 tokens
-/// are further apart, and all of those must agree.
-const NEAR_TIE: f32 = 0.8;
+/// Where numpy's two best are nearer than this, either may win: three times the mean difference. 351 of the 480 tokens
+/// are further apart, and all of those must agree. llama.cpp (0.3.36 of its Python package, same file), which rounds
+/// activations to int8 as well, differs from numpy by 0.17 on average and 1.00 at most.
+const NEAR_TIE: f32 = 0.5;
 
 #[derive(Deserialize)]
 struct Golden {
@@ -109,7 +110,7 @@ fn greedy_tokens_and_logits_agree_with_numpy() {
     let max = errors.iter().copied().fold(0.0, f32::max);
     let summary = format!("logit error mean {mean}, max {max}; {compared} tokens compared, {near_ties} near-ties");
     assert!(max <= LOGIT_ERROR_MAX && mean <= LOGIT_ERROR_MEAN_MAX, "{summary}");
-    assert!(compared >= 300, "{summary}");
+    assert!(compared >= 351, "{summary}");
 }
 
 /// Logits after the last of `tokens`.
