@@ -62,9 +62,10 @@ async fn serve_on_threads(which: Which, configuration: Configuration, ready_file
         Some(Err(error)) => Err(name_the_key(error, configuration.tree())),
         Some(Ok(())) => {
             let ready = parts.ready();
+            // Said before the ready file is there: who waits for the file finds everything said.
+            announce(&ready, &configuration);
             let file = ready_file.map(|path| ReadyFile::write(path, &ready)).transpose();
             if file.is_ok() {
-                announce(&ready, &configuration);
                 stop.cancelled().await;
             }
             file.map(drop)
