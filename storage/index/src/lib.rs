@@ -25,10 +25,14 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod basis;
 mod bits;
 mod excluded;
 mod flat;
+mod key_index;
 
+pub use basis::{Basis, HeadBasis};
 pub use excluded::Excluded;
 pub use flat::{Attended, FlatScan, Rows};
+pub use key_index::{Cost, Hits, IndexError, KeyIndex, KeyRows, Search};
 pub use kvasir_simd::Segment;
