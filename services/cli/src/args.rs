@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use kvasir_runtime::units::ByteSize;
+use serde::Serialize;
 
 /// A KV-cache service for LLM inference: store, worker and router in one binary.
 #[derive(Debug, Parser)]
@@ -98,6 +100,10 @@ pub(crate) struct DemoArgs {
 pub(crate) enum BenchCommand {
     /// Prefill and decode speed beside llama.cpp's, same model file, same threads
     Engine(EngineArgs),
+    /// A store under load: throughput, latency percentiles, processor time per byte
+    Store(StoreBenchArgs),
+    /// A trace of block ids replayed against a store: hits by tier, bytes moved, time saved
+    Trace(TraceArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -117,6 +123,122 @@ pub(crate) struct EngineArgs {
     /// Measure Kvasir alone
     #[arg(long)]
     pub(crate) alone: bool,
+}
+
+/// What `kvasir bench store` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum StoreOperation {
+    /// Blocks of one context, as one stream
+    Get,
+    /// Blocks of a new context, as one stream, until each has its outcome
+    Put,
+    /// How much of a context of 256 blocks is held
+    Match,
+    /// Gets with puts between them
+    Mix,
+}
+
+/// Where the blocks lie that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum StoreTier {
+    /// In memory
+    Host,
+    /// On disk: the store has memory for a sixteenth of the data
+    Disk,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct StoreBenchArgs {
+    /// Print the result as one JSON object on standard output; the table goes to standard error
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// What to ask for
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [StoreOperation::Get, StoreOperation::Put, StoreOperation::Match])]
+    pub(crate) operations: Vec<StoreOperation>,
+    /// Bytes of a block, multiples of 16KiB
+    #[arg(long, value_delimiter = ',', default_values_t = [ByteSize::kib(64), ByteSize::mib(1), ByteSize::mib(4)])]
+    pub(crate) sizes: Vec<ByteSize>,
+    /// Blocks per request
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 16])]
+    pub(crate) batches: Vec<usize>,
+    /// Requests with more bytes than this are left out
+    #[arg(long, value_name = "SIZE", default_value_t = ByteSize::mib(64))]
+    pub(crate) operation_bytes_max: ByteSize,
+    /// Bytes of the blocks that are read
+    #[arg(long, value_name = "SIZE", default_value_t = ByteSize::mib(256))]
+    pub(crate) data: ByteSize,
+    /// Where they lie
+    #[arg(long, value_enum, default_value_t = StoreTier::Host)]
+    pub(crate) tier: StoreTier,
+    /// Connections
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) connections: usize,
+    /// Requests under way per connection, closed loop
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) depth: usize,
+    /// Requests per second over all connections: an open loop, whose latency counts from when a request was due
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) rate: Option<f64>,
+    /// Seconds per measurement
+    #[arg(long, value_name = "S", default_value_t = 3.0, value_parser = positive)]
+    pub(crate) seconds: f64,
+    /// How much more popular the first contexts are: the exponent of Zipf's law, 0 for none
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(crate) zipf: f64,
+    /// Share of gets in `mix`
+    #[arg(long, value_name = "X", default_value_t = 0.9)]
+    pub(crate) read_share: f64,
+    /// A store that runs already; else one is started
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: Option<String>,
+    /// Folder for the data of a store that is started; removed at the end
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    pub(crate) out: PathBuf,
+    /// Seed of payloads and choices
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct TraceArgs {
+    /// JSON lines with input_length and hash_ids, as Mooncake's published traces
+    pub(crate) trace: PathBuf,
+    /// Print the result as one JSON object on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Bytes of keys and values per token of the modelled network, a multiple of 256B
+    #[arg(long, value_name = "SIZE", default_value_t = ByteSize::bytes(256))]
+    pub(crate) bytes_per_token: ByteSize,
+    /// Tokens per second of the prefill that a hit saves
+    #[arg(long, value_name = "N", default_value_t = 8000.0)]
+    pub(crate) prefill_speed: f64,
+    /// Requests to replay, from the first; all if left out
+    #[arg(long, value_name = "N")]
+    pub(crate) requests: Option<usize>,
+    /// Requests at a time
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) in_flight: u16,
+    /// Memory of the store that is started
+    #[arg(long, value_name = "SIZE", default_value_t = ByteSize::gib(2))]
+    pub(crate) host: ByteSize,
+    /// A store that runs already; else one is started
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: Option<String>,
+    /// Folder for the data of a store that is started; removed at the end
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    pub(crate) out: PathBuf,
+    /// Seed of payloads
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok(number),
+        _ => Err("a number above 0 is wanted".to_owned()),
+    }
 }
 
 #[cfg(test)]

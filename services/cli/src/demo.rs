@@ -24,10 +24,11 @@ use self::{
     grpc::Mode,
     progress::Progress,
     report::{Asked, Forced, Measured, Report, Run},
-    service::{Place, Service},
+    service::Place,
 };
 use crate::{
     args::{ConfigArgs, DemoArgs},
+    child::Service,
     output::{print, say},
     tree::Configuration,
     up::open_model,
@@ -205,7 +206,7 @@ impl Demo {
     }
 
     fn client(&self, service: &Service) -> Client {
-        Client::new(service.router(), self.file.name())
+        Client::new(service.ready.router.as_deref().unwrap_or_default(), self.file.name())
     }
 
     /// Blocks that the document fills: what the store must hold before the process may be killed.
@@ -221,7 +222,7 @@ impl Demo {
 
     async fn start(&mut self) -> Result<Service> {
         self.progress.doing("starting the service");
-        Service::start(&self.place).await
+        self.place.start().await
     }
 
     /// An orderly stop; what the process counted is noted before.

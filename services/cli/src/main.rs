@@ -9,6 +9,7 @@
 
 mod args;
 mod bench;
+mod child;
 mod demo;
 mod explain;
 mod measure;
@@ -59,9 +60,11 @@ fn run(args: Args) -> Result<()> {
         Command::Config {
             command: ConfigCommand::Explain { format },
         } => explain::explain(&configuration, format),
-        Command::Bench {
-            command: BenchCommand::Engine(options),
-        } => bench::engine(&configuration, &options),
+        Command::Bench { command } => match command {
+            BenchCommand::Engine(options) => bench::engine::run(&configuration, &options),
+            BenchCommand::Store(options) => runtime()?.block_on(bench::store::run(&options, &args.config)),
+            BenchCommand::Trace(options) => runtime()?.block_on(bench::trace::run(&options, &args.config)),
+        },
         Command::Demo(options) => runtime()?.block_on(demo::run(&configuration, &args.config, &options)),
         Command::Up(options) => up::serve(up::Which::All, configuration, &options),
         Command::Store(options) => up::serve(up::Which::Store, configuration, &options),

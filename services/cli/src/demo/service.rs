@@ -1,26 +1,18 @@
-//! The service under demonstration: a child process that is ours to stop and to kill.
+//! Where the service under demonstration lives: its folder, its settings and its log.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     path::{Path, PathBuf},
-    process::Stdio,
-    time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
-use kvasir_runtime::config::ENV_PREFIX;
+use anyhow::{Context, Result};
 use serde_json::json;
-use tokio::{
-    process::{Child, Command},
-    time::{Instant, sleep, timeout},
+
+use crate::{
+    args::ConfigArgs,
+    child::{Service, Start},
+    tree::Configuration,
 };
-
-use crate::{args::ConfigArgs, ready::Ready, tree::Configuration};
-
-/// How long the model may take to load.
-const READY_WITHIN: Duration = Duration::from_secs(120);
-/// How long an orderly end may take: the parts' own graces and a margin.
-const STOPPED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Folders and settings that all processes of one demo share.
 pub(super) struct Place {
@@ -69,98 +61,23 @@ impl Place {
         &self.log
     }
 
+    /// Starts `kvasir up` here and waits until all its parts are ready.
+    pub(super) async fn start(&self) -> Result<Service> {
+        std::fs::create_dir_all(&self.data).with_context(|| format!("cannot make {}", self.data.display()))?;
+        Service::start(&Start {
+            part: "up",
+            config: &self.config,
+            set: &self.set,
+            folder: &self.data,
+            log: &self.log,
+        })
+        .await
+    }
+
     /// Takes the data away; the report and the log stay.
     pub(super) fn clean(&self) {
         if let Err(error) = std::fs::remove_dir_all(&self.data) {
             tracing::warn!(path = %self.data.display(), %error, "could not remove the demo's data");
         }
     }
-}
-
-/// A running `kvasir up`; killed when dropped, so that a demo that fails leaves nothing behind.
-pub(super) struct Service {
-    child: Child,
-    pub(super) ready: Ready,
-}
-
-impl Service {
-    /// Starts the process and waits until all its parts are ready.
-    pub(super) async fn start(place: &Place) -> Result<Self> {
-        let binary = std::env::current_exe().context("cannot find this program's own file")?;
-        let ready_file = place.data.join("ready.json");
-        std::fs::create_dir_all(&place.data).with_context(|| format!("cannot make {}", place.data.display()))?;
-        let log = OpenOptions::new()
-            .append(true)
-            .open(&place.log)
-            .context("cannot open the service's log")?;
-        let mut command = Command::new(binary);
-        command.arg("--config").arg(&place.config);
-        for assignment in &place.set {
-            command.arg("--set").arg(assignment);
-        }
-        // Whatever the user's own service is told by its environment, this one is not it.
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with(ENV_PREFIX)) {
-            command.env_remove(name);
-        }
-        command.arg("up").arg("--ready-file").arg(&ready_file);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .kill_on_drop(true);
-        let mut child = command.spawn().context("cannot start the service")?;
-        let begun = Instant::now();
-        while !ready_file.exists() {
-            if let Some(status) = child.try_wait().context("cannot watch the service")? {
-                bail!("the service ended while starting ({status}): {}", last_line(&place.log));
-            }
-            if begun.elapsed() > READY_WITHIN {
-                bail!("the service was not ready within {READY_WITHIN:?}");
-            }
-            sleep(Duration::from_millis(10)).await;
-        }
-        let text = std::fs::read(&ready_file).context("the ready file is gone")?;
-        // The process may be killed before it can take the file away, and the next one must not be taken for it.
-        std::fs::remove_file(&ready_file).context("cannot remove the ready file")?;
-        let ready = serde_json::from_slice(&text).context("the ready file is not as documented")?;
-        Ok(Self { child, ready })
-    }
-
-    pub(super) fn router(&self) -> &str {
-        self.ready.router.as_deref().unwrap_or_default()
-    }
-
-    /// SIGTERM; the process must end with success.
-    pub(super) async fn stop(mut self) -> Result<()> {
-        let pid = self.child.id().context("the service has ended by itself")?.to_string();
-        // The standard library sends SIGKILL only; every Unix has this command.
-        let sent = Command::new("sh")
-            .args(["-c", "kill -TERM \"$0\"", &pid])
-            .status()
-            .await;
-        if !sent.is_ok_and(|status| status.success()) {
-            bail!("cannot send SIGTERM to process {pid}");
-        }
-        match timeout(STOPPED_WITHIN, self.child.wait()).await {
-            Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(Ok(status)) => bail!("it ended with {status}"),
-            Ok(Err(error)) => Err(error).context("cannot wait for the service"),
-            Err(_) => bail!("it did not end within {STOPPED_WITHIN:?} of SIGTERM"),
-        }
-    }
-
-    /// SIGKILL.
-    pub(super) async fn kill(mut self) -> Result<()> {
-        self.child.kill().await.context("cannot kill the service")
-    }
-}
-
-/// What a process that failed said last.
-fn last_line(log: &Path) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    text.lines()
-        .rev()
-        .find(|line| !line.trim().is_empty())
-        .unwrap_or("it said nothing")
-        .to_owned()
 }

@@ -1,0 +1,231 @@
+//! `kvasir bench store`: what a client of one store sees: throughput, latency percentiles, processor time per byte.
+//!
+//! The store is a child process on a folder of its own, or one that runs already. A closed loop asks again when the answer is
+//! there; an open loop asks at a rate, and a latency then counts from when the request was due, so that waiting in line is
+//! part of it. Payloads are noise; each is verified by its checksum as every get is, and after each measurement a sample is
+//! compared byte for byte with what was put.
+
+mod blocks;
+mod cost;
+mod host;
+mod load;
+mod report;
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, bail, ensure};
+use kvasir_client::{ClientConfig, Namespace, PutOutcome, StoreClient};
+use kvasir_runtime::units::ByteSize;
+
+pub(super) use self::{
+    blocks::{Payloads, Zipf, hash, schema},
+    cost::processor_time,
+    host::Host,
+};
+use self::{
+    load::{Load, Operation},
+    report::{Case, Report},
+};
+use crate::{
+    args::{ConfigArgs, StoreBenchArgs, StoreOperation, StoreTier},
+    measure::Machine,
+    output::{print, say},
+    version::{PROFILE, VERSION},
+};
+
+/// Tokens of a block; only what a name stands for.
+const BLOCK_TOKENS: u16 = 64;
+/// Blocks of a `match`: the size at which peers state their lookups.
+const MATCH_BLOCKS: usize = 256;
+const MATCH_BLOCK_BYTES: usize = 16 << 10;
+/// Longest wait for a store that is busy while the data set is put.
+const BUSY_MAX: Duration = Duration::from_secs(120);
+
+/// Blocks that a measurement reads: `contexts` chains of `blocks` each.
+#[derive(Clone, Debug)]
+struct DataSet {
+    /// Apart from any other data set of this and earlier runs.
+    run: u64,
+    contexts: usize,
+    blocks: usize,
+    payloads: Arc<Payloads>,
+}
+
+pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()> {
+    ensure!(
+        args.connections > 0 && args.depth > 0,
+        "--connections and --depth are at least 1"
+    );
+    ensure!(
+        args.zipf >= 0.0 && args.zipf.is_finite(),
+        "--zipf {}: 0 or more",
+        args.zipf
+    );
+    let largest = args.sizes.iter().map(|size| size.as_usize()).max().unwrap_or(0);
+    let host_bytes = match args.tier {
+        // Everything fits, and what is put meanwhile too.
+        StoreTier::Host => ByteSize::bytes(4 * args.data.as_u64() + (1 << 30)),
+        StoreTier::Disk => ByteSize::bytes((args.data.as_u64() / 16).max(4 * largest as u64)),
+    };
+    let host = Host::start(args.store.as_deref(), &args.out, host_bytes, config).await?;
+    let mut cases = Vec::new();
+    for operation in &args.operations {
+        let (sizes, batches) = match operation {
+            StoreOperation::Match => (vec![MATCH_BLOCK_BYTES], vec![MATCH_BLOCKS]),
+            _ => (
+                args.sizes.iter().map(|size| size.as_usize()).collect(),
+                args.batches.clone(),
+            ),
+        };
+        for &bytes in &sizes {
+            for &batch in &batches {
+                if bytes.saturating_mul(batch) > args.operation_bytes_max.as_usize() {
+                    continue;
+                }
+                let case = Case {
+                    operation: *operation,
+                    block_bytes: bytes,
+                    batch,
+                };
+                cases.push(measure(&host, args, case).await?);
+            }
+        }
+    }
+    host.stop().await?;
+    let report = Report {
+        cases,
+        tier: args.tier,
+        connections: args.connections,
+        depth: args.depth,
+        rate: args.rate,
+        seconds: args.seconds,
+        zipf: args.zipf,
+        read_share: args.read_share,
+        kvasir: VERSION,
+        profile: PROFILE,
+        machine: Machine::here(),
+    };
+    report.show();
+    if args.json {
+        print(serde_json::to_string_pretty(&report).context("the result cannot be written as JSON")?);
+    }
+    Ok(())
+}
+
+/// Puts the data set, applies the load, and compares a sample.
+async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<report::Measured> {
+    say(format_args!("{case}"));
+    let schema = schema(case.block_bytes, BLOCK_TOKENS)?;
+    let first = StoreClient::new(ClientConfig::to(host.url()))?;
+    let namespace = first.open_namespace(&host.tenant()?, &schema).await?;
+    let context_bytes = case.block_bytes * case.batch;
+    let data = DataSet {
+        run: host.next_run(),
+        contexts: (args.data.as_usize() / context_bytes).max(1),
+        blocks: case.batch,
+        payloads: Arc::new(Payloads::new(case.block_bytes, args.seed)),
+    };
+    if case.operation != StoreOperation::Put {
+        fill(&first, &namespace, &data).await?;
+    }
+    settle(&first).await?;
+    let operation = match case.operation {
+        StoreOperation::Get => Operation::Get,
+        StoreOperation::Put => Operation::Put,
+        StoreOperation::Match => Operation::Match,
+        StoreOperation::Mix => Operation::Mix {
+            read_share: args.read_share,
+        },
+    };
+    let clients = (0..args.connections)
+        .map(|_| StoreClient::new(ClientConfig::to(host.url())))
+        .collect::<Result<Vec<_>, _>>()?;
+    let load = Load {
+        clients,
+        namespace: namespace.clone(),
+        data: data.clone(),
+        operation,
+        depth: args.depth,
+        rate: args.rate,
+        time: Duration::from_secs_f64(args.seconds),
+        zipf: args.zipf,
+        seed: args.seed,
+    };
+    // Connections, caches and the allocator; not counted.
+    load.apply(Duration::from_secs_f64(args.seconds.min(0.5))).await?;
+    let before = host.processor_times();
+    let tally = load.apply(load.time).await?;
+    let after = host.processor_times();
+    if case.operation != StoreOperation::Put {
+        let compared = compare(&first, &namespace, &data).await?;
+        ensure!(
+            compared > 0,
+            "nothing of the data set is held any more: give the store more room or take less --data"
+        );
+    }
+    Ok(report::Measured::new(case, &tally, before, after))
+}
+
+/// Puts every block of `data`, as often as a busy store wants.
+async fn fill(client: &StoreClient, namespace: &Namespace, data: &DataSet) -> Result<()> {
+    let begun = std::time::Instant::now();
+    for context in 0..data.contexts as u64 {
+        let mut missing: Vec<_> = (0..data.blocks as u64).map(|at| hash(data.run, context, at)).collect();
+        while !missing.is_empty() {
+            let mut puts = client.put_blocks(namespace).await?;
+            for &name in &missing {
+                puts.put(data.payloads.block(name)).await?;
+            }
+            let outcomes = puts.finish().await?;
+            missing.clear();
+            for (name, _, outcome) in outcomes {
+                match outcome {
+                    PutOutcome::Stored | PutOutcome::Present => {}
+                    PutOutcome::Busy => missing.push(name),
+                    other => bail!("a block of the data set was not taken: {other:?}"),
+                }
+            }
+            if !missing.is_empty() {
+                ensure!(
+                    begun.elapsed() < BUSY_MAX,
+                    "the store is busy for {BUSY_MAX:?} while its data is put"
+                );
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Waits until what was put is durable, so that no measurement pays for the one before.
+async fn settle(client: &StoreClient) -> Result<()> {
+    let begun = std::time::Instant::now();
+    while client.stat().await?.flush_queue_blocks > 0 {
+        ensure!(
+            begun.elapsed() < BUSY_MAX,
+            "the store is not done with its disk after {BUSY_MAX:?}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// Gets a sample of contexts and compares every byte; returns how many blocks were held.
+async fn compare(client: &StoreClient, namespace: &Namespace, data: &DataSet) -> Result<usize> {
+    let mut held = 0;
+    for context in (0..data.contexts as u64).step_by(data.contexts.div_ceil(8)) {
+        let chain: Vec<_> = (0..data.blocks as u64).map(|at| hash(data.run, context, at)).collect();
+        let mut gets = client.get_blocks(namespace, &chain, 0..1, None, None).await?;
+        while let Some(block) = gets.next().await? {
+            if let Some(payload) = block.payload {
+                ensure!(
+                    payload == data.payloads.block(block.hash).payload,
+                    "the store served other bytes than were put under {}",
+                    block.hash
+                );
+                held += 1;
+            }
+        }
+    }
+    Ok(held)
+}
