@@ -14,3 +14,4 @@ mod made_up;
 mod smollm;
 mod steps;
 mod tokens;
+mod watch;
