@@ -7,6 +7,7 @@
 )]
 
 mod attention;
+mod capture;
 mod files;
 mod golden;
 mod invariance;
