@@ -3,12 +3,14 @@
 //! Both engines stay loaded and are asked alternately, so that whatever else the machine does meets both. What is measured is
 //! the forward alone: no tokenizer, no HTTP, no store.
 
+mod dump;
 mod ours;
 mod peer;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+pub(crate) use self::dump::dump;
 use self::{ours::Ours, peer::Peer};
 use crate::{
     args::EngineArgs,

@@ -9,11 +9,14 @@
 
 mod args;
 mod bench;
+mod calibrate;
+mod corpus;
 mod demo;
 mod explain;
 mod measure;
 mod output;
 mod ready;
+mod token_bar;
 mod tree;
 mod up;
 mod version;
@@ -62,6 +65,10 @@ fn run(args: Args) -> Result<()> {
         Command::Bench {
             command: BenchCommand::Engine(options),
         } => bench::engine(&configuration, &options),
+        Command::Bench {
+            command: BenchCommand::Dump(options),
+        } => bench::dump(&configuration, &options),
+        Command::Calibrate(options) => calibrate::run(&configuration, &options),
         Command::Demo(options) => runtime()?.block_on(demo::run(&configuration, &args.config, &options)),
         Command::Up(options) => up::serve(up::Which::All, configuration, &options),
         Command::Store(options) => up::serve(up::Which::Store, configuration, &options),
