@@ -99,17 +99,21 @@ mod tests {
 
     #[test]
     fn windows_are_spread_over_the_text() {
-        let table: [(usize, usize, usize, &[Range<usize>]); 6] = [
-            (100, 2, 10, &[20..30, 70..80]),
-            (100, 1, 100, &[0..100]),
-            (100, 2, 50, &[0..50, 50..100]),
-            (100, 3, 33, &[0..33, 33..66, 66..99]),
+        let table: [(usize, usize, usize, &[(usize, usize)]); 6] = [
+            (100, 2, 10, &[(20, 30), (70, 80)]),
+            (100, 1, 100, &[(0, 100)]),
+            (100, 2, 50, &[(0, 50), (50, 100)]),
+            (100, 3, 33, &[(0, 33), (33, 66), (66, 99)]),
             // Asked for more than there is: what there is.
-            (40, 1, 50, &[0..40]),
-            (0, 1, 10, &[0..0]),
+            (40, 1, 50, &[(0, 40)]),
+            (0, 1, 10, &[(0, 0)]),
         ];
         for (total, count, len, expected) in table {
-            assert_eq!(windows(total, count, len), expected, "{count} of {len} in {total}");
+            let found: Vec<_> = windows(total, count, len)
+                .into_iter()
+                .map(|window| (window.start, window.end))
+                .collect();
+            assert_eq!(found, expected, "{count} of {len} in {total}");
         }
     }
 }

@@ -76,7 +76,8 @@ async fn what_cannot_be_calibrated_or_dumped_is_refused_before_the_work() {
 #[tokio::test]
 async fn a_basis_is_written_and_is_the_same_on_any_number_of_threads() {
     let folder = folder();
-    let shape = model().shape();
+    let file = model();
+    let (shape, fingerprint) = (file.shape(), file.schema(64).model_fingerprint());
     let mut files = Vec::new();
     for threads in ["1", "2"] {
         let name = format!("{threads}.basis");
@@ -103,11 +104,8 @@ async fn a_basis_is_written_and_is_the_same_on_any_number_of_threads() {
         assert!(said.out.contains("of 90 heads streaming"), "{}", said.out);
         let bytes = std::fs::read(folder.path().join(&name)).expect("the basis");
         let basis = Basis::decode(&bytes).expect("a sound basis");
-        let model = model().schema(64).model_fingerprint();
-        assert_eq!(
-            basis.check(&model, shape.layers, shape.kv_heads, shape.head_dim),
-            Ok(())
-        );
+        let fits = basis.check(&fingerprint, shape.layers, shape.kv_heads, shape.head_dim);
+        assert_eq!(fits, Ok(()));
         let id: String = basis.id().iter().map(|byte| format!("{byte:02x}")).collect();
         assert!(
             said.out.contains(&format!("{name}: {} bytes, id {id}", bytes.len())),
@@ -188,7 +186,7 @@ async fn a_dump_holds_what_the_forward_made() {
         .expect("tokens");
     tokens.truncate(300);
     let mut forward = Model::load(
-        model(),
+        &model(),
         &LoadOptions {
             threads: 2,
             block_tokens: 16,
