@@ -189,7 +189,7 @@ async fn a_dump_holds_what_the_forward_made() {
         &model(),
         &LoadOptions {
             threads: 2,
-            block_tokens: 16,
+            block_tokens: 64,
         },
     )
     .expect("the model");
