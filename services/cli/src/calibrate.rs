@@ -12,6 +12,7 @@ use std::{
     fs::File,
     io::Write,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -95,8 +96,12 @@ pub(crate) fn run(configuration: &Configuration, args: &CalibrateArgs) -> Result
     bar.finish();
     drop(model);
 
-    say("finding directions");
+    let begun = Instant::now();
     let calibrated = decompose(&gathered, rank, threads)?;
+    say(format_args!(
+        "found the directions in {:.1} s",
+        begun.elapsed().as_secs_f32()
+    ));
     let kept: Vec<f64> = calibrated.iter().map(|head| head.kept).collect();
     let heads = calibrated.into_iter().zip(&gathered.heads).map(|(mut head, seen)| {
         head.basis.streaming = seen.outside.is_streaming(&gathered.policy);
