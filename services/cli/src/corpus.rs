@@ -1,6 +1,6 @@
 //! Long texts for measurements on real queries and keys: which text, and which parts of it.
 
-use std::{ops::Range, path::PathBuf, process::Command};
+use std::{fs::File, io::Read, ops::Range, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, bail, ensure};
 use kvasir_model::ModelFile;
@@ -34,14 +34,15 @@ impl Corpus {
             "the reference topics of python3 (pydoc_data, PSF licence)".to_owned()
         } else {
             for path in files {
-                let unreadable = || format!("cannot read the text {} (--text)", path.display());
-                let bytes = std::fs::metadata(path).with_context(unreadable)?.len();
+                let left = TEXT_BYTES_MAX - text.len() as u64;
+                // One byte more than allowed, to tell a text that fits from one that was cut.
+                let read = File::open(path).and_then(|file| file.take(left + 1).read_to_string(&mut text));
+                read.with_context(|| format!("cannot read the text {} as UTF-8 (--text)", path.display()))?;
+                text.push('\n');
                 ensure!(
-                    text.len() as u64 + bytes <= TEXT_BYTES_MAX,
+                    text.len() as u64 <= TEXT_BYTES_MAX,
                     "the texts have more than 64 MiB (--text): give less, a few megabytes are plenty"
                 );
-                text.push_str(&std::fs::read_to_string(path).with_context(unreadable)?);
-                text.push('\n');
             }
             let names = files
                 .iter()
