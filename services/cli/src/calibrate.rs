@@ -35,7 +35,7 @@ const WINDOW_TOKENS_MIN: usize = 1024;
 /// Windows of a model's context that are read unless told otherwise; one would do, two are of different subjects.
 const WINDOWS: usize = 2;
 
-/// Tokens per page while capturing; has no part in what comes out.
+/// Tokens per page while capturing, as a worker has them: the last bits of attention depend on it.
 const BLOCK_TOKENS: u16 = 64;
 
 pub(crate) fn run(configuration: &Configuration, args: &CalibrateArgs) -> Result<()> {
