@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use kvasir_index::Basis;
 use kvasir_runtime::units::ByteSize;
 use serde::Serialize;
 
@@ -50,6 +51,8 @@ pub(crate) enum Command {
     },
     /// A real model and a real document: cold, warm, after a restart, after kill -9, with retrieval attention
     Demo(DemoArgs),
+    /// Learns from text where a model's queries look, and writes the basis that its keys are sketched in
+    Calibrate(CalibrateArgs),
     /// Measurements
     Bench {
         #[command(subcommand)]
@@ -96,6 +99,25 @@ pub(crate) struct DemoArgs {
     pub(crate) max_tokens: u32,
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct CalibrateArgs {
+    /// Text to calibrate on, UTF-8; the reference topics of python3 if none is named
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) text: Vec<PathBuf>,
+    /// Tokens of it to read, in windows of the model's context; two windows if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) tokens: Option<usize>,
+    /// Directions per head; at 4 bits each, 32 make sketches of 16 bytes
+    #[arg(long, value_name = "N", default_value_t = Basis::RANK as u16, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) rank: u16,
+    /// The file to write; beside the model, with .basis behind its name, if not given
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Threads; 0 takes one per core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// Prefill and decode speed beside llama.cpp's, same model file, same threads
@@ -104,6 +126,27 @@ pub(crate) enum BenchCommand {
     Store(StoreBenchArgs),
     /// A trace of block ids replayed against a store: hits by tier, bytes moved, time saved
     Trace(TraceArgs),
+    /// Writes queries, keys and values of a real text as raw f16 files, for measurements elsewhere
+    Dump(DumpArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DumpArgs {
+    /// The folder to write to; made when missing. SmolLM2's 8,192 tokens take 750 MB
+    #[arg(value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Text to run, UTF-8; the reference topics of python3 if none is named
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) text: Vec<PathBuf>,
+    /// Tokens from the beginning of the text; the model's context if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) tokens: Option<usize>,
+    /// Layers to write; all if none is named
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',')]
+    pub(crate) layers: Vec<usize>,
+    /// Threads; 0 takes one per core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
 }
 
 #[derive(Debug, clap::Args)]

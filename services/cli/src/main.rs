@@ -9,12 +9,15 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod child;
+mod corpus;
 mod demo;
 mod explain;
 mod measure;
 mod output;
 mod ready;
+mod token_bar;
 mod tree;
 mod up;
 mod version;
@@ -64,7 +67,9 @@ fn run(args: Args) -> Result<()> {
             BenchCommand::Engine(options) => bench::engine::run(&configuration, &options),
             BenchCommand::Store(options) => runtime()?.block_on(bench::store::run(&options, &args.config)),
             BenchCommand::Trace(options) => runtime()?.block_on(bench::trace::run(&options, &args.config)),
+            BenchCommand::Dump(options) => bench::dump::dump(&configuration, &options),
         },
+        Command::Calibrate(options) => calibrate::run(&configuration, &options),
         Command::Demo(options) => runtime()?.block_on(demo::run(&configuration, &args.config, &options)),
         Command::Up(options) => up::serve(up::Which::All, configuration, &options),
         Command::Store(options) => up::serve(up::Which::Store, configuration, &options),

@@ -8,11 +8,12 @@
 mod attention;
 mod batch;
 mod rows;
+mod watch;
 
 use kvasir_block::KvSchema;
 use kvasir_simd::{Activations, Partial, Pool, RopeTable, add_assign, matmul, rms_norm, silu_mul, to_f16};
 
-use self::{attention::AttentionScratch, batch::Plan, rows::for_rows};
+use self::{attention::AttentionScratch, batch::Plan, rows::for_rows, watch::WatchScratch};
 use crate::{
     LoadError, ModelFile, ModelShape, PagePool,
     weights::{Columns, LayerWeights, ModelWeights},
@@ -69,6 +70,35 @@ pub trait StepHooks {
         Ok(())
     }
 
+    /// Whether [`StepHooks::queries`] is to be called for `batch[sequence]`. Asked in each layer.
+    fn wants_queries(&self, _sequence: usize) -> bool {
+        false
+    }
+
+    /// Rotated queries `[tokens, q_heads, head_dim]` of `batch[sequence]`, whatever it attends to, before attention.
+    ///
+    /// # Errors
+    /// [`StepAborted`] gives the step up.
+    fn queries(&mut self, _layer: usize, _sequence: usize, _q: &[f32]) -> Result<(), StepAborted> {
+        Ok(())
+    }
+
+    /// Whether [`StepHooks::predicted`] is to be called for `batch[sequence]`. Asked in each layer but the last; each yes
+    /// costs one more query projection, about a tenth of a layer.
+    fn wants_predicted(&self, _sequence: usize) -> bool {
+        false
+    }
+
+    /// What the rotated queries of `layer` will about be, `[tokens, q_heads, head_dim]` of `batch[sequence]`: called one layer
+    /// ahead, after [`StepHooks::remote_begin`] and before attention of layer `layer - 1`, whose input they are made of. Close
+    /// from layer 3 or 4 on (cosine 0.95 for SmolLM2), useless before.
+    ///
+    /// # Errors
+    /// [`StepAborted`] gives the step up.
+    fn predicted(&mut self, _layer: usize, _sequence: usize, _q: &[f32]) -> Result<(), StepAborted> {
+        Ok(())
+    }
+
     /// After local attention: the partial over everything that is not local, rows `[tokens, q_heads]`; merged by the model.
     /// `None` where there is nothing.
     ///
@@ -111,6 +141,7 @@ struct Scratch {
     quantized: Activations,
     qkv: Vec<f32>,
     attention: AttentionScratch,
+    watch: WatchScratch,
     /// Attention's result; in the last layer, its rows that logits are made of.
     attended: Vec<f32>,
     gate_up: Vec<f32>,

@@ -36,6 +36,8 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bases;
+mod capture;
 mod error;
 mod file;
 mod forward;
@@ -46,6 +48,8 @@ mod template;
 mod tokenizer;
 mod weights;
 
+pub use bases::built_in_basis;
+pub use capture::{CaptureError, CaptureOptions, CaptureSink, CapturedLayer, capture};
 pub use error::LoadError;
 pub use file::{ModelFile, ModelShape};
 pub use forward::{Attention, LoadOptions, Logits, Model, StepAborted, StepError, StepHooks, StepOutput, StepSequence};

@@ -7,6 +7,11 @@ use kvasir_block::{Dtype, LayerBlockLayout};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageId(pub u32);
 
+/// Pages 0 to `count`, for who has a pool to itself.
+pub(crate) fn page_ids(count: usize) -> Vec<Option<PageId>> {
+    (0..count).map(|page| u32::try_from(page).ok().map(PageId)).collect()
+}
+
 /// Why a pool or a page is not as asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PoolError {

@@ -128,6 +128,19 @@ impl Projection {
         }
     }
 
+    /// Multiplies with the part that matrix `index` lies in alone, and returns where that matrix's results lie in `out`.
+    pub(crate) fn matmul_one(&self, index: usize, x: &Activations, out: &mut Vec<f32>, pool: &Pool) -> Columns {
+        let (part, start, width) = self.places[index];
+        let part = &self.parts[part];
+        out.resize(x.tokens() * part.rows(), 0.0);
+        matmul(part, x, out, pool);
+        Columns {
+            start,
+            stride: part.rows(),
+            width,
+        }
+    }
+
     /// Where the results of matrix `index` lie in [`Projection::matmul`]'s output for `tokens` tokens.
     pub(crate) fn columns(&self, index: usize, tokens: usize) -> Columns {
         let (part, row, rows) = self.places[index];

@@ -168,6 +168,27 @@ impl KvSchema {
         hasher.finish()
     }
 
+    /// Names what turns tokens into keys and queries: weights, rope, shape. What only changes how blocks are cut, named or
+    /// rounded is left out, so that what was learnt about a model's keys (a sketch basis) outlives a change of it.
+    pub fn model_fingerprint(&self) -> [u8; 32] {
+        const LEFT_OUT: [&str; 7] = [
+            "model",
+            "tokenizer_sha256",
+            "block_tokens",
+            "dtype",
+            "numerics",
+            "layout",
+            "hash_scheme",
+        ];
+        let mut hasher = FieldHasher::new("kvasir.model.v1");
+        for (name, value) in self.fields() {
+            if !LEFT_OUT.contains(&name) {
+                hasher.field(name, &value);
+            }
+        }
+        hasher.finish()
+    }
+
     /// Name of the first field in which two schemas differ, or `None` if they are the same.
     pub fn first_difference(&self, other: &Self) -> Option<&'static str> {
         self.fields()

@@ -31,7 +31,7 @@ mod excluded;
 mod flat;
 mod key_index;
 
-pub use basis::{Basis, HeadBasis};
+pub use basis::{Basis, Calibrated, HeadBasis, Moments, OutsideMass, Streaming};
 pub use excluded::Excluded;
 pub use flat::{Attended, FlatScan, Rows};
 pub use key_index::{Cost, Hits, IndexError, KeyIndex, KeyRows, Search};

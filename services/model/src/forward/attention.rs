@@ -45,6 +45,16 @@ impl Model {
         hooks: &mut dyn StepHooks,
         scratch: &mut Scratch,
     ) -> Result<(), StepError> {
+        for (index, sequence) in plan.sequences.iter().enumerate().filter(|(_, sequence)| sequence.local) {
+            let queries = &mut scratch.attention.queries;
+            queries.clear();
+            sequence
+                .rows
+                .clone()
+                .for_each(|row| queries.extend_from_slice(&scratch.qkv[q.row(row)]));
+            hooks.remote_begin(layer, index, queries)?;
+        }
+        self.watch(plan, layer, q, hooks, scratch)?;
         let Scratch {
             qkv,
             attention,
@@ -52,14 +62,6 @@ impl Model {
             ..
         } = scratch;
         let (qkv, width) = (&qkv[..], self.shape.q_heads * self.shape.head_dim);
-        for (index, sequence) in plan.sequences.iter().enumerate().filter(|(_, sequence)| sequence.local) {
-            attention.queries.clear();
-            sequence
-                .rows
-                .clone()
-                .for_each(|row| attention.queries.extend_from_slice(&qkv[q.row(row)]));
-            hooks.remote_begin(layer, index, &attention.queries)?;
-        }
         if attention.jobs.len() < plan.jobs.len() {
             attention.jobs.resize_with(plan.jobs.len(), Mutex::default);
         }

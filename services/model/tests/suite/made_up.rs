@@ -211,7 +211,12 @@ impl Drop for Folder {
 
 /// The small model with pages of four tokens.
 pub(crate) fn small_model(threads: usize) -> Model {
-    let file = Gguf::small().open().expect("the small model is sound");
+    load(&Gguf::small(), threads)
+}
+
+/// The model in `gguf` with pages of four tokens.
+pub(crate) fn load(gguf: &Gguf, threads: usize) -> Model {
+    let file = gguf.open().expect("the small model is sound");
     Model::load(
         &file,
         &LoadOptions {

@@ -7,6 +7,7 @@
 )]
 
 mod attention;
+mod capture;
 mod files;
 mod golden;
 mod invariance;
@@ -14,3 +15,4 @@ mod made_up;
 mod smollm;
 mod steps;
 mod tokens;
+mod watch;

@@ -67,6 +67,25 @@ fn every_field_is_part_of_the_identity() {
 }
 
 #[test]
+fn a_model_keeps_its_name_however_its_blocks_are_cut() {
+    let plain = schema();
+    for (field, mutate) in MUTATIONS {
+        let mut changed = plain.clone();
+        mutate(&mut changed);
+        let same = matches!(
+            *field,
+            "model" | "tokenizer_sha256" | "block_tokens" | "dtype" | "numerics"
+        );
+        assert_eq!(
+            changed.model_fingerprint() == plain.model_fingerprint(),
+            same,
+            "{field}"
+        );
+    }
+    assert_ne!(plain.model_fingerprint(), plain.fingerprint());
+}
+
+#[test]
 fn tenants_do_not_share_namespaces() {
     let id = |name: &str| NamespaceId::new(&Tenant::new(name).unwrap(), &schema());
     assert_ne!(id("a"), id("b"));
