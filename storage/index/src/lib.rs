@@ -28,6 +28,7 @@
 mod basis;
 mod bits;
 mod cluster;
+pub mod evaluate;
 mod excluded;
 pub mod file;
 mod flat;

@@ -126,10 +126,11 @@ pub(crate) fn check_rows(rows: &[half::f16], head_dim: usize, keys: usize) -> Re
     }
 }
 
-/// Keys that each query head may score: the effort's share, but never fewer than `k`, which could not be answered.
+/// Keys that each query head may score: the effort's share of them, at least 1. It is not raised to `k`: whoever wants many
+/// keys says so by effort, and whoever wants all that were scored says so by `k`.
 pub(crate) fn budget(search: &Search<'_>, keys: usize) -> usize {
     ((f64::from(search.effort) * keys as f64).ceil() as usize)
-        .max(search.k)
+        .max(1)
         .min(keys)
 }
 
