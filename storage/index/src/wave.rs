@@ -343,3 +343,6 @@ impl Wave {
             && is_finite(&self.values)
     }
 }
+
+#[cfg(test)]
+mod tests;

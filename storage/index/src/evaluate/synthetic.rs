@@ -85,13 +85,13 @@ pub struct Synthetic {
 /// Tokens that a query looks for: for how many steps they stay the same, and their weights. Lengths have no common factor, so that they
 /// change at different times.
 const HELD: [(usize, f32); 7] = [
-    (509, 0.52),
-    (641, 0.52),
-    (769, 0.52),
-    (23, 0.24),
-    (29, 0.24),
-    (1, 0.36),
-    (1, 0.36),
+    (509, 0.58),
+    (641, 0.58),
+    (769, 0.58),
+    (23, 0.16),
+    (29, 0.16),
+    (1, 0.38),
+    (1, 0.38),
 ];
 /// The first of them are the same for all query heads of a group.
 const SHARED: usize = 2;

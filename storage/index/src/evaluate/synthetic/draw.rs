@@ -228,19 +228,19 @@ impl Planes {
 /// Ranks of planes over which the keys' spread falls by e, as a share of the planes.
 const KEY_DECAY: f32 = 0.38;
 /// Spread of keys in slow planes, where the widest has 1.
-const SLOW_SPREAD: f32 = 0.35;
+const SLOW_SPREAD: f32 = 0.42;
 /// Length of the mean key where the spread is 1.
-const KEY_MEAN: f32 = 1.02;
+const KEY_MEAN: f32 = 1.06;
 /// Radians per token of the quickest plane with a nearness part: the peak is as wide as this allows.
 const NEAR_TURN: f64 = 0.15;
 /// Length of the nearness part of a key.
-const NEAR_KEY: f32 = 0.5;
+const NEAR_KEY: f32 = 0.6;
 /// What the spread of keys is multiplied by in those planes.
 const NEAR_SPREAD: f32 = 0.25;
 /// Elements, counted from the slowest, over which what a query sees falls by e.
 const SIGHT_DECAY: f32 = 10.0;
 /// Lengths of the mean query and of what it looks for.
-const QUERY_MEAN: f32 = 2.7;
+const QUERY_MEAN: f32 = 2.9;
 const QUERY_CONTENT: f32 = 2.7;
 /// Part of the mean query that points away from the mean key.
 const OPPOSED: f32 = 0.25;

@@ -84,7 +84,8 @@ fn each_statistic_is_gated() {
         overlap_64: 0.34,
     };
     assert_eq!(good.gate(), Ok(()), "what was measured on SmolLM2");
-    let changes: [(fn(&mut Statistics), &str); 6] = [
+    type Change = fn(&mut Statistics);
+    let changes: [(Change, &str); 6] = [
         (
             |it| it.key_mean = f64::NAN,
             "length of the mean key is NaN, attention has 0.5 to 0.85",
