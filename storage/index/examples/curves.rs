@@ -22,7 +22,7 @@ use kvasir_simd::Pool;
 
 const ORIGIN: Origin = Origin([0; 32]);
 const EFFORTS: [f32; 9] = [0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4];
-const NAMES: [&str; 5] = ["roar", "wave", "ivf", "quest", "hnsw"];
+const NAMES: [&str; 5] = ["roar", "quest", "ivf", "wave", "hnsw"];
 const K: usize = 100;
 
 /// Builds the index of that name over the prefill.
@@ -55,10 +55,16 @@ fn build(
             quest.append(keys)?;
             Box::new(quest)
         }
-        _ => {
+        "hnsw" => {
             let mut hnsw = Hnsw::new(head_dim, rows.len(), ORIGIN);
             hnsw.append(keys)?;
             Box::new(hnsw)
+        }
+        _ => {
+            return Err(IndexError::Invalid {
+                argument: "index",
+                problem: format!("{name} is none of {}", NAMES.join(", ")),
+            });
         }
     })
 }
@@ -81,12 +87,9 @@ fn main() -> io::Result<()> {
         stride: 16,
         ..Setting::default()
     };
-    let synthetic = Synthetic::generate(shape, &pool).map_err(io::Error::other)?;
-    let statistics = synthetic.statistics(&setting, &pool).map_err(io::Error::other)?;
-    writeln!(out, "{shape:?}\n{statistics:#?}\n")?;
-    if let Err(refused) = statistics.gate() {
-        return writeln!(out, "refused: {refused}");
-    }
+    let (synthetic, statistics) =
+        Synthetic::accepted(shape, &Setting::default(), 4, &pool).map_err(io::Error::other)?;
+    writeln!(out, "{:?}\n{statistics:#?}\n", synthetic.shape())?;
     let recording = synthetic.recording();
     let exact = Exact::of(recording, &setting, K, &pool).map_err(io::Error::other)?;
     let prefill = setting.prefill(&recording) * head_dim;

@@ -17,7 +17,9 @@ const N90_MEDIAN: f64 = 56.0;
 const N90_SPREAD: f64 = 1.61;
 /// Decode steps that are fitted on, evenly spaced over the last 256.
 const STEPS: usize = 32;
+/// Halvings of the content's gain, and turns of the other two in each.
 const ROUNDS: usize = 10;
+const TURNS: usize = 4;
 
 /// The gains for `head`, whose N90 is its quantile of the law.
 pub(super) fn gains(
@@ -48,7 +50,7 @@ pub(super) fn gains(
     for _ in 0..ROUNDS {
         gains.content = (low * high).sqrt();
         let mut counts = vec![0.0; STEPS];
-        settle(&mut gains, &steps, 3, pool);
+        settle(&mut gains, &steps, pool);
         pool.run_chunks(&mut counts, 1, &|at, counts| counts[0] = steps[at].n90(&gains));
         counts.sort_unstable_by(f64::total_cmp);
         if counts[STEPS / 2] > wanted {
@@ -153,7 +155,7 @@ pub(super) fn count_of_mass(weights: &mut Vec<f32>, share: f64) -> usize {
 }
 
 /// Moves the gains of nearness and mark towards the wanted mean masses, by bisection in turn.
-fn settle(gains: &mut Gains, steps: &[Step], turns: usize, pool: &Pool) {
+fn settle(gains: &mut Gains, steps: &[Step], pool: &Pool) {
     let share = |gains: &Gains, part: usize| {
         // Every second step is enough for means.
         let mut shares = vec![0.0; steps.len() / 2];
@@ -163,7 +165,9 @@ fn settle(gains: &mut Gains, steps: &[Step], turns: usize, pool: &Pool) {
         });
         shares.iter().sum::<f64>() / shares.len() as f64
     };
-    for _ in 0..turns {
+    // From below: where mark and nearness already outweigh the rest, turns hardly come nearer.
+    (gains.mark, gains.near) = (0.0, 0.0);
+    for _ in 0..TURNS {
         for (part, wanted) in [(1, LAST_MASS), (0, SINK_MASS)] {
             let (mut low, mut high) = (-50.0_f32, 300.0_f32);
             for _ in 0..12 {
