@@ -9,8 +9,8 @@ use super::{
 };
 use crate::IndexError;
 
-/// Statistics of a recording, measured on every query head together. `anchor`: SmolLM2-135M at 8K and Gemma-3-270M (global layers) at
-/// 32K, which the bounds of [`Statistics::gate`] enclose.
+/// Statistics of a recording, over all its query heads. In brackets what was measured on real models, which the bounds of
+/// [`Statistics::gate`] enclose: SmolLM2-135M at 8K, then where it differs Gemma-3-270M (global layers) at 32K.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Statistics {
     /// Length of the mean key over the mean length of keys (0.64, 0.78).
