@@ -133,6 +133,7 @@ fn roar(data: &Data, samples: Samples<'_>) -> Box<dyn KeyIndex> {
     let params = RoarParams {
         nearest: 32,
         degree: 16,
+        connections: 16,
         beam: 64,
     };
     let keys = KeyRows::new(&blocks, BLOCK, data.head_dim);

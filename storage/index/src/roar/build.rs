@@ -25,14 +25,17 @@ use crate::{
     search::{check_rows, is_finite},
 };
 
-/// How a graph is built. The defaults are those of RoarGraph's authors.
+/// How a graph is built. The defaults are those of RoarGraph's authors, but for `connections`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RoarParams {
     /// Nearest keys listed per sampled query, 2 to 4096 (100).
     pub nearest: usize,
-    /// Links kept per pruning, 2 to 256 (35). A key may hold up to twice as many of each step.
+    /// Links kept per pruning in the projection, 2 to 256 (35). A key may hold up to twice as many.
     pub degree: usize,
-    /// Width of the beam in the connectivity step, at least `degree`, at most 65,536 (500).
+    /// The same in the connectivity step, 1 to 256 (8). The authors take `degree` again; but these links go from keys to near
+    /// keys, which is not where queries go, and every one of them is scored: with fewer, more is found for the same number of keys.
+    pub connections: usize,
+    /// Width of the beam in the connectivity step, at least `connections`, at most 65,536 (500).
     pub beam: usize,
 }
 
@@ -41,6 +44,7 @@ impl Default for RoarParams {
         Self {
             nearest: 100,
             degree: 35,
+            connections: 8,
             beam: 500,
         }
     }
@@ -89,8 +93,11 @@ impl Roar {
         if !(2..=256).contains(&params.degree) {
             return invalid("degree", "is 2 to 256");
         }
-        if !(params.degree..=65_536).contains(&params.beam) {
-            return invalid("beam", "is at least degree and at most 65,536");
+        if !(1..=256).contains(&params.connections) {
+            return invalid("connections", "is 1 to 256");
+        }
+        if !(params.connections..=65_536).contains(&params.beam) {
+            return invalid("beam", "is at least connections and at most 65,536");
         }
         let sets = match &samples {
             Samples::Shared(all) => std::slice::from_ref(all),
@@ -310,7 +317,7 @@ fn connect(centred: &Centred, projected: &Graph, neighbours: &mut [Vec<u32>], pa
                 centred.wide(key, &mut row);
                 let near = walk.beam(projected, params.beam, |other| centred.near(&row, other));
                 let near: Vec<u32> = near.into_iter().map(|(other, _)| other).collect();
-                *found = prune(centred, key, &near, params.degree);
+                *found = prune(centred, key, &near, params.connections);
             }
         }
     });
@@ -318,8 +325,8 @@ fn connect(centred: &Centred, projected: &Graph, neighbours: &mut [Vec<u32>], pa
     let mut added = vec![Vec::new(); neighbours.len()];
     for (key, found) in found.iter().enumerate() {
         for &other in found {
-            link(centred, &mut added, key as u32, other, params.degree);
-            link(centred, &mut added, other, key as u32, params.degree);
+            link(centred, &mut added, key as u32, other, params.connections);
+            link(centred, &mut added, other, key as u32, params.connections);
         }
     }
     for (list, added) in neighbours.iter_mut().zip(added) {

@@ -8,6 +8,7 @@ const ORIGIN: Origin = Origin([2; 32]);
 const SMALL: RoarParams = RoarParams {
     nearest: 24,
     degree: 8,
+    connections: 8,
     beam: 32,
 };
 
@@ -156,8 +157,16 @@ fn what_cannot_be_is_named() {
         ),
         (
             Samples::Shared(good),
+            RoarParams {
+                connections: 0,
+                ..SMALL
+            },
+            "connections: is 1 to 256",
+        ),
+        (
+            Samples::Shared(good),
             RoarParams { beam: 7, ..SMALL },
-            "beam: is at least degree and at most 65,536",
+            "beam: is at least connections and at most 65,536",
         ),
     ] {
         let error = built(&data, samples, params, 1).expect_err(expected);
