@@ -30,6 +30,12 @@ impl Excluded {
         Self { ranges: merged }
     }
 
+    /// Whether `position` is excluded.
+    pub fn contains(&self, position: u32) -> bool {
+        let first = self.ranges.partition_point(|range| range.end <= position);
+        self.ranges.get(first).is_some_and(|range| range.start <= position)
+    }
+
     /// What is left of `positions`, rising; no part is empty.
     pub fn searched(&self, positions: Range<u32>) -> impl Iterator<Item = Range<u32>> {
         let first = self.ranges.partition_point(|range| range.end <= positions.start);
@@ -101,6 +107,7 @@ mod tests {
             let excluded = Excluded::new(&ranges);
             let expected: Vec<u32> = (start..start + len).filter(|at| !ranges.iter().any(|range| range.contains(at))).collect();
             prop_assert_eq!(excluded.searched(start..start + len).flatten().collect::<Vec<_>>(), expected);
+            prop_assert_eq!(excluded.contains(start), ranges.iter().any(|range| range.contains(&start)));
             prop_assert_eq!(excluded.searched_count(start), (0..start).filter(|at| !ranges.iter().any(|range| range.contains(at))).count() as u32);
         }
     }

@@ -27,12 +27,31 @@
 
 mod basis;
 mod bits;
+mod cluster;
+pub mod evaluate;
 mod excluded;
+pub mod file;
 mod flat;
+#[cfg(feature = "hnsw")]
+mod hnsw;
+mod ivf;
 mod key_index;
+mod quest;
+mod roar;
+mod search;
+#[cfg(test)]
+mod suite;
+mod wave;
 
 pub use basis::{Basis, Calibrated, HeadBasis, Moments, OutsideMass, Streaming};
 pub use excluded::Excluded;
+pub use file::{Kind, Origin};
 pub use flat::{Attended, FlatScan, Rows};
+#[cfg(feature = "hnsw")]
+pub use hnsw::Hnsw;
+pub use ivf::Ivf;
 pub use key_index::{Cost, Hits, IndexError, KeyIndex, KeyRows, Search};
 pub use kvasir_simd::Segment;
+pub use quest::Quest;
+pub use roar::{Roar, RoarParams, Samples};
+pub use wave::{Estimate, Wave, WaveParams};
