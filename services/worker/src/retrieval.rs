@@ -8,17 +8,21 @@
 //! the KV that full attention computes, so its blocks must never get the name of their tokens: they are neither cached
 //! nor pushed, and stay local until the sequence ends.
 
+mod auto;
 mod link;
 mod open;
+mod row_cache;
 mod tally;
+mod wire;
 
 use std::ops::Range;
 
 use crate::request::Attention;
 
 pub(crate) use link::{Link, LinkShape};
-pub(crate) use open::{Opening, carry, open};
+pub(crate) use open::{Opening, open};
 pub(crate) use tally::Tally;
+pub(crate) use wire::StoreWire;
 
 /// Which positions are whose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

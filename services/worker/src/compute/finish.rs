@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
 use tracing::Instrument;
 
 use super::{Command, Compute, SequenceId};
 use crate::{
     outbox::Failure,
     report::Reason,
-    retrieval::{Link, Opening, Split, carry, open},
+    retrieval::{Link, Opening, Split, StoreWire, open},
     sequence::{Phase, Sequence},
 };
 
@@ -108,21 +107,13 @@ impl Compute {
             sequence: id,
             compute: self.around.handle.clone(),
         };
-        let shape = self.link_shape;
+        let (shape, runtime) = (self.link_shape, self.around.runtime.clone());
         let task = async move {
-            let stream = match open(&opening).await {
-                Ok(stream) => stream,
-                Err(why) => {
-                    opening.compute.send(Command::Opened(id, Err(why))).await;
-                    return;
-                }
-            };
-            // One query and one reply are on their way at a time.
-            let (query_sender, queries) = mpsc::channel(1);
-            let (replies, reply_receiver) = mpsc::channel(1);
-            let link = Link::new(query_sender, reply_receiver, split, &attention, shape, store.metrics);
-            opening.compute.send(Command::Opened(id, Ok(Box::new(link)))).await;
-            carry(stream, queries, replies, opening.session).await;
+            let opened = open(&opening).await.map(|stream| {
+                let wire = StoreWire::new(stream, Arc::clone(&opening.session), runtime);
+                Box::new(Link::new(Box::new(wire), split, &attention, shape, store.metrics))
+            });
+            opening.compute.send(Command::Opened(id, opened)).await;
         };
         let span = tracing::info_span!(parent: &sequence.span, "retrieve", mode = attention.mode.name());
         store.session.spawn(task.instrument(span));

@@ -285,11 +285,11 @@ impl Hooks<'_> {
     fn with_link<T>(
         &mut self,
         sequence: usize,
-        act: impl FnOnce(&mut Link, &Settings, &Handle) -> Result<T, String>,
+        act: impl FnOnce(&mut Link, &Settings) -> Result<T, String>,
     ) -> Result<T, StepAborted> {
         let id = self.ids[sequence];
         let result = match self.links.get_mut(&id) {
-            Some(link) => act(link, &self.settings, self.runtime),
+            Some(link) => act(link, &self.settings),
             None => Err("the sequence has no retrieval stream".to_owned()),
         };
         result.map_err(|why| {
@@ -324,14 +324,14 @@ impl StepHooks for Hooks<'_> {
     }
 
     fn remote_begin(&mut self, layer: usize, sequence: usize, q: &[f32]) -> Result<(), StepAborted> {
-        self.with_link(sequence, |link, settings, _| {
+        self.with_link(sequence, |link, settings| {
             link.begin(layer, q, settings.retrieval_timeout)
         })
     }
 
     fn remote_finish(&mut self, _layer: usize, sequence: usize) -> Result<Option<Partial>, StepAborted> {
-        self.with_link(sequence, |link, settings, runtime| {
-            link.finish(settings.retrieval_timeout, runtime).map(Some)
+        self.with_link(sequence, |link, settings| {
+            link.finish(settings.retrieval_timeout).map(Some)
         })
     }
 }

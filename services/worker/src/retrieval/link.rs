@@ -1,26 +1,30 @@
 //! The compute thread's side of one sequence's retrieval: a query out, a partial in.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
-use half::f16;
-use kvasir_client::{Form, Found, HeadRows, Query, Reply, Shortfall};
+use kvasir_client::{Form, Found, HeadRows, Query, Shortfall};
 use kvasir_model::ModelShape;
-use kvasir_simd::{Partial, Segment, attend};
-use tokio::{runtime::Handle, sync::mpsc};
+use kvasir_simd::{Partial, Segment, attend, read_f16};
 
-use super::{Split, Tally};
+use super::{Split, Tally, wire::Wire};
 use crate::{config::AttentionMode, metrics::StoreMetrics, request::Attention};
 
 /// An open decode stream, as the compute thread sees it.
 #[derive(Debug)]
 pub(crate) struct Link {
-    queries: mpsc::Sender<Query>,
-    replies: mpsc::Receiver<Result<Reply, String>>,
+    wire: Box<dyn Wire>,
     split: Split,
+    /// What the store leaves out, made once.
+    excluded: Vec<Range<u32>>,
     form: Form,
     shape: LinkShape,
     next: u64,
     asked: Option<Asked>,
+    /// The last query, where its answer is attended to here.
+    q: Vec<f32>,
     tally: Tally,
     metrics: StoreMetrics,
 }
@@ -49,14 +53,12 @@ impl LinkShape {
 struct Asked {
     sequence: u64,
     layer: u16,
-    q: Vec<f32>,
     at: Instant,
 }
 
 impl Link {
     pub(crate) fn new(
-        queries: mpsc::Sender<Query>,
-        replies: mpsc::Receiver<Result<Reply, String>>,
+        wire: Box<dyn Wire>,
         split: Split,
         attention: &Attention,
         shape: LinkShape,
@@ -72,13 +74,14 @@ impl Link {
             },
         };
         Self {
-            queries,
-            replies,
+            wire,
             split,
+            excluded: split.excluded(),
             form,
             shape,
             next: 0,
             asked: None,
+            q: Vec::new(),
             tally: Tally::default(),
             metrics,
         }
@@ -92,7 +95,7 @@ impl Link {
         self.tally
     }
 
-    /// Sends the query of one layer; never waits.
+    /// Sends the query of one layer.
     ///
     /// # Errors
     /// Why retrieval is at an end.
@@ -100,42 +103,40 @@ impl Link {
         if q.len() != self.shape.q_heads * self.shape.head_dim {
             return Err(format!("a query of {} values, one token was expected", q.len()));
         }
+        if let Form::Rows { .. } = self.form {
+            self.q.clear();
+            self.q.extend_from_slice(q);
+        }
         self.next += 1;
         let asked = Asked {
             sequence: self.next,
             layer: layer as u16,
-            q: q.to_vec(),
             at: Instant::now(),
         };
-        let query = Query {
+        self.wire.send(Query {
             sequence: asked.sequence,
             layer: asked.layer,
-            q: asked.q.clone(),
+            q: q.to_vec(),
             form: self.form,
-            excluded: self.split.excluded(),
+            excluded: self.excluded.clone(),
             deadline: Some(deadline),
-        };
+        })?;
         self.asked = Some(asked);
-        self.queries
-            .try_send(query)
-            .map_err(|_| "the retrieval stream is gone or behind".to_owned())
+        Ok(())
     }
 
     /// Waits for the answer to the last query and makes it a partial: `[q_heads]` rows.
     ///
     /// # Errors
     /// Why retrieval is at an end: no answer in time, an error, or an answer that does not cover what was asked.
-    pub(crate) fn finish(&mut self, timeout: Duration, runtime: &Handle) -> Result<Partial, String> {
+    pub(crate) fn finish(&mut self, timeout: Duration) -> Result<Partial, String> {
         let Some(asked) = self.asked.take() else {
             return Err("no query was sent for this layer".to_owned());
         };
-        let next =
-            async { tokio::time::timeout(timeout.saturating_sub(asked.at.elapsed()), self.replies.recv()).await };
-        let reply = match runtime.block_on(next) {
-            Ok(Some(reply)) => reply?,
-            Ok(None) => return Err("the retrieval stream ended".to_owned()),
-            Err(_) => return Err(format!("the store did not answer a query within {timeout:?}")),
-        };
+        let reply = self
+            .wire
+            .receive(timeout.saturating_sub(asked.at.elapsed()))
+            .map_err(|why| why.unwrap_or_else(|| format!("the store did not answer a query within {timeout:?}")))?;
         if (reply.sequence, reply.layer) != (asked.sequence, asked.layer) {
             return Err("the store answered another query than the one that was asked".to_owned());
         }
@@ -145,26 +146,23 @@ impl Link {
             Some(Shortfall::Deadline) => return Err(format!("the store ran out of time on a query ({timeout:?})")),
             Some(Shortfall::MissingBlocks) => return Err("the store lost blocks of the context".to_owned()),
         }
-        let partial = partial(&reply.found, &asked.q, self.shape)?;
         self.tally.add(&reply);
         self.metrics.retrieval_seconds.record(asked.at.elapsed().as_secs_f64());
-        Ok(partial)
+        self.partial(reply.found)
     }
-}
 
-/// The partial attention of `q[q_heads, head_dim]` that a reply stands for.
-fn partial(found: &Found, q: &[f32], shape: LinkShape) -> Result<Partial, String> {
-    match found {
-        Found::Attend { o, lse } => {
-            if o.len() != q.len() || lse.len() != shape.q_heads {
-                return Err(format!("a partial of {} x {} values came back", lse.len(), o.len()));
+    /// The partial attention that a reply stands for.
+    fn partial(&self, found: Found) -> Result<Partial, String> {
+        match found {
+            Found::Attend { o, lse } => {
+                let LinkShape { q_heads, head_dim, .. } = self.shape;
+                if o.len() != q_heads * head_dim || lse.len() != q_heads {
+                    return Err(format!("a partial of {} x {} values came back", lse.len(), o.len()));
+                }
+                Ok(Partial { o, lse })
             }
-            Ok(Partial {
-                o: o.clone(),
-                lse: lse.clone(),
-            })
+            Found::Rows(heads) => attend_rows(&heads, &self.q, self.shape),
         }
-        Found::Rows(heads) => attend_rows(heads, q, shape),
     }
 }
 
@@ -193,7 +191,7 @@ fn attend_rows(heads: &[HeadRows], q: &[f32], shape: LinkShape) -> Result<Partia
                 rows.values.len()
             ));
         }
-        let (keys, values) = (halves(&rows.keys), halves(&rows.values));
+        let (keys, values) = (read_f16(&rows.keys), read_f16(&rows.values));
         let segment = Segment {
             keys: &keys,
             values: &values,
@@ -207,13 +205,6 @@ fn attend_rows(heads: &[HeadRows], q: &[f32], shape: LinkShape) -> Result<Partia
         all.lse.extend_from_slice(&one.lse);
     }
     Ok(all)
-}
-
-fn halves(bytes: &[u8]) -> Vec<f16> {
-    bytes
-        .chunks_exact(2)
-        .map(|two| f16::from_le_bytes([two[0], two[1]]))
-        .collect()
 }
 
 #[cfg(test)]

@@ -1,10 +1,9 @@
-//! Opening a context at the store, and the task that carries queries and replies.
+//! Opening a context at the store.
 
 use std::{sync::Arc, time::Duration};
 
 use kvasir_block::BlockHash;
-use kvasir_client::{DecodeStream, ErrorKind, Namespace, OpenContext, Query, Reply, StoreClient};
-use tokio::sync::mpsc;
+use kvasir_client::{DecodeStream, ErrorKind, Namespace, OpenContext, StoreClient};
 
 use crate::{
     compute::{ComputeHandle, SequenceId},
@@ -109,31 +108,3 @@ async fn wait_until_held(opening: &Opening, offers: &mut usize) -> Result<(), St
 
 /// Wait between two offers of blocks that found no room.
 const RETRY: Duration = Duration::from_millis(250);
-
-/// Carries queries out and replies in, one at a time, until the compute thread leaves or the stream fails.
-pub(crate) async fn carry(
-    mut stream: DecodeStream,
-    mut queries: mpsc::Receiver<Query>,
-    replies: mpsc::Sender<Result<Reply, String>>,
-    session: Arc<StoreSession>,
-) {
-    while let Some(query) = queries.recv().await {
-        let reply = async {
-            stream.send(query).await?;
-            stream.receive().await
-        };
-        let reply = tokio::select! {
-            // The compute thread gave up waiting.
-            () = replies.closed() => return,
-            reply = reply => reply,
-        };
-        let failed = reply.is_err();
-        let reply = reply.map_err(|error| {
-            session.lost(&error);
-            format!("retrieval failed: {error}")
-        });
-        if replies.send(reply).await.is_err() || failed {
-            return;
-        }
-    }
-}

@@ -1,5 +1,9 @@
+use std::{collections::VecDeque, sync::Arc};
+
 use bytes::Bytes;
-use kvasir_client::Report;
+use half::f16;
+use kvasir_client::{Reply, Report};
+use parking_lot::Mutex;
 
 use super::*;
 
@@ -20,33 +24,50 @@ fn attention(mode: AttentionMode) -> Attention {
     }
 }
 
-struct Store {
-    queries: mpsc::Receiver<Query>,
-    replies: mpsc::Sender<Result<Reply, String>>,
+/// The store's end: what was sent, and what it says.
+#[derive(Clone, Debug, Default)]
+struct Store(Arc<Mutex<Exchange>>);
+
+#[derive(Debug, Default)]
+struct Exchange {
+    queries: Vec<Query>,
+    replies: VecDeque<Result<Reply, String>>,
+    gone: bool,
+}
+
+impl Wire for Store {
+    fn send(&mut self, query: Query) -> Result<(), String> {
+        let mut exchange = self.0.lock();
+        exchange.queries.push(query);
+        if exchange.gone {
+            Err("the store is gone".into())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn receive(&mut self, _: Duration) -> Result<Reply, Option<String>> {
+        let reply = self.0.lock().replies.pop_front();
+        reply.map_or(Err(None), |reply| reply.map_err(Some))
+    }
+}
+
+impl Store {
+    fn say(&self, reply: Result<Reply, String>) {
+        self.0.lock().replies.push_back(reply);
+    }
+
+    fn heard(&self) -> Query {
+        self.0.lock().queries.pop().expect("a query")
+    }
 }
 
 fn link(mode: AttentionMode) -> (Link, Store) {
-    let (query_sender, queries) = mpsc::channel(1);
-    let (replies, reply_receiver) = mpsc::channel(1);
+    let store = Store::default();
     let attention = attention(mode);
     let split = Split::new(32, 4, &attention).expect("something to retrieve");
-    let link = Link::new(
-        query_sender,
-        reply_receiver,
-        split,
-        &attention,
-        SHAPE,
-        StoreMetrics::new(),
-    );
-    (link, Store { queries, replies })
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_time()
-        .build()
-        .expect("a runtime")
+    let link = Link::new(Box::new(store.clone()), split, &attention, SHAPE, StoreMetrics::new());
+    (link, store)
 }
 
 fn values(n: usize, seed: u32) -> Vec<f32> {
@@ -87,10 +108,9 @@ const SOON: Duration = Duration::from_millis(30);
 
 #[test]
 fn a_partial_passes_through_and_is_tallied() {
-    let runtime = runtime();
-    let (mut link, mut store) = link(AttentionMode::Attend);
+    let (mut link, store) = link(AttentionMode::Attend);
     link.begin(7, &values(32, 9), SOON).expect("is sent");
-    let query = store.queries.try_recv().expect("a query");
+    let query = store.heard();
     assert_eq!(
         (query.layer, query.q, query.excluded),
         (7, values(32, 9), vec![0..2, 30..32])
@@ -102,11 +122,8 @@ fn a_partial_passes_through_and_is_tallied() {
             k_max: 3
         }
     );
-    store
-        .replies
-        .try_send(Ok(attend_reply(query.sequence, Some(Shortfall::KMax))))
-        .expect("there is room");
-    let partial = link.finish(SOON, runtime.handle()).expect("a partial");
+    store.say(Ok(attend_reply(query.sequence, Some(Shortfall::KMax))));
+    let partial = link.finish(SOON).expect("a partial");
     assert_eq!(
         partial,
         Partial {
@@ -121,7 +138,6 @@ fn a_partial_passes_through_and_is_tallied() {
 
 #[test]
 fn what_ends_retrieval_is_said_in_words() {
-    let runtime = runtime();
     let short = |mut reply: Reply| {
         reply.found = Found::Attend {
             o: vec![0.0; 31],
@@ -141,13 +157,13 @@ fn what_ends_retrieval_is_said_in_words() {
         let (mut link, store) = link(AttentionMode::Attend);
         link.begin(7, &values(32, 9), SOON).expect("is sent");
         if let Some(reply) = reply {
-            store.replies.try_send(reply).expect("there is room");
+            store.say(reply);
         }
-        let why = link.finish(SOON, runtime.handle()).expect_err(words);
+        let why = link.finish(SOON).expect_err(words);
         assert!(why.contains(words), "{why} lacks {words:?}");
     }
     let (mut link, store) = link(AttentionMode::Attend);
-    drop(store);
+    store.0.lock().gone = true;
     assert!(
         link.begin(7, &values(32, 9), SOON)
             .expect_err("nobody listens")
@@ -172,7 +188,7 @@ fn rows_are_attended_by_every_query_head_of_their_group() {
     for q_head in 0..4 {
         // Plain attention in f64, straight from the definition.
         let rows = &heads[q_head / 2];
-        let (keys, vals) = (halves(&rows.keys), halves(&rows.values));
+        let (keys, vals) = (read_f16(&rows.keys), read_f16(&rows.values));
         let scores: Vec<f64> = keys
             .chunks(8)
             .map(|key| {
