@@ -131,6 +131,8 @@ impl BlockStoreApi {
             segment_format: SEGMENT_FORMAT,
             index_format: INDEX_FORMAT,
             epoch: cache.epoch(),
+            // There is no index here that a basis would serve.
+            basis_id: bytes::Bytes::new(),
         })
     }
 
