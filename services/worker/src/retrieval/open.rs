@@ -3,10 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use kvasir_block::BlockHash;
-use kvasir_client::{DecodeStream, ErrorKind, Namespace, OpenContext, StoreClient};
+use kvasir_client::{DecodeStream, ErrorKind, IndexChoice, Namespace, OpenContext, StoreClient};
 
 use crate::{
     compute::{ComputeHandle, SequenceId},
+    config::IndexWanted,
     offload::Offload,
     store_session::StoreSession,
 };
@@ -23,6 +24,9 @@ pub(crate) struct Opening {
     pub(crate) chain: Vec<BlockHash>,
     pub(crate) q_heads: usize,
     pub(crate) softmax_scale: f32,
+    pub(crate) index: IndexWanted,
+    /// Rows per layer and KV head that are kept of what comes.
+    pub(crate) row_cache_rows: usize,
     /// For all of it: offering, pushing, opening.
     pub(crate) timeout: Duration,
     /// Whose pages hold the context, and where to ask for them.
@@ -76,6 +80,12 @@ async fn open_stream(opening: &Opening, namespace: &Namespace) -> Result<DecodeS
         chain: opening.chain.clone(),
         q_heads: opening.q_heads,
         softmax_scale: opening.softmax_scale,
+        index: match opening.index {
+            IndexWanted::Best => IndexChoice::Best,
+            IndexWanted::Flat => IndexChoice::Flat,
+            IndexWanted::Sketch => IndexChoice::Sketch,
+        },
+        row_cache_rows: u32::try_from(opening.row_cache_rows).unwrap_or(u32::MAX),
     };
     opening.client.decode(namespace, context).await
 }

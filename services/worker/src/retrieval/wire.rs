@@ -5,7 +5,7 @@
 
 use std::{fmt::Debug, sync::Arc, time::Duration};
 
-use kvasir_client::{ClientError, DecodeStream, Query, Reply};
+use kvasir_client::{ClientError, DecodeStream, Hint, Query, Reply};
 use tokio::{runtime::Handle, time::timeout};
 
 use crate::store_session::StoreSession;
@@ -17,6 +17,12 @@ pub(crate) trait Wire: Debug + Send {
     /// # Errors
     /// Why not, in words.
     fn send(&mut self, query: Query) -> Result<(), String>;
+
+    /// Sends about what the queries of a layer will be.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    fn hint(&mut self, hint: Hint) -> Result<(), String>;
 
     /// The reply to the oldest query that has none yet.
     ///
@@ -51,6 +57,11 @@ impl StoreWire {
 impl Wire for StoreWire {
     fn send(&mut self, query: Query) -> Result<(), String> {
         let sent = self.runtime.block_on(self.stream.send(query));
+        sent.map_err(|error| self.failed(&error))
+    }
+
+    fn hint(&mut self, hint: Hint) -> Result<(), String> {
+        let sent = self.runtime.block_on(self.stream.hint(hint));
         sent.map_err(|error| self.failed(&error))
     }
 
