@@ -184,8 +184,7 @@ pub struct OpenNamespaceRequest {
     /// When not empty: the id the caller expects, 32 bytes. A mismatch is refused.
     #[prost(bytes = "bytes", tag = "3")]
     pub expected_namespace: ::prost::bytes::Bytes,
-    /// Basis of the sketches of this model's keys, a file of `kvasir calibrate`; empty for whatever is there. Another one than
-    /// the namespace has is refused.
+    /// File of the model's sketch basis. Kept with the namespace; a second one that differs is refused. Empty takes what is there.
     #[prost(bytes = "bytes", tag = "4")]
     pub basis: ::prost::bytes::Bytes,
 }
@@ -362,6 +361,9 @@ pub struct StatReply {
     /// Layer blocks that the disk tier refused (full queue or full disk).
     #[prost(uint64, tag = "18")]
     pub flush_dropped: u64,
+    /// Namespaces with a sketch basis.
+    #[prost(uint64, tag = "19")]
+    pub namespaces_with_basis: u64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1218,16 +1220,6 @@ pub mod decode_request {
         Hint(super::Hint),
     }
 }
-/// About what the queries of a layer will be, so that the search may begin before they are known. Has no reply. The store keeps
-/// at most one hint per layer, and drops one that is never asked for with the next hint of its layer.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Hint {
-    #[prost(uint32, tag = "1")]
-    pub layer: u32,
-    /// Predicted rotated queries of all heads, little-endian f32, q_heads x head_dim.
-    #[prost(bytes = "bytes", tag = "2")]
-    pub q: ::prost::bytes::Bytes,
-}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OpenContext {
     #[prost(bytes = "bytes", tag = "1")]
@@ -1241,14 +1233,23 @@ pub struct OpenContext {
     /// Multiplied into q·k; usually 1/sqrt(head_dim).
     #[prost(float, tag = "4")]
     pub softmax_scale: f32,
-    /// Index that is asked for: "flat", "sketch"; empty for the best there is.
+    /// Index that is to serve it: "flat", "sketch", or empty for the best there is.
     #[prost(string, tag = "5")]
     pub index: ::prost::alloc::string::String,
-    /// Rows per layer and KV head that the caller keeps of what it was sent, 0 for none. Store and caller follow one rule, in
-    /// the order of the replies: what of a reply was kept before it is not sent; then all its positions count as used, in rising
-    /// order, new ones being added; then the least recently used are dropped until no more than these are left.
+    /// Rows per layer and KV head that the caller keeps of what it was sent, the least recently used go first; 0 for none. Store and
+    /// caller do the same in the order of the stream, so that only rows travel that the caller lacks.
     #[prost(uint32, tag = "6")]
     pub row_cache_rows: u32,
+}
+/// Predicted queries of a layer that will be asked soon, so that the search is done when the real ones arrive. The last hint of a
+/// layer counts; one that is never asked for is dropped.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Hint {
+    #[prost(uint32, tag = "1")]
+    pub layer: u32,
+    /// Rotated queries of all heads, little-endian f32, q_heads x head_dim.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub q: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Query {
@@ -1295,16 +1296,16 @@ pub struct Attend {
     /// Most keys per query head, 0 for no bound.
     #[prost(uint32, tag = "2")]
     pub k_max: u32,
-    /// Estimate what was not attended to; (o, lse) then includes the estimate.
+    /// Estimate what was not attended to; (o, lse) then includes the estimate. Nothing to estimate with the flat index.
     #[prost(bool, tag = "3")]
     pub tail: bool,
-    /// How the missed mass is to be bounded.
+    /// Bound to give for the mass that was missed.
     #[prost(enumeration = "Certificate", tag = "4")]
     pub certificate: i32,
-    /// Largest bound that is accepted without looking further (k doubled, then every key); 0 for any.
+    /// Largest acceptable bound; where it is larger, twice the keys are attended to, and then all. 0 for no demand.
     #[prost(float, tag = "5")]
     pub missed_mass_max: f32,
-    /// Unbiased output at a larger variance, for who averages (SoftmaxLift).
+    /// Unbiased in expectation, at the price of more variance.
     #[prost(bool, tag = "6")]
     pub unbiased: bool,
     /// Share of the keys that may be scored exactly, (0, 1\]; 0 for the store's default.
@@ -1346,7 +1347,7 @@ pub struct Opened {
     /// Why not a better one; empty where there is none.
     #[prost(string, tag = "3")]
     pub index_reason: ::prost::alloc::string::String,
-    /// Id of the basis that its sketches were made with; empty without.
+    /// Id of the basis of its sketches, 32 bytes; empty where there is none.
     #[prost(bytes = "bytes", tag = "4")]
     pub basis: ::prost::bytes::Bytes,
 }
@@ -1366,9 +1367,10 @@ pub struct HeadRows {
     pub keys: ::prost::bytes::Bytes,
     #[prost(bytes = "bytes", tag = "3")]
     pub values: ::prost::bytes::Bytes,
-    /// Where `partial`: indices into positions, rising, of those that keys and values hold; the caller has kept the others.
+    /// With partial: rising indices into positions of the rows that keys and values hold; the caller has the others.
     #[prost(uint32, repeated, tag = "4")]
     pub sent: ::prost::alloc::vec::Vec<u32>,
+    /// Whether only the rows in sent travel; else all do, and sent is empty.
     #[prost(bool, tag = "5")]
     pub partial: bool,
 }
@@ -1397,28 +1399,28 @@ pub struct RetrievalReport {
     pub mass_covered: ::prost::alloc::vec::Vec<f32>,
     #[prost(enumeration = "retrieval_report::Shortfall", tag = "5")]
     pub shortfall: i32,
-    /// Bytes of keys and values read.
+    /// Bytes of keys and values read, and of sketches.
     #[prost(uint64, tag = "6")]
     pub bytes_read: u64,
-    /// Index that served.
+    /// Index that served it.
     #[prost(string, tag = "7")]
     pub index: ::prost::alloc::string::String,
-    /// Bound of the missed mass, one per query head; empty where no certificate was asked for.
+    /// Bound of the share of the searched softmax mass that the result misses, one per query head; empty where none was asked for.
     #[prost(float, repeated, tag = "8")]
     pub missed_mass_bound: ::prost::alloc::vec::Vec<f32>,
-    /// Keys that an approximate index chose and whose exact score was computed.
+    /// Keys that were scored exactly after the scan of sketches, summed over KV heads; 0 with the flat index.
     #[prost(uint64, tag = "9")]
     pub keys_rescored: u64,
-    /// The search had begun with a hint.
+    /// A hint's search was used.
     #[prost(bool, tag = "10")]
     pub hinted: bool,
-    /// Microseconds of searching, a hint's included.
+    /// Microseconds of the search.
     #[prost(uint32, tag = "11")]
     pub search_us: u32,
-    /// The bound was too large at first, and the store looked further.
+    /// More was done than effort and k_max say, since the bound was larger than missed_mass_max.
     #[prost(bool, tag = "12")]
     pub escalated: bool,
-    /// Microseconds in the queue before the search began.
+    /// Microseconds queued before the search began.
     #[prost(uint32, tag = "13")]
     pub waited_us: u32,
 }
@@ -1474,9 +1476,9 @@ pub mod retrieval_report {
 #[repr(i32)]
 pub enum Certificate {
     None = 0,
-    /// From sampled keys: mean and three standard errors.
+    /// From sampled keys, at three standard errors.
     Statistical = 1,
-    /// For certain.
+    /// Always holds; reads more.
     Deterministic = 2,
 }
 impl Certificate {
@@ -1593,7 +1595,7 @@ pub mod retrieval_client {
             self
         }
         /// One stream per decoding sequence. The first message opens a context; each later one asks for one layer.
-        /// Replies carry the sequence number of their query and come in the order asked. A reply that fell short says why;
+        /// Replies carry the sequence number of their query and come in the order asked; a hint has no reply. A reply that fell short says why;
         /// the stream ends with an error only when the caller broke the contract or the store is going away.
         pub async fn decode(
             &mut self,
@@ -1641,7 +1643,7 @@ pub mod retrieval_server {
             + std::marker::Send
             + 'static;
         /// One stream per decoding sequence. The first message opens a context; each later one asks for one layer.
-        /// Replies carry the sequence number of their query and come in the order asked. A reply that fell short says why;
+        /// Replies carry the sequence number of their query and come in the order asked; a hint has no reply. A reply that fell short says why;
         /// the stream ends with an error only when the caller broke the contract or the store is going away.
         async fn decode(
             &self,
@@ -2034,6 +2036,9 @@ pub struct GenerateReport {
     pub rows: u64,
     #[prost(uint64, tag = "28")]
     pub rows_kept: u64,
+    /// Mean negative log-likelihood of the forced tokens under the model, in nats; 0 without forced tokens.
+    #[prost(float, tag = "29")]
+    pub forced_nll: f32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchLoadRequest {}

@@ -155,6 +155,7 @@ fn namespace() -> Namespace {
         message_bytes_max: 1 << 20,
         hashes_max: 100,
         epoch: 1,
+        basis: None,
     }
 }
 

@@ -18,7 +18,13 @@ async fn main() -> Result<()> {
     let cluster = Cluster::start(Options::default()).await?;
     let worker = cluster.worker_url(0);
     let prompt = kvasir_integration::prompt(cluster.file(), tokens);
-    let full = generate(&worker, request(&prompt, new as u32)).await?;
+    let free = generate(&worker, request(&prompt, new as u32)).await?;
+    // The same again with its own tokens forced, for their likelihood.
+    let full = GenerateRequest {
+        forced: free.ids,
+        ..request(&prompt, new as u32)
+    };
+    let full = generate(&worker, full).await?;
     println!("{tokens} prompt tokens, {new} new ones");
     print_line("full", &full, &full);
     let table: [(&str, AttentionMode, Change); 4] = [
@@ -53,9 +59,11 @@ fn print_line(name: &str, answer: &Generated, full: &Generated) {
     let agreeing = answer.ids.iter().zip(&full.ids).filter(|(a, b)| a == b).count();
     let steps = answer.ids.len().saturating_sub(1);
     println!(
-        "{name:14} {:6.1} tok/s, {agreeing} of {} as full, {:5.2} % of keys attended, mass p50 {:.4}, {} B/token{}",
+        "{name:14} {:6.1} tok/s, {agreeing} of {} as full, nll {:.4}, {:5.2} % of keys attended, mass p50 {:.4}, {} B/token{}",
         steps as f32 * 1e3 / report.decode_ms,
         full.ids.len(),
+        report.forced_nll,
+        // Attended keys are counted per query head, searchable ones per KV head: SmolLM2 has 3 query heads to one.
         report.keys_attended as f64 * 100.0 / (report.keys_total * 3).max(1) as f64,
         report.mass_covered_p50,
         report.retrieved_bytes / steps.max(1) as u64,
@@ -65,4 +73,21 @@ fn print_line(name: &str, answer: &Generated, full: &Generated) {
             String::new()
         }
     );
+    if report.round_trips > 0 {
+        let per_reply = |ms: f32| ms * 1e3 / report.round_trips as f32;
+        println!(
+            "{:14} {}: per reply {:.0} us searched, {:.0} us queued, {:.0} us waited for; wire p50 {:.0} us; {:.0} % of the \
+             search hidden, {} hinted; {} of {} rows kept",
+            "",
+            report.index,
+            per_reply(report.search_ms),
+            per_reply(report.store_queued_ms),
+            per_reply(report.waited_ms),
+            report.wire_us_p50,
+            report.search_hidden * 100.0,
+            report.hinted,
+            report.rows_kept,
+            report.rows,
+        );
+    }
 }

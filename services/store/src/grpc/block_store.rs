@@ -209,5 +209,6 @@ fn stat_reply(stats: &CacheStats) -> v1::StatReply {
         flush_queue_blocks: stats.disk.queued_layer_blocks,
         leases: stats.leases,
         flush_dropped: stats.disk.refused,
+        namespaces_with_basis: 0,
     }
 }

@@ -188,6 +188,7 @@ impl From<Finished> for v1::Finished {
                 wire_us_p50: tally.wire_us_p50(),
                 rows: tally.rows,
                 rows_kept: tally.rows_kept,
+                forced_nll: report.forced_nll,
             }),
         }
     }
