@@ -170,3 +170,51 @@ async fn retrieval_that_goes_wrong_ends_in_full_attention_and_says_why() {
     worker.stop().await;
     running.stop().await;
 }
+
+/// `auto` becomes one of the two forms when the context is opened, and the report says which; without experience the query
+/// travels. Options that the store has no use for change nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn auto_becomes_a_form() {
+    let (peer, running) = Peer::start().await;
+    let worker = Running::with_store(config(), format!("http://{}", running.addr())).await;
+    let prompt = worker.page(PROMPT);
+    let full = worker.generate(greedy(&prompt, 4)).await.expect("an answer");
+    peer.until_held(BLOCKS * LAYERS).await;
+    let with = |mode: AttentionMode, window: u32| v1::GenerateRequest {
+        attention: Some(v1::AttentionOptions {
+            mode: mode.into(),
+            target_mass: 1.0,
+            sink: 16,
+            window,
+            tail: true,
+            certificate: "statistical".to_owned(),
+            missed_mass_max: 0.5,
+            effort: 0.5,
+            index: "sketch".to_owned(),
+            ..v1::AttentionOptions::default()
+        }),
+        ..greedy(&prompt, 4)
+    };
+    // The window that is asked for, the mode that is reported, and whether anything is retrieved.
+    let table = [
+        (64, AttentionMode::Attend, true),
+        // Nothing is left to retrieve from, so nothing was chosen.
+        (1000, AttentionMode::Auto, false),
+    ];
+    for (window, expected, retrieves) in table {
+        let answer = worker
+            .generate(with(AttentionMode::Auto, window))
+            .await
+            .expect("an answer");
+        let report = answer.report();
+        assert_eq!(answer.ids, full.ids, "window {window}");
+        assert_eq!(
+            (report.mode(), report.round_trips > 0),
+            (expected, retrieves),
+            "{report:?}"
+        );
+        assert!(!report.fell_back, "{report:?}");
+    }
+    worker.stop().await;
+    running.stop().await;
+}
