@@ -242,7 +242,7 @@ fn event_of(reply: v1::GenerateReply) -> Result<Event, CallError> {
             cached_tokens_store: started.cached_tokens_store,
         })),
         Some(Wire::Tokens(tokens)) => Ok(Event::Text(tokens.text)),
-        Some(Wire::Finished(finished)) => Ok(Event::Finished(finished_of(finished)?)),
+        Some(Wire::Finished(finished)) => Ok(Event::Finished(Box::new(finished_of(finished)?))),
         None => Err(InvalidMessage::new("event", "missing").into()),
     }
 }

@@ -84,7 +84,7 @@ pub(crate) enum Event {
     /// Text that became certain; empty while a stop string or a code point is undecided.
     Text(String),
     /// The last event.
-    Finished(Finished),
+    Finished(Box<Finished>),
 }
 
 /// What was found instead of computed.

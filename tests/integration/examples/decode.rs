@@ -4,6 +4,8 @@
 //!
 //! A store, a worker and a router run in this process, over their real protocols. Each mode is fed the tokens that full
 //! attention chose, so that an early difference does not make the rest incomparable.
+#![expect(clippy::print_stdout, reason = "an example prints what it measured")]
+
 use anyhow::Result;
 use kvasir_proto::v1::{AttentionMode, AttentionOptions, GenerateRequest};
 use kvasir_testkit::{Cluster, Generated, Options, generate, request};

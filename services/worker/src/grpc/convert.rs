@@ -110,7 +110,7 @@ pub(super) fn reply(delivery: Delivery) -> v1::GenerateReply {
     let event = match delivery {
         Delivery::Started(started) => Some(v1::generate_reply::Event::Started(started.into())),
         Delivery::Tokens { text, ids } => Some(v1::generate_reply::Event::Tokens(v1::Tokens { text, ids })),
-        Delivery::Finished(finished) => Some(v1::generate_reply::Event::Finished(finished.into())),
+        Delivery::Finished(finished) => Some(v1::generate_reply::Event::Finished((*finished).into())),
         Delivery::Failed(_) => None,
     };
     v1::GenerateReply { event }

@@ -81,7 +81,8 @@ pub(crate) fn attend_rows(
                     keys: &came_keys,
                     values: &came_values,
                 };
-                (kept.keys.clear(), kept.values.clear());
+                kept.keys.clear();
+                kept.values.clear();
                 cache.complete(reply, &mut kept.keys, &mut kept.values)?;
                 count.kept += (rows.positions.len() - sent.len()) as u64;
                 (&kept.keys[..], &kept.values[..])
