@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench system rust tools model openai peers clean-cache
+.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench calibrate system rust tools model openai peers clean-cache
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvasir
 CARGO_HOME_BIN := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -53,6 +53,9 @@ doctest: rust
 
 bench: build model peers ## prefill and decode speed beside llama.cpp, same model, same threads
 	$(KVASIR) bench engine --json
+
+calibrate: build model ## the basis that the model's keys are sketched in, learnt from two windows of text (minutes)
+	$(KVASIR) calibrate
 
 system rust tools model openai peers:
 	@$(BOOTSTRAP) $@

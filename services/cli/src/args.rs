@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use kvasir_index::Basis;
 
 /// A KV-cache service for LLM inference: store, worker and router in one binary.
 #[derive(Debug, Parser)]
@@ -105,7 +106,7 @@ pub(crate) struct CalibrateArgs {
     #[arg(long, value_name = "N")]
     pub(crate) tokens: Option<usize>,
     /// Directions per head; at 4 bits each, 32 make sketches of 16 bytes
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = Basis::RANK as u16, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) rank: u16,
     /// The file to write; beside the model, with .basis behind its name, if not given
     #[arg(long, value_name = "FILE")]

@@ -12,6 +12,7 @@ use std::{
     fs::File,
     io::Write,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -34,7 +35,7 @@ const WINDOW_TOKENS_MIN: usize = 1024;
 /// Windows of a model's context that are read unless told otherwise; one would do, two are of different subjects.
 const WINDOWS: usize = 2;
 
-/// Tokens per page while capturing; has no part in what comes out.
+/// Tokens per page while capturing, as a worker has them: the last bits of attention depend on it.
 const BLOCK_TOKENS: u16 = 64;
 
 pub(crate) fn run(configuration: &Configuration, args: &CalibrateArgs) -> Result<()> {
@@ -95,8 +96,12 @@ pub(crate) fn run(configuration: &Configuration, args: &CalibrateArgs) -> Result
     bar.finish();
     drop(model);
 
-    say("finding directions");
+    let begun = Instant::now();
     let calibrated = decompose(&gathered, rank, threads)?;
+    say(format_args!(
+        "found the directions in {:.1} s",
+        begun.elapsed().as_secs_f32()
+    ));
     let kept: Vec<f64> = calibrated.iter().map(|head| head.kept).collect();
     let heads = calibrated.into_iter().zip(&gathered.heads).map(|(mut head, seen)| {
         head.basis.streaming = seen.outside.is_streaming(&gathered.policy);

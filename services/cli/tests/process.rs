@@ -1,5 +1,7 @@
 //! The binary as a process: how it starts, what it says, how it ends, and what survives when it is killed.
 
+#[path = "process/calibrate.rs"]
+mod calibrate;
 #[path = "process/kvasir.rs"]
 mod kvasir;
 

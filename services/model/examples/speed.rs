@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Instant};
 
-use kvasir_model::{Attention, LoadOptions, Logits, Model, ModelFile, PageId, PagePool, StepSequence};
+use kvasir_model::{Attention, LoadOptions, Logits, Model, ModelFile, PageId, PagePool, StepHooks, StepSequence};
 
 /// Tokens per prefill step, as a worker would cut them.
 const CHUNK: usize = 512;
@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tokens: Vec<u32> = (0..4096_u32)
         .map(|i| i.wrapping_mul(2_654_435_761) % model.shape().vocab as u32)
         .collect();
-    let mut prefill = |model: &mut Model, range: std::ops::Range<usize>, logits| {
+    let mut step = |model: &mut Model, range: std::ops::Range<usize>, logits, hooks: &mut dyn StepHooks| {
         let started = Instant::now();
         let sequence = StepSequence {
             tokens: &tokens[range.clone()],
@@ -42,13 +42,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             logits,
         };
         model
-            .step(&[sequence], &mut pool, &mut ())
+            .step(&[sequence], &mut pool, hooks)
             .map(|_| range.len() as f64 / started.elapsed().as_secs_f64())
     };
-    prefill(&mut model, 0..CHUNK, Logits::Last)?;
+    step(&mut model, 0..CHUNK, Logits::Last, &mut ())?;
     let mut rates = Vec::new();
     for _ in 0..5 {
-        rates.push(prefill(&mut model, 0..CHUNK, Logits::Last)?);
+        rates.push(step(&mut model, 0..CHUNK, Logits::Last, &mut ())?);
     }
     say(format!(
         "prefill 512 tokens: {:.0} tok/s (median of 5)",
@@ -56,21 +56,33 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ));
     for context in [512, 4096] {
         for start in (512..context).step_by(CHUNK) {
-            let rate = prefill(&mut model, start..start + CHUNK, Logits::None)?;
+            let rate = step(&mut model, start..start + CHUNK, Logits::None, &mut ())?;
             if start + CHUNK == context {
                 say(format!("prefill 512 tokens from {start} on: {rate:.0} tok/s"));
             }
         }
-        let mut rates = Vec::new();
+        let (mut rates, mut watched) = (Vec::new(), Vec::new());
         for _ in 0..32 {
-            rates.push(prefill(&mut model, context - 1..context, Logits::Last)?);
+            let last = context - 1..context;
+            rates.push(step(&mut model, last.clone(), Logits::Last, &mut ())?);
+            watched.push(step(&mut model, last, Logits::Last, &mut Forecasts)?);
         }
         say(format!(
-            "decode at context {context}: {:.1} tok/s (median of 32)",
-            median(&mut rates)
+            "decode at context {context}: {:.1} tok/s, {:.1} with forecasts of the next layer's queries (medians of 32, in turns)",
+            median(&mut rates),
+            median(&mut watched)
         ));
     }
     Ok(())
+}
+
+/// Asks for forecasts and looks away.
+struct Forecasts;
+
+impl StepHooks for Forecasts {
+    fn wants_predicted(&self, _: usize) -> bool {
+        true
+    }
 }
 
 fn median(rates: &mut [f64]) -> f64 {

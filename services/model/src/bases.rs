@@ -12,7 +12,10 @@ struct BuiltIn {
 }
 
 /// `bases/README.md` says how each was made.
-const BUILT_IN: [BuiltIn; 0] = [];
+const BUILT_IN: [BuiltIn; 1] = [BuiltIn {
+    model: "3a84fe6e09c5f558478eab8ab80844fa990a4c96c7a7c94c3126da19abd9db0b",
+    file: include_bytes!("../bases/SmolLM2-135M-Instruct.Q4_1.basis"),
+}];
 
 /// The basis file that comes with the program for this very model file, `None` if there is none. To be decoded by
 /// `kvasir_index::Basis`.

@@ -30,7 +30,8 @@ pub struct HeadBasis {
     pub keys: Vec<f32>,
     /// What queries are multiplied by, `[rank, head_dim]`.
     pub queries: Vec<f32>,
-    /// The head attends to sink and window only: it needs no index.
+    /// The head attends to sink and window only: it needs no index. True for whoever attends to at least the first
+    /// [`Streaming::SINK`] and the last [`Streaming::WINDOW`] tokens by itself; with fewer, the mark says nothing.
     pub streaming: bool,
 }
 

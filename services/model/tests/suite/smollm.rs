@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, sync::OnceLock};
 
-use kvasir_model::{LoadOptions, Model, ModelFile};
+use kvasir_index::Basis;
+use kvasir_model::{LoadOptions, Model, ModelFile, built_in_basis};
+
+use crate::made_up::Gguf;
 
 /// Where `make model` puts it.
 pub(crate) fn path() -> PathBuf {
@@ -59,3 +62,23 @@ fn everything_comes_from_the_metadata() {
 }
 
 const WEIGHTS_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
+
+#[test]
+fn a_basis_comes_with_it() {
+    let (shape, schema) = (file().shape(), file().schema(64));
+    let basis = built_in_basis(file()).expect("one is built in");
+    let basis = Basis::decode(basis).expect("a sound basis");
+    let fits = basis.check(
+        &schema.model_fingerprint(),
+        shape.layers,
+        shape.kv_heads,
+        shape.head_dim,
+    );
+    assert_eq!(fits, Ok(()));
+    assert_eq!((basis.rank, basis.streaming_heads()), (Basis::RANK, 0));
+    let path = file().basis_path();
+    assert!(path.ends_with("SmolLM2-135M-Instruct.Q4_1.gguf.basis"), "{path:?}");
+
+    let other = Gguf::small().open().expect("the small model is sound");
+    assert_eq!(built_in_basis(&other), None);
+}

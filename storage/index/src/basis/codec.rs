@@ -61,10 +61,9 @@ impl Basis {
     /// numbers that are not finite. Whatever the bytes, no more memory is taken than about twice their length.
     pub fn decode(bytes: &[u8]) -> Result<Self, IndexError> {
         let unusable = |problem: String| Err(IndexError::Unusable(problem));
-        let Some((magic, rest)) = bytes.split_first_chunk::<8>().filter(|(magic, _)| **magic == MAGIC) else {
+        let Some(rest) = bytes.strip_prefix(&MAGIC) else {
             return unusable("it does not begin as a basis file does".to_owned());
         };
-        debug_assert_eq!(*magic, MAGIC);
         if bytes.len() > Self::BYTES_MAX {
             return unusable(format!(
                 "it has {} bytes, and a basis at most {}",

@@ -22,11 +22,20 @@ pub struct Streaming {
     pub queries_min: usize,
 }
 
+impl Streaming {
+    /// First tokens that a head marked as streaming in a basis file attends to.
+    pub const SINK: usize = 128;
+
+    /// Last tokens that a head marked as streaming in a basis file attends to. Whoever attends to fewer than these by itself
+    /// must not obey the mark.
+    pub const WINDOW: usize = 512;
+}
+
 impl Default for Streaming {
     fn default() -> Self {
         Self {
-            sink: 128,
-            window: 512,
+            sink: Self::SINK,
+            window: Self::WINDOW,
             mass_p99_max: 1e-3,
             mass_max: 1e-2,
             queries_min: 256,

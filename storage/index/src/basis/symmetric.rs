@@ -50,13 +50,14 @@ pub(super) fn eigen(mut a: Vec<f64>, n: usize) -> Eigen {
 fn rotate(a: &mut [f64], vectors: &mut [f64], n: usize, p: usize, q: usize) {
     let off = a[p * n + q];
     let theta = (a[q * n + q] - a[p * n + p]) / (2.0 * off);
-    // The smaller of the two angles; for a huge theta the square would overflow, and 1 / (2 theta) is exact enough.
+    // The smaller of the two angles; for a huge theta the square would overflow, and 1 / (2 theta) is exact enough. Square
+    // roots rather than `hypot`, which libraries round in ways of their own: a basis has the same bytes everywhere.
     let t = if theta.abs() > 1e150 {
         0.5 / theta
     } else {
-        theta.signum() / (theta.abs() + theta.hypot(1.0))
+        theta.signum() / (theta.abs() + (theta * theta + 1.0).sqrt())
     };
-    let c = 1.0 / t.hypot(1.0);
+    let c = 1.0 / (t * t + 1.0).sqrt();
     let s = t * c;
     a[p * n + p] -= t * off;
     a[q * n + q] += t * off;
