@@ -218,3 +218,36 @@ async fn auto_becomes_a_form() {
     worker.stop().await;
     running.stop().await;
 }
+
+/// A basis that was asked for by name must be one for this model; the error names the key, the file and what is wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_basis_that_cannot_be_used_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let good = include_bytes!("../../../model/bases/SmolLM2-135M-Instruct.Q4_1.basis");
+    let damaged: Vec<u8> = good
+        .iter()
+        .enumerate()
+        .map(|(at, byte)| byte ^ u8::from(at == good.len() / 2))
+        .collect();
+    let table: [(&str, Option<&[u8]>, &str); 4] = [
+        ("absent", None, "cannot be opened"),
+        ("empty", Some(b""), "does not begin as a basis file does"),
+        ("cut", Some(&good[..good.len() / 2]), "not usable as an index"),
+        ("damaged", Some(&damaged), "not usable as an index"),
+    ];
+    for (name, bytes, words) in table {
+        let path = folder.path().join(name);
+        if let Some(bytes) = bytes {
+            std::fs::write(&path, bytes).expect("is written");
+        }
+        let error = Running::refused(WorkerConfig {
+            basis: path.clone(),
+            store_url: "http://127.0.0.1:1".to_owned(),
+            ..config()
+        })
+        .await;
+        for expected in ["worker.basis", path.to_str().expect("a name"), words] {
+            assert!(error.contains(expected), "{name}: {error} lacks {expected:?}");
+        }
+    }
+}
