@@ -162,7 +162,10 @@ impl Demo {
             let prompt = self.questions[index].prompt.clone();
             self.progress
                 .step(format_args!("question {}, full attention, token by token", index + 1));
-            let full = worker.generate(&prompt, self.max_tokens, Mode::Full, &[]).await?;
+            let chosen = worker.generate(&prompt, self.max_tokens, Mode::Full, &[]).await?;
+            let full = worker
+                .generate(&prompt, self.max_tokens, Mode::Full, &chosen.ids)
+                .await?;
             for (run, mode) in [
                 (
                     Run::Attend,
@@ -178,7 +181,7 @@ impl Demo {
                     run.name()
                 ));
                 let forced = worker.generate(&prompt, self.max_tokens, mode, &full.ids).await?;
-                let compared = Forced::compare(run, &full.ids, &forced.ids, forced.fell_back)?;
+                let compared = Forced::compare(run, &full, &forced)?;
                 self.report.forced.push(compared);
             }
         }

@@ -91,7 +91,7 @@ impl Answer {
                         return Ok(Piece::Text(text));
                     }
                 }
-                Event::Finished(finished) => return Ok(Piece::End(Box::new(self.end(finished)))),
+                Event::Finished(finished) => return Ok(Piece::End(Box::new(self.end(*finished)))),
             }
         }
     }

@@ -24,7 +24,7 @@ pub(crate) enum Delivery {
         ids: Vec<u32>,
     },
     /// The end.
-    Finished(Finished),
+    Finished(Box<Finished>),
     /// The request was given up.
     Failed(Failure),
 }
@@ -154,7 +154,7 @@ impl State {
             }));
         }
         match self.end.take() {
-            Some(Ok(finished)) => Poll::Ready(Some(Delivery::Finished(finished))),
+            Some(Ok(finished)) => Poll::Ready(Some(Delivery::Finished(Box::new(finished)))),
             Some(Err(failure)) => Poll::Ready(Some(Delivery::Failed(failure))),
             None if self.ended => Poll::Ready(None),
             None => Poll::Pending,
@@ -180,7 +180,7 @@ mod tests {
             ids: vec![1, 2, 3],
         };
         assert_eq!(inbox.next().await, Some(joined));
-        assert_eq!(inbox.next().await, Some(Delivery::Finished(Finished::default())));
+        assert_eq!(inbox.next().await, Some(Delivery::Finished(Box::default())));
         assert_eq!(inbox.next().await, None);
     }
 

@@ -39,6 +39,10 @@ pub(super) struct Kvasir {
     pub(super) keys_attended: u64,
     pub(super) mass_covered_p50: f64,
     pub(super) mass_covered_min: f64,
+    pub(super) index: Option<String>,
+    pub(super) search_hidden: f64,
+    pub(super) rows: u64,
+    pub(super) rows_kept: u64,
     pub(super) retrieved_bytes: u64,
     pub(super) decode_ms: f64,
 }

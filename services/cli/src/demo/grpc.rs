@@ -30,6 +30,8 @@ pub(super) struct Worker {
 pub(super) struct Generated {
     pub(super) ids: Vec<u32>,
     pub(super) fell_back: bool,
+    /// Mean negative log-likelihood of the forced tokens, in nats.
+    pub(super) nll: f64,
 }
 
 /// Counters of a store, since its start.
@@ -81,8 +83,12 @@ impl Worker {
             match reply.event {
                 Some(Event::Tokens(tokens)) => ids.extend(tokens.ids),
                 Some(Event::Finished(finished)) => {
-                    let fell_back = finished.report.is_some_and(|report| report.fell_back);
-                    return Ok(Generated { ids, fell_back });
+                    let report = finished.report.unwrap_or_default();
+                    return Ok(Generated {
+                        ids,
+                        fell_back: report.fell_back,
+                        nll: report.forced_nll.into(),
+                    });
                 }
                 _ => {}
             }

@@ -4,7 +4,12 @@ use anyhow::{Result, bail};
 use kvasir_model::ModelFile;
 use serde::Serialize;
 
-use super::{ROWS_K, TARGET_MASS, ask::Answer, document, grpc::StoreStat};
+use super::{
+    ROWS_K, TARGET_MASS,
+    ask::Answer,
+    document,
+    grpc::{Generated, StoreStat},
+};
 use crate::{
     measure::{Machine, median},
     version::{PROFILE, VERSION},
@@ -71,6 +76,12 @@ pub(super) struct Measured {
     pub(super) keys_attended: u64,
     pub(super) mass_covered_p50: f64,
     pub(super) mass_covered_min: f64,
+    /// Index that served, where something was retrieved.
+    pub(super) index: Option<String>,
+    /// Share of the searching that the worker did not wait for.
+    pub(super) search_hidden: f64,
+    pub(super) rows: u64,
+    pub(super) rows_kept: u64,
     pub(super) retrieved_bytes: u64,
     pub(super) fell_back: bool,
     pub(super) fallback_reason: Option<String>,
@@ -95,6 +106,10 @@ impl From<&Answer> for Measured {
             keys_attended: kvasir.keys_attended,
             mass_covered_p50: kvasir.mass_covered_p50,
             mass_covered_min: kvasir.mass_covered_min,
+            index: kvasir.index.clone(),
+            search_hidden: kvasir.search_hidden,
+            rows: kvasir.rows,
+            rows_kept: kvasir.rows_kept,
             retrieved_bytes: kvasir.retrieved_bytes,
             fell_back: kvasir.fell_back,
             fallback_reason: kvasir.reason.clone(),
@@ -119,23 +134,27 @@ pub(super) struct Forced {
     tokens: usize,
     agreeing: usize,
     fell_back: bool,
+    /// Mean negative log-likelihood of the forced tokens, less that under full attention, in nats.
+    nll_difference: f64,
 }
 
 impl Forced {
     /// Counts equal choices. Both must have chosen equally often, or they were not forced alike.
-    pub(super) fn compare(run: Run, full: &[u32], chosen: &[u32], fell_back: bool) -> Result<Self> {
-        if full.is_empty() || full.len() != chosen.len() {
+    pub(super) fn compare(run: Run, full: &Generated, forced: &Generated) -> Result<Self> {
+        if full.ids.is_empty() || full.ids.len() != forced.ids.len() {
             bail!(
                 "{} forced tokens brought {} choices: the worker does not force as documented",
-                full.len(),
-                chosen.len()
+                full.ids.len(),
+                forced.ids.len()
             );
         }
+        let pairs = full.ids.iter().zip(&forced.ids);
         Ok(Self {
             run,
-            tokens: full.len(),
-            agreeing: full.iter().zip(chosen).filter(|(full, chosen)| full == chosen).count(),
-            fell_back,
+            tokens: full.ids.len(),
+            agreeing: pairs.filter(|(full, chosen)| full == chosen).count(),
+            fell_back: forced.fell_back,
+            nll_difference: forced.nll - full.nll,
         })
     }
 }
@@ -197,7 +216,14 @@ pub(super) struct Retrieval {
     pub(super) mass_covered_min: f64,
     /// Share of decoded tokens equal to full attention's, teacher-forced.
     pub(super) top1_agreement: f64,
+    /// Mean negative log-likelihood of those tokens, less that under full attention, in nats.
+    pub(super) nll_difference: f64,
     pub(super) forced_tokens: usize,
+    /// Index that served.
+    pub(super) index: String,
+    pub(super) search_hidden: f64,
+    /// Share of the rows of replies that the worker had kept.
+    pub(super) rows_kept_fraction: f64,
     pub(super) retrieved_bytes_per_token: f64,
     pub(super) ttft_ms: f64,
     pub(super) decode_tokens_per_second: f64,
@@ -328,7 +354,19 @@ impl Report {
                 .map(|measured| measured.mass_covered_min)
                 .fold(1.0, f64::min),
             top1_agreement: share(agreeing as f64, forced_tokens as f64),
+            nll_difference: share(
+                forced()
+                    .map(|forced| forced.nll_difference * forced.tokens as f64)
+                    .sum(),
+                forced_tokens as f64,
+            ),
             forced_tokens,
+            index: self
+                .of(run)
+                .find_map(|measured| measured.index.clone())
+                .unwrap_or_default(),
+            search_hidden: self.median_of(run, |measured| measured.search_hidden),
+            rows_kept_fraction: share(sum(|measured| measured.rows_kept), sum(|measured| measured.rows)),
             retrieved_bytes_per_token: share(
                 sum(|measured| measured.retrieved_bytes),
                 sum(|measured| measured.completion_tokens.saturating_sub(1)),
@@ -430,9 +468,17 @@ mod tests {
 
     #[test]
     fn choices_are_compared_one_by_one() {
-        let compared = Forced::compare(Run::Attend, &[1, 2, 3], &[1, 9, 3], false).expect("comparable");
-        assert_eq!((compared.tokens, compared.agreeing), (3, 2));
-        assert!(Forced::compare(Run::Attend, &[1, 2, 3], &[1, 2], false).is_err());
-        assert!(Forced::compare(Run::Attend, &[], &[], false).is_err());
+        let of = |ids: &[u32], nll| Generated {
+            ids: ids.to_vec(),
+            fell_back: false,
+            nll,
+        };
+        let compared = Forced::compare(Run::Attend, &of(&[1, 2, 3], 2.0), &of(&[1, 9, 3], 2.5)).expect("comparable");
+        assert_eq!(
+            (compared.tokens, compared.agreeing, compared.nll_difference),
+            (3, 2, 0.5)
+        );
+        assert!(Forced::compare(Run::Attend, &of(&[1, 2, 3], 2.0), &of(&[1, 2], 2.0)).is_err());
+        assert!(Forced::compare(Run::Attend, &of(&[], 0.0), &of(&[], 0.0)).is_err());
     }
 }

@@ -61,15 +61,19 @@ pub(super) fn lines(report: &Finished) -> Vec<String> {
 
 fn retrieval(of: &Retrieval) -> String {
     format!(
-        "{}: {:.1} % of the keys attended ({:.0} % scanned), mass covered {:.4} (median; least {:.4}), {:.1} % of {} tokens \
-         as with full attention, {} per token",
+        "{} ({}): {:.1} % of the keys attended ({:.0} % scanned), mass covered {:.4} (median; least {:.4}), {:.1} % of {} tokens \
+         as with full attention (nll {:+.4}), {:.0} % of the search hidden, {:.0} % of the rows kept, {} per token",
         of.asked_for,
+        of.index,
         of.keys_attended_fraction * 100.0,
         of.keys_scanned_fraction * 100.0,
         of.mass_covered_p50,
         of.mass_covered_min,
         of.top1_agreement * 100.0,
         of.forced_tokens,
+        of.nll_difference,
+        of.search_hidden * 100.0,
+        of.rows_kept_fraction * 100.0,
         bytes(of.retrieved_bytes_per_token as u64)
     )
 }

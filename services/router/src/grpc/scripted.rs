@@ -35,7 +35,7 @@ pub(crate) enum Step {
     Hang,
     /// The stream breaks with this status.
     Break(Code, &'static str),
-    Finish(v1::FinishReason, v1::GenerateReport),
+    Finish(v1::FinishReason, Box<v1::GenerateReport>),
 }
 
 /// What one call to `Generate` is answered with.
@@ -51,7 +51,7 @@ impl Play {
     /// Admission, these texts, and an orderly end.
     pub(crate) fn answer(texts: &[&'static str]) -> Self {
         let texts = texts.iter().map(|text| Step::Text(text));
-        let end = Step::Finish(v1::FinishReason::Stop, v1::GenerateReport::default());
+        let end = Step::Finish(v1::FinishReason::Stop, Box::default());
         Self::Say([Step::Started(0, 0)].into_iter().chain(texts).chain([end]).collect())
     }
 }
@@ -276,7 +276,7 @@ impl v1::worker_server::Worker for Service {
                         prompt_tokens,
                         completion_tokens: texts,
                         cached_tokens: 0,
-                        report: Some(report),
+                        report: Some(*report),
                     })),
                 };
                 let reply = reply.map(|event| v1::GenerateReply { event: Some(event) });

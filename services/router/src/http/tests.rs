@@ -154,7 +154,7 @@ async fn a_chat_is_streamed_and_reported() {
         Step::Text("Hel"),
         Step::Wait(Duration::from_millis(20)),
         Step::Text("lo"),
-        Step::Finish(v1::FinishReason::Length, report),
+        Step::Finish(v1::FinishReason::Length, Box::new(report)),
     ];
     let bench = Bench::start([Play::Say(steps)]).await;
     let request = bench
@@ -527,7 +527,7 @@ async fn stopping_lets_answers_finish_and_then_cuts_them() {
         Step::Text("a"),
         Step::Wait(Duration::from_millis(300)),
         Step::Text("b"),
-        Step::Finish(v1::FinishReason::Stop, v1::GenerateReport::default()),
+        Step::Finish(v1::FinishReason::Stop, Box::default()),
     ]);
     let bench = Bench::with([slow, hang()], |config| config.drain_grace = HumanDuration::secs(1)).await;
     let finishing = tokio::spawn(events(bench.chat(json!({"stream": true}))));

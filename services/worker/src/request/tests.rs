@@ -110,6 +110,31 @@ fn refusals_name_the_field_and_what_to_do() {
             "(0, 1]",
         ),
         (
+            attending(AskedAttention {
+                effort: Some(f32::NAN),
+                ..AskedAttention::default()
+            }),
+            "attention.effort",
+            "(0, 1]",
+        ),
+        (
+            attending(AskedAttention {
+                missed_mass_max: Some(0.1),
+                ..AskedAttention::default()
+            }),
+            "attention.missed_mass_max",
+            "needs a certificate",
+        ),
+        (
+            attending(AskedAttention {
+                certificate: Some(Certificate::Statistical),
+                missed_mass_max: Some(-0.1),
+                ..AskedAttention::default()
+            }),
+            "attention.missed_mass_max",
+            "0 leaves it open",
+        ),
+        (
             Asked {
                 no_cache: true,
                 ..attending(AskedAttention {
@@ -179,7 +204,7 @@ fn defaults_fill_what_was_left_out() {
     })
     .expect("fits")
     .attention;
-    assert_eq!((rows.k, rows.sink, rows.window), (Some(256), 128, 0));
+    assert_eq!((rows.k, rows.sink, rows.window), (256, 128, 0));
     let attend = AskedAttention {
         mode: Some(AttentionMode::Attend),
         ..AskedAttention::default()
@@ -191,8 +216,49 @@ fn defaults_fill_what_was_left_out() {
     .expect("fits")
     .attention;
     assert_eq!(
-        (attend.k, attend.target_mass),
-        (None, 0.99),
+        (attend.k_max, attend.target_mass),
+        (0, 0.99),
         "attend is bounded only where asked"
     );
+}
+
+#[test]
+fn who_asks_for_no_certificate_asks_for_no_bound() {
+    let with_bound = Limits {
+        attention: AttentionConfig {
+            certificate: Certificate::Statistical,
+            missed_mass_max: 0.05,
+            ..AttentionConfig::default()
+        },
+        ..limits()
+    };
+    // What is asked for, and certificate and bound that it comes to.
+    let table = [
+        (None, None, (Certificate::Statistical, 0.05)),
+        (Some(Certificate::None), None, (Certificate::None, 0.0)),
+        (
+            Some(Certificate::Deterministic),
+            None,
+            (Certificate::Deterministic, 0.05),
+        ),
+        (None, Some(0.0), (Certificate::Statistical, 0.0)),
+        (None, Some(0.5), (Certificate::Statistical, 0.5)),
+    ];
+    for (certificate, missed_mass_max, expected) in table {
+        let asked = Asked {
+            attention: AskedAttention {
+                certificate,
+                missed_mass_max,
+                ..AskedAttention::default()
+            },
+            ..asked(4)
+        };
+        let id = "r".parse().expect("an id");
+        let found = Request::check(id, asked, &with_bound, 1).expect("fits").attention;
+        assert_eq!(
+            (found.certificate, found.missed_mass_max),
+            expected,
+            "{certificate:?} {missed_mass_max:?}"
+        );
+    }
 }

@@ -242,7 +242,7 @@ async fn bad_requests_are_refused_with_the_field_and_the_numbers() {
                     ..Default::default()
                 })
             }),
-            &["attention.mode", "full, rows or attend"],
+            &["attention.mode", "full, rows, attend or auto"],
         ),
         (
             with(&|r| {

@@ -94,6 +94,19 @@ impl Running {
         Self { worker, client, file }
     }
 
+    /// Why a worker with this configuration does not start.
+    pub(crate) async fn refused(config: WorkerConfig) -> String {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let config = WorkerConfig {
+            listen: any,
+            admin_listen: any,
+            ..config
+        };
+        let file = ModelFile::open(&model_path()).expect("the model; run `make model`");
+        let error = Worker::start(&config, Arc::new(file), &Runtime::new()).await;
+        format!("{:#}", error.expect_err("a worker that does not start"))
+    }
+
     pub(crate) async fn stop(self) {
         self.worker.stop().await.expect("an orderly end");
     }
