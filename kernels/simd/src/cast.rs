@@ -1,5 +1,7 @@
 //! Stored bytes seen as halves, without a copy.
 
+use std::borrow::Cow;
+
 use half::f16;
 
 /// `bytes`, little-endian, as halves where they lie; `None` where they are not aligned to two bytes, are of odd number, or
@@ -13,9 +15,44 @@ pub fn cast_f16(bytes: &[u8]) -> Option<&[f16]> {
     (before.is_empty() && after.is_empty()).then_some(halves)
 }
 
+/// `bytes`, little-endian, as halves: where they lie if [`cast_f16`] can, else copied. A last odd byte is left out.
+pub fn read_f16(bytes: &[u8]) -> Cow<'_, [f16]> {
+    let (pairs, _) = bytes.as_chunks::<2>();
+    match cast_f16(&bytes[..2 * pairs.len()]) {
+        Some(halves) => Cow::Borrowed(halves),
+        None => Cow::Owned(pairs.iter().map(|&pair| f16::from_le_bytes(pair)).collect()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn any_address_reads_the_same() {
+        let bytes: Vec<u8> = (0..64).collect();
+        for start in 0..4 {
+            for len in [0, 1, 2, 31, 58] {
+                let part = &bytes[start..start + len];
+                let expected: Vec<u16> = part
+                    .chunks_exact(2)
+                    .map(|two| u16::from_le_bytes([two[0], two[1]]))
+                    .collect();
+                let found = read_f16(part);
+                assert_eq!(
+                    found.iter().map(|half| half.to_bits()).collect::<Vec<_>>(),
+                    expected,
+                    "{len} bytes from {start}"
+                );
+                let aligned = part.as_ptr().align_offset(2) == 0;
+                assert_eq!(
+                    matches!(found, Cow::Borrowed(_)),
+                    aligned || len < 2,
+                    "{len} bytes from {start}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn whole_aligned_halves_only() {

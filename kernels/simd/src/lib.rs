@@ -46,7 +46,7 @@ mod weights;
 
 pub use activations::Activations;
 pub use attend::{Segment, attend};
-pub use cast::cast_f16;
+pub use cast::{cast_f16, read_f16};
 pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use isa::Isa;

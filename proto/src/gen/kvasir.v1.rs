@@ -184,6 +184,9 @@ pub struct OpenNamespaceRequest {
     /// When not empty: the id the caller expects, 32 bytes. A mismatch is refused.
     #[prost(bytes = "bytes", tag = "3")]
     pub expected_namespace: ::prost::bytes::Bytes,
+    /// File of the model's sketch basis. Kept with the namespace; a second one that differs is refused. Empty takes what is there.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub basis: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenNamespaceReply {
@@ -203,6 +206,9 @@ pub struct OpenNamespaceReply {
     /// Changes when the store starts anew.
     #[prost(uint64, tag = "6")]
     pub epoch: u64,
+    /// Id of the namespace's basis, 32 bytes; empty where it has none.
+    #[prost(bytes = "bytes", tag = "7")]
+    pub basis_id: ::prost::bytes::Bytes,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Limits {
@@ -355,6 +361,9 @@ pub struct StatReply {
     /// Layer blocks that the disk tier refused (full queue or full disk).
     #[prost(uint64, tag = "18")]
     pub flush_dropped: u64,
+    /// Namespaces with a sketch basis.
+    #[prost(uint64, tag = "19")]
+    pub namespaces_with_basis: u64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1196,7 +1205,7 @@ pub mod block_store_server {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeRequest {
-    #[prost(oneof = "decode_request::Request", tags = "1, 2")]
+    #[prost(oneof = "decode_request::Request", tags = "1, 2, 3")]
     pub request: ::core::option::Option<decode_request::Request>,
 }
 /// Nested message and enum types in `DecodeRequest`.
@@ -1207,6 +1216,8 @@ pub mod decode_request {
         Open(super::OpenContext),
         #[prost(message, tag = "2")]
         Query(super::Query),
+        #[prost(message, tag = "3")]
+        Hint(super::Hint),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1222,6 +1233,23 @@ pub struct OpenContext {
     /// Multiplied into q·k; usually 1/sqrt(head_dim).
     #[prost(float, tag = "4")]
     pub softmax_scale: f32,
+    /// Index that is to serve it: "flat", "sketch", or empty for the best there is.
+    #[prost(string, tag = "5")]
+    pub index: ::prost::alloc::string::String,
+    /// Rows per layer and KV head that the caller keeps of what it was sent, the least recently used go first; 0 for none. Store and
+    /// caller do the same in the order of the stream, so that only rows travel that the caller lacks.
+    #[prost(uint32, tag = "6")]
+    pub row_cache_rows: u32,
+}
+/// Predicted queries of a layer that will be asked soon, so that the search is done when the real ones arrive. The last hint of a
+/// layer counts; one that is never asked for is dropped.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Hint {
+    #[prost(uint32, tag = "1")]
+    pub layer: u32,
+    /// Rotated queries of all heads, little-endian f32, q_heads x head_dim.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub q: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Query {
@@ -1268,6 +1296,21 @@ pub struct Attend {
     /// Most keys per query head, 0 for no bound.
     #[prost(uint32, tag = "2")]
     pub k_max: u32,
+    /// Estimate what was not attended to; (o, lse) then includes the estimate. Nothing to estimate with the flat index.
+    #[prost(bool, tag = "3")]
+    pub tail: bool,
+    /// Bound to give for the mass that was missed.
+    #[prost(enumeration = "Certificate", tag = "4")]
+    pub certificate: i32,
+    /// Largest acceptable bound; where it is larger, twice the keys are attended to, and then all. 0 for no demand.
+    #[prost(float, tag = "5")]
+    pub missed_mass_max: f32,
+    /// Unbiased in expectation, at the price of more variance.
+    #[prost(bool, tag = "6")]
+    pub unbiased: bool,
+    /// Share of the keys that may be scored exactly, (0, 1\]; 0 for the store's default.
+    #[prost(float, tag = "7")]
+    pub effort: f32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeReply {
@@ -1301,6 +1344,12 @@ pub struct Opened {
     /// Index that will serve it, for example "flat".
     #[prost(string, tag = "2")]
     pub index: ::prost::alloc::string::String,
+    /// Why not a better one; empty where there is none.
+    #[prost(string, tag = "3")]
+    pub index_reason: ::prost::alloc::string::String,
+    /// Id of the basis of its sketches, 32 bytes; empty where there is none.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub basis: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RowsResult {
@@ -1318,6 +1367,12 @@ pub struct HeadRows {
     pub keys: ::prost::bytes::Bytes,
     #[prost(bytes = "bytes", tag = "3")]
     pub values: ::prost::bytes::Bytes,
+    /// With partial: rising indices into positions of the rows that keys and values hold; the caller has the others.
+    #[prost(uint32, repeated, tag = "4")]
+    pub sent: ::prost::alloc::vec::Vec<u32>,
+    /// Whether only the rows in sent travel; else all do, and sent is empty.
+    #[prost(bool, tag = "5")]
+    pub partial: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttendResult {
@@ -1344,9 +1399,30 @@ pub struct RetrievalReport {
     pub mass_covered: ::prost::alloc::vec::Vec<f32>,
     #[prost(enumeration = "retrieval_report::Shortfall", tag = "5")]
     pub shortfall: i32,
-    /// Bytes of keys and values read.
+    /// Bytes of keys and values read, and of sketches.
     #[prost(uint64, tag = "6")]
     pub bytes_read: u64,
+    /// Index that served it.
+    #[prost(string, tag = "7")]
+    pub index: ::prost::alloc::string::String,
+    /// Bound of the share of the searched softmax mass that the result misses, one per query head; empty where none was asked for.
+    #[prost(float, repeated, tag = "8")]
+    pub missed_mass_bound: ::prost::alloc::vec::Vec<f32>,
+    /// Keys that were scored exactly after the scan of sketches, summed over KV heads; 0 with the flat index.
+    #[prost(uint64, tag = "9")]
+    pub keys_rescored: u64,
+    /// A hint's search was used.
+    #[prost(bool, tag = "10")]
+    pub hinted: bool,
+    /// Microseconds of the search.
+    #[prost(uint32, tag = "11")]
+    pub search_us: u32,
+    /// More was done than effort and k_max say, since the bound was larger than missed_mass_max.
+    #[prost(bool, tag = "12")]
+    pub escalated: bool,
+    /// Microseconds queued before the search began.
+    #[prost(uint32, tag = "13")]
+    pub waited_us: u32,
 }
 /// Nested message and enum types in `RetrievalReport`.
 pub mod retrieval_report {
@@ -1393,6 +1469,37 @@ pub mod retrieval_report {
                 "SHORTFALL_K_MAX" => Some(Self::KMax),
                 _ => None,
             }
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Certificate {
+    None = 0,
+    /// From sampled keys, at three standard errors.
+    Statistical = 1,
+    /// Always holds; reads more.
+    Deterministic = 2,
+}
+impl Certificate {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::None => "CERTIFICATE_NONE",
+            Self::Statistical => "CERTIFICATE_STATISTICAL",
+            Self::Deterministic => "CERTIFICATE_DETERMINISTIC",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "CERTIFICATE_NONE" => Some(Self::None),
+            "CERTIFICATE_STATISTICAL" => Some(Self::Statistical),
+            "CERTIFICATE_DETERMINISTIC" => Some(Self::Deterministic),
+            _ => None,
         }
     }
 }
@@ -1488,7 +1595,7 @@ pub mod retrieval_client {
             self
         }
         /// One stream per decoding sequence. The first message opens a context; each later one asks for one layer.
-        /// Replies carry the sequence number of their query and come in the order asked. A reply that fell short says why;
+        /// Replies carry the sequence number of their query and come in the order asked; a hint has no reply. A reply that fell short says why;
         /// the stream ends with an error only when the caller broke the contract or the store is going away.
         pub async fn decode(
             &mut self,
@@ -1536,7 +1643,7 @@ pub mod retrieval_server {
             + std::marker::Send
             + 'static;
         /// One stream per decoding sequence. The first message opens a context; each later one asks for one layer.
-        /// Replies carry the sequence number of their query and come in the order asked. A reply that fell short says why;
+        /// Replies carry the sequence number of their query and come in the order asked; a hint has no reply. A reply that fell short says why;
         /// the stream ends with an error only when the caller broke the contract or the store is going away.
         async fn decode(
             &self,
@@ -1736,7 +1843,7 @@ pub struct SamplingParams {
     pub has_seed: bool,
 }
 /// Fields left at zero take the server's default.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AttentionOptions {
     #[prost(enumeration = "AttentionMode", tag = "1")]
     pub mode: i32,
@@ -1753,6 +1860,25 @@ pub struct AttentionOptions {
     pub has_sink: bool,
     #[prost(bool, tag = "7")]
     pub has_window: bool,
+    /// Attend: whether what is not attended to is estimated.
+    #[prost(bool, tag = "8")]
+    pub tail: bool,
+    #[prost(bool, tag = "9")]
+    pub has_tail: bool,
+    /// Attend: "none", "statistical" or "deterministic": how the missed mass is bounded.
+    #[prost(string, tag = "10")]
+    pub certificate: ::prost::alloc::string::String,
+    /// Attend: largest bound of the missed mass that is accepted without looking further, (0, 1\]; given as 0 for any.
+    #[prost(float, tag = "11")]
+    pub missed_mass_max: f32,
+    #[prost(bool, tag = "12")]
+    pub has_missed_mass_max: bool,
+    /// Share of the keys that may be scored exactly, (0, 1\].
+    #[prost(float, tag = "13")]
+    pub effort: f32,
+    /// Index that is asked for: "best", "flat" or "sketch".
+    #[prost(string, tag = "14")]
+    pub index: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GenerateRequest {
@@ -1836,6 +1962,7 @@ pub struct Finished {
 /// What the request's KV did; shown as the `kvasir` field of the last OpenAI chunk.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GenerateReport {
+    /// What was asked for or configured; where that was auto, what it became.
     #[prost(enumeration = "AttentionMode", tag = "1")]
     pub mode: i32,
     /// Set when retrieval was given up mid-way and full attention finished the request.
@@ -1873,6 +2000,45 @@ pub struct GenerateReport {
     pub retrieved_bytes: u64,
     #[prost(uint64, tag = "15")]
     pub round_trips: u64,
+    /// Index that served the context, and why not a better one.
+    #[prost(string, tag = "16")]
+    pub index: ::prost::alloc::string::String,
+    #[prost(string, tag = "17")]
+    pub index_reason: ::prost::alloc::string::String,
+    /// The bound of the missed mass that the store gave, where a certificate was asked for: median and largest over steps, layers
+    /// and heads.
+    #[prost(float, tag = "18")]
+    pub missed_mass_bound_p50: f32,
+    #[prost(float, tag = "19")]
+    pub missed_mass_bound_max: f32,
+    /// Replies whose bound was too large at first, so that the store looked further.
+    #[prost(uint64, tag = "20")]
+    pub escalations: u64,
+    /// Replies whose search had begun with a hint, before the query was known.
+    #[prost(uint64, tag = "21")]
+    pub hinted: u64,
+    /// Milliseconds, summed over replies: of searching at the store, of waiting there for a turn, and of the worker waiting for
+    /// the reply.
+    #[prost(float, tag = "22")]
+    pub search_ms: f32,
+    #[prost(float, tag = "23")]
+    pub store_queued_ms: f32,
+    #[prost(float, tag = "24")]
+    pub waited_ms: f32,
+    /// Share of the searching that the worker did not wait for.
+    #[prost(float, tag = "25")]
+    pub search_hidden: f32,
+    /// Median microseconds from a query to its reply, less what the store needed.
+    #[prost(float, tag = "26")]
+    pub wire_us_p50: f32,
+    /// Rows that replies were made of, over KV heads, and those of them that the worker had kept.
+    #[prost(uint64, tag = "27")]
+    pub rows: u64,
+    #[prost(uint64, tag = "28")]
+    pub rows_kept: u64,
+    /// Mean negative log-likelihood of the forced tokens under the model, in nats; 0 without forced tokens.
+    #[prost(float, tag = "29")]
+    pub forced_nll: f32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchLoadRequest {}
@@ -1899,6 +2065,8 @@ pub enum AttentionMode {
     Full = 1,
     Rows = 2,
     Attend = 3,
+    /// Rows or attend, whichever has been faster.
+    Auto = 4,
 }
 impl AttentionMode {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1911,6 +2079,7 @@ impl AttentionMode {
             Self::Full => "ATTENTION_MODE_FULL",
             Self::Rows => "ATTENTION_MODE_ROWS",
             Self::Attend => "ATTENTION_MODE_ATTEND",
+            Self::Auto => "ATTENTION_MODE_AUTO",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -1920,6 +2089,7 @@ impl AttentionMode {
             "ATTENTION_MODE_FULL" => Some(Self::Full),
             "ATTENTION_MODE_ROWS" => Some(Self::Rows),
             "ATTENTION_MODE_ATTEND" => Some(Self::Attend),
+            "ATTENTION_MODE_AUTO" => Some(Self::Auto),
             _ => None,
         }
     }

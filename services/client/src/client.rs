@@ -4,6 +4,7 @@ mod transport;
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use kvasir_block::{BlockHash, KvSchema, NamespaceId, Tenant};
 use kvasir_proto::{convert, v1};
 use kvasir_runtime::request_id::RequestId;
@@ -68,12 +69,26 @@ impl StoreClient {
     /// # Errors
     /// `Invalid` for a schema that the store refuses; else as any call.
     pub async fn open_namespace(&self, tenant: &Tenant, schema: &KvSchema) -> Result<Namespace, ClientError> {
+        self.open_namespace_with(tenant, schema, Bytes::new()).await
+    }
+
+    /// The same with the basis that keys are to be sketched with, a file of `kvasir calibrate`; empty for whatever is there.
+    ///
+    /// # Errors
+    /// As for [`StoreClient::open_namespace`]; `Invalid` when the namespace has another basis, or this is none.
+    pub async fn open_namespace_with(
+        &self,
+        tenant: &Tenant,
+        schema: &KvSchema,
+        basis: Bytes,
+    ) -> Result<Namespace, ClientError> {
         let name = self.name("open_namespace");
         let id = NamespaceId::new(tenant, schema);
         let request = v1::OpenNamespaceRequest {
             tenant: tenant.as_str().to_owned(),
             schema: Some(schema.into()),
             expected_namespace: convert::namespace_bytes(id),
+            basis,
         };
         let reply = self
             .unary(&name, request, |mut store, request| async move {
@@ -108,6 +123,10 @@ impl StoreClient {
             message_bytes_max,
             hashes_max: limits.hashes_max as usize,
             epoch: reply.epoch,
+            basis: match &reply.basis_id[..] {
+                [] => None,
+                id => Some(id.try_into().map_err(|_| name.broken("basis_id has not 32 bytes"))?),
+            },
         })
     }
 

@@ -31,6 +31,34 @@ pub struct OpenContext {
     pub q_heads: usize,
     /// Multiplied into q·k; usually `1/sqrt(head_dim)`.
     pub softmax_scale: f32,
+    /// What is to serve it.
+    pub index: IndexChoice,
+    /// Rows per layer and KV head that the caller keeps of what it is sent, by the rule of `OpenContext` in
+    /// `retrieval.proto`; 0 for none.
+    pub row_cache_rows: u32,
+}
+
+/// Which index is to serve a context. The store answers with what it has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IndexChoice {
+    /// The best there is.
+    #[default]
+    Best,
+    /// The exact scan.
+    Flat,
+    /// Sketches of the keys, and exact scores of the best.
+    Sketch,
+}
+
+/// What serves a context.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Opened {
+    /// Tokens of the context.
+    pub tokens: u32,
+    /// The index.
+    pub index: String,
+    /// Why not a better one; empty where there is none.
+    pub index_reason: String,
 }
 
 /// How the keys that are found are used.
@@ -47,7 +75,45 @@ pub enum Form {
         target_mass: f32,
         /// Most keys per query head, 0 for no bound.
         k_max: u32,
+        /// What else is wanted.
+        options: AttendOptions,
     },
+}
+
+/// Options of [`Form::Attend`]. The default asks for nothing more than the keys that are attended to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttendOptions {
+    /// Estimate what is not attended to; the output then includes the estimate.
+    pub tail: bool,
+    /// How the missed mass is to be bounded.
+    pub certificate: Certificate,
+    /// Largest bound that is accepted without looking further; 0 for any.
+    pub missed_mass_max: f32,
+    /// Unbiased output at a larger variance.
+    pub unbiased: bool,
+    /// Share of the keys that may be scored exactly; 0 for the store's default.
+    pub effort: f32,
+}
+
+/// How the mass that a reply misses is bounded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Certificate {
+    /// Not at all.
+    #[default]
+    None,
+    /// From sampled keys.
+    Statistical,
+    /// For certain.
+    Deterministic,
+}
+
+/// About what the queries of a layer will be.
+#[derive(Clone, Debug)]
+pub struct Hint {
+    /// Layer index from 0.
+    pub layer: u16,
+    /// `[q_heads, head_dim]`, rotated.
+    pub q: Vec<f32>,
 }
 
 /// Queries of all heads of one layer.
@@ -96,11 +162,13 @@ pub enum Found {
     },
 }
 
-/// Keys and values `[positions, head_dim]` in the schema's dtype.
+/// Keys and values, `[sent, head_dim]` in the schema's dtype.
 #[derive(Clone, Debug)]
 pub struct HeadRows {
     /// Token positions, rising.
     pub positions: Vec<u32>,
+    /// Indices into `positions`, rising, of the rows that came; the caller has kept the others. `None` where all came.
+    pub sent: Option<Vec<u32>>,
     /// Keys.
     pub keys: Bytes,
     /// Values.
@@ -122,6 +190,20 @@ pub struct Report {
     pub shortfall: Option<Shortfall>,
     /// Bytes of keys and values read.
     pub bytes_read: u64,
+    /// Index that served.
+    pub index: String,
+    /// Bound of the missed mass, one per query head; empty without a certificate.
+    pub missed_mass_bound: Vec<f32>,
+    /// Keys that an approximate index chose and whose exact score was computed.
+    pub keys_rescored: u64,
+    /// The search had begun with a hint.
+    pub hinted: bool,
+    /// The bound was too large at first, and the store looked further.
+    pub escalated: bool,
+    /// Time of searching, a hint's included.
+    pub search: Duration,
+    /// Time in the store's queue before the search began.
+    pub queued: Duration,
 }
 
 /// Why a result covers less than was asked.
@@ -141,8 +223,7 @@ pub struct DecodeStream {
     name: CallName,
     namespace: Namespace,
     q_heads: usize,
-    tokens: u32,
-    index: String,
+    opened: Opened,
     requests: mpsc::Sender<v1::DecodeRequest>,
     replies: Streaming<v1::DecodeReply>,
     outstanding: VecDeque<Outstanding>,
@@ -178,6 +259,13 @@ impl DecodeStream {
             hashes: convert::hash_bytes(&open.chain),
             q_heads: u32::try_from(open.q_heads).unwrap_or(u32::MAX),
             softmax_scale: open.softmax_scale,
+            index: match open.index {
+                IndexChoice::Best => "",
+                IndexChoice::Flat => "flat",
+                IndexChoice::Sketch => "sketch",
+            }
+            .to_owned(),
+            row_cache_rows: open.row_cache_rows,
         };
         let request = v1::DecodeRequest {
             request: Some(v1::decode_request::Request::Open(request)),
@@ -206,8 +294,11 @@ impl DecodeStream {
             name,
             namespace: namespace.clone(),
             q_heads: open.q_heads,
-            tokens: opened.tokens,
-            index: opened.index,
+            opened: Opened {
+                tokens: opened.tokens,
+                index: opened.index,
+                index_reason: opened.index_reason,
+            },
             requests,
             replies,
             outstanding: VecDeque::new(),
@@ -216,9 +307,9 @@ impl DecodeStream {
         })
     }
 
-    /// Tokens of the context and the index that serves it.
-    pub fn opened(&self) -> (u32, &str) {
-        (self.tokens, &self.index)
+    /// What serves the context.
+    pub fn opened(&self) -> &Opened {
+        &self.opened
     }
 
     /// Queries sent and not answered.
@@ -233,28 +324,31 @@ impl DecodeStream {
     /// broke.
     pub async fn send(&mut self, query: Query) -> Result<(), ClientError> {
         self.check_alive()?;
-        let head_dim = usize::from(self.namespace.schema.head_dim);
-        let problem = if query.q.len() != self.q_heads * head_dim {
-            let (heads, found) = (self.q_heads, query.q.len());
-            Some(format!(
-                "q: {found} values, {heads} heads of {head_dim} are {}",
-                heads * head_dim
-            ))
-        } else if query.layer >= self.namespace.schema.layers {
-            Some(format!("layer: {} of {}", query.layer, self.namespace.schema.layers))
-        } else if self.outstanding.len() >= OUTSTANDING_MAX {
-            Some(format!(
-                "{OUTSTANDING_MAX} queries are unanswered: receive before sending more"
-            ))
-        } else {
-            None
-        };
-        if let Some(problem) = problem {
+        self.check_query(query.layer, query.q.len())?;
+        if self.outstanding.len() >= OUTSTANDING_MAX {
+            let problem = format!("{OUTSTANDING_MAX} queries are unanswered: receive before sending more");
             return Err(observe::failed(self.name.call, self.name.invalid(problem)));
         }
         let form = match query.form {
             Form::Rows { k } => v1::query::Form::Rows(v1::Rows { k }),
-            Form::Attend { target_mass, k_max } => v1::query::Form::Attend(v1::Attend { target_mass, k_max }),
+            Form::Attend {
+                target_mass,
+                k_max,
+                options,
+            } => v1::query::Form::Attend(v1::Attend {
+                target_mass,
+                k_max,
+                tail: options.tail,
+                certificate: match options.certificate {
+                    Certificate::None => v1::Certificate::None,
+                    Certificate::Statistical => v1::Certificate::Statistical,
+                    Certificate::Deterministic => v1::Certificate::Deterministic,
+                }
+                .into(),
+                missed_mass_max: options.missed_mass_max,
+                unbiased: options.unbiased,
+                effort: options.effort,
+            }),
         };
         let request = v1::Query {
             sequence: query.sequence,
@@ -267,16 +361,53 @@ impl DecodeStream {
         let request = v1::DecodeRequest {
             request: Some(v1::decode_request::Request::Query(request)),
         };
+        self.put(request).await?;
+        self.outstanding.push_back(Outstanding {
+            sequence: query.sequence,
+            layer: query.layer,
+            form: query.form,
+            until: query.deadline.map(|wait| (Instant::now() + wait + GRACE, wait + GRACE)),
+        });
+        Ok(())
+    }
+
+    /// Sends a hint, which has no reply.
+    ///
+    /// # Errors
+    /// As for [`DecodeStream::send`].
+    pub async fn hint(&mut self, hint: Hint) -> Result<(), ClientError> {
+        self.check_alive()?;
+        self.check_query(hint.layer, hint.q.len())?;
+        let hint = v1::Hint {
+            layer: hint.layer.into(),
+            q: convert::float_bytes(&hint.q),
+        };
+        self.put(v1::DecodeRequest {
+            request: Some(v1::decode_request::Request::Hint(hint)),
+        })
+        .await
+    }
+
+    /// Whether a layer may be asked with so many values.
+    fn check_query(&self, layer: u16, values: usize) -> Result<(), ClientError> {
+        let head_dim = usize::from(self.namespace.schema.head_dim);
+        let problem = if values != self.q_heads * head_dim {
+            let heads = self.q_heads;
+            format!(
+                "q: {values} values, {heads} heads of {head_dim} are {}",
+                heads * head_dim
+            )
+        } else if layer >= self.namespace.schema.layers {
+            format!("layer: {layer} of {}", self.namespace.schema.layers)
+        } else {
+            return Ok(());
+        };
+        Err(observe::failed(self.name.call, self.name.invalid(problem)))
+    }
+
+    async fn put(&mut self, request: v1::DecodeRequest) -> Result<(), ClientError> {
         match timeout(self.call_timeout, self.requests.send(request)).await {
-            Ok(Ok(())) => {
-                self.outstanding.push_back(Outstanding {
-                    sequence: query.sequence,
-                    layer: query.layer,
-                    form: query.form,
-                    until: query.deadline.map(|wait| (Instant::now() + wait + GRACE, wait + GRACE)),
-                });
-                Ok(())
-            }
+            Ok(Ok(())) => Ok(()),
             // The connection dropped the requests: the store's last words say why.
             Ok(Err(_)) => match timeout(self.call_timeout, self.replies.message()).await {
                 Ok(Err(status)) => Err(self.fail(self.name.status(&status))),

@@ -47,7 +47,10 @@ mod retry;
 
 pub use client::StoreClient;
 pub use config::ClientConfig;
-pub use decode::{DecodeStream, Form, Found, HeadRows, OpenContext, Query, Reply, Report, Shortfall};
+pub use decode::{
+    AttendOptions, Certificate, DecodeStream, Form, Found, HeadRows, Hint, IndexChoice, OpenContext, Opened, Query,
+    Reply, Report, Shortfall,
+};
 pub use error::{ClientError, ErrorKind};
 pub use events::EventStream;
 pub use get::{GetStream, GotBlock};

@@ -19,6 +19,8 @@ pub struct Namespace {
     pub hashes_max: usize,
     /// Changes when the store starts anew: what was known about its blocks is then history.
     pub epoch: u64,
+    /// Id of the basis that the store sketches this namespace's keys with; `None` where it has none.
+    pub basis: Option<[u8; 32]>,
 }
 
 /// How much of a chain the store holds.

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use futures::{StreamExt, stream, stream::BoxStream};
 use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, NamespaceId, RopeStyle, Tenant};
 use kvasir_client::{
-    ClientConfig, ErrorKind, Form, GetOutcome, LayerBlock, Namespace, OpenContext, PutOutcome, Query, StoreClient,
+    AttendOptions, ClientConfig, ErrorKind, Form, Found, GetOutcome, Hint, IndexChoice, LayerBlock, Namespace,
+    OpenContext, PutOutcome, Query, StoreClient,
 };
 use kvasir_proto::v1::{self, block_store_server as store, retrieval_server as retrieval};
 use tonic::{Request, Response, Status, Streaming};
@@ -154,6 +155,7 @@ fn namespace() -> Namespace {
         message_bytes_max: 1 << 20,
         hashes_max: 100,
         epoch: 1,
+        basis: None,
     }
 }
 
@@ -508,6 +510,7 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
         result: Some(v1::decode_reply::Result::Opened(v1::Opened {
             tokens: 8,
             index: "flat".to_owned(),
+            ..v1::Opened::default()
         })),
         ..v1::DecodeReply::default()
     };
@@ -537,8 +540,12 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
         reply.report.as_mut().expect("set")
     }
     type Break = fn(&mut v1::DecodeReply);
-    let table: [(Break, Option<&str>); 9] = [
+    let table: [(Break, Option<&str>); 10] = [
         (|_| {}, None),
+        (
+            |r| report_of(r).missed_mass_bound.push(0.5),
+            Some("report.missed_mass_bound: 1 values for 2 heads"),
+        ),
         (|r| r.sequence = 6, Some("sequence: 6 instead of 5")),
         (|r| r.layer = 0, Some("layer: 0 instead of 1")),
         (|r| r.result = None, Some("result: does not answer Attend")),
@@ -573,9 +580,11 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
             chain: CHAIN.to_vec(),
             q_heads: 2,
             softmax_scale: 0.5,
+            index: IndexChoice::Best,
+            row_cache_rows: 0,
         };
         let mut stream = client.decode(&namespace(), open).await.expect("a stream");
-        assert_eq!(stream.opened(), (8, "flat"));
+        assert_eq!((stream.opened().tokens, stream.opened().index.as_str()), (8, "flat"));
         let query = Query {
             sequence: 5,
             layer: 1,
@@ -583,6 +592,7 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
             form: Form::Attend {
                 target_mass: 1.0,
                 k_max: 0,
+                options: AttendOptions::default(),
             },
             excluded: vec![],
             deadline: None,
@@ -607,6 +617,109 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
                 assert_eq!(error.kind, ErrorKind::Internal, "{error}");
                 assert!(error.message.contains(message), "{error} does not say {message:?}");
             }
+            (other, _) => panic!("{other:?}, expected {message:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn rows_that_do_not_fit_together_are_refused() {
+    let row_bytes = 4 * 2;
+    let good = v1::HeadRows {
+        positions: vec![1, 3, 6],
+        keys: Bytes::from(vec![0; 2 * row_bytes]),
+        values: Bytes::from(vec![0; 2 * row_bytes]),
+        sent: vec![0, 2],
+        partial: true,
+    };
+    type Break = fn(&mut v1::HeadRows);
+    let table: [(Break, Option<&str>); 6] = [
+        (|_| {}, None),
+        (
+            |rows| rows.positions[2] = 8,
+            Some("rows.heads[0].positions: must rise and stay below 8"),
+        ),
+        (
+            |rows| rows.sent = vec![2, 0],
+            Some("rows.heads[0].sent: must rise and stay below 3"),
+        ),
+        (
+            |rows| rows.sent = vec![0, 3],
+            Some("rows.heads[0].sent: must rise and stay below 3"),
+        ),
+        (
+            |rows| rows.sent = vec![0],
+            Some("rows.heads[0].keys: 16 bytes instead of 8"),
+        ),
+        // Without the mark, `sent` says nothing and all rows must be there.
+        (
+            |rows| rows.partial = false,
+            Some("rows.heads[0].keys: 16 bytes instead of 24"),
+        ),
+    ];
+    for (damage, message) in table {
+        let mut rows = good.clone();
+        damage(&mut rows);
+        let opened = v1::Opened {
+            tokens: 8,
+            index: "flat".to_owned(),
+            ..v1::Opened::default()
+        };
+        let opened = v1::DecodeReply {
+            result: Some(v1::decode_reply::Result::Opened(opened)),
+            ..v1::DecodeReply::default()
+        };
+        let heads = vec![rows; usize::from(namespace().schema.kv_heads)];
+        let reply = v1::DecodeReply {
+            sequence: 5,
+            result: Some(v1::decode_reply::Result::Rows(v1::RowsResult { heads })),
+            report: Some(v1::RetrievalReport {
+                mass_covered: vec![1.0, 1.0],
+                ..v1::RetrievalReport::default()
+            }),
+            ..v1::DecodeReply::default()
+        };
+        let script = Script {
+            decodes: vec![Some(Ok(opened)), Some(Ok(reply)), None],
+            ..Script::default()
+        };
+        let client = client_of(script).await;
+        let open = OpenContext {
+            chain: CHAIN.to_vec(),
+            q_heads: 2,
+            softmax_scale: 0.5,
+            index: IndexChoice::Best,
+            row_cache_rows: 8,
+        };
+        let mut stream = client.decode(&namespace(), open).await.expect("a stream");
+        let short = Hint {
+            layer: 1,
+            q: vec![0.0; 7],
+        };
+        let error = stream.hint(short).await.expect_err("too short");
+        assert!(error.message.contains("q: 7 values, 2 heads of 4 are 8"), "{error}");
+        let hint = Hint {
+            layer: 1,
+            q: vec![0.0; 8],
+        };
+        stream.hint(hint).await.expect("a hint has no reply");
+        let query = Query {
+            sequence: 5,
+            layer: 0,
+            q: vec![0.0; 8],
+            form: Form::Rows { k: 3 },
+            excluded: vec![],
+            deadline: None,
+        };
+        stream.send(query).await.expect("sent");
+        match (stream.receive().await, message) {
+            (Ok(reply), None) => {
+                let Found::Rows(heads) = reply.found else {
+                    panic!("rows were asked for");
+                };
+                assert_eq!(heads[0].sent, Some(vec![0, 2]));
+            }
+            (Err(error), Some(message)) => assert!(error.message.contains(message), "{error} does not say {message:?}"),
             (other, _) => panic!("{other:?}, expected {message:?}"),
         }
     }

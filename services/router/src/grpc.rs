@@ -212,6 +212,7 @@ fn attention_of(attention: &Attention) -> v1::AttentionOptions {
         Some(AttentionMode::Full) => v1::AttentionMode::Full,
         Some(AttentionMode::Rows) => v1::AttentionMode::Rows,
         Some(AttentionMode::Attend) => v1::AttentionMode::Attend,
+        Some(AttentionMode::Auto) => v1::AttentionMode::Auto,
     };
     v1::AttentionOptions {
         mode: mode.into(),
@@ -221,6 +222,13 @@ fn attention_of(attention: &Attention) -> v1::AttentionOptions {
         window: attention.window.unwrap_or(0),
         has_sink: attention.sink.is_some(),
         has_window: attention.window.is_some(),
+        tail: attention.tail.unwrap_or(false),
+        has_tail: attention.tail.is_some(),
+        certificate: attention.certificate.unwrap_or_default().to_owned(),
+        missed_mass_max: attention.missed_mass_max.unwrap_or(0.0),
+        has_missed_mass_max: attention.missed_mass_max.is_some(),
+        effort: attention.effort.unwrap_or(0.0),
+        index: attention.index.unwrap_or_default().to_owned(),
     }
 }
 
@@ -263,11 +271,13 @@ fn report_of(wire: v1::GenerateReport) -> Report {
         v1::AttentionMode::Full => Some(AttentionMode::Full),
         v1::AttentionMode::Rows => Some(AttentionMode::Rows),
         v1::AttentionMode::Attend => Some(AttentionMode::Attend),
+        v1::AttentionMode::Auto => Some(AttentionMode::Auto),
     };
+    let given = |words: String| (!words.is_empty()).then_some(words);
     Report {
         attention,
         fell_back: wire.fell_back,
-        reason: (!wire.fallback_reason.is_empty()).then_some(wire.fallback_reason),
+        reason: given(wire.fallback_reason),
         bytes_pushed: wire.bytes_pushed,
         bytes_loaded: wire.bytes_loaded,
         keys_scanned: wire.keys_scanned,
@@ -275,6 +285,19 @@ fn report_of(wire: v1::GenerateReport) -> Report {
         keys_attended: wire.keys_attended,
         mass_covered_p50: wire.mass_covered_p50,
         mass_covered_min: wire.mass_covered_min,
+        index: given(wire.index),
+        index_reason: given(wire.index_reason),
+        missed_mass_bound_p50: wire.missed_mass_bound_p50,
+        missed_mass_bound_max: wire.missed_mass_bound_max,
+        escalations: wire.escalations,
+        hinted: wire.hinted,
+        search_ms: wire.search_ms,
+        store_queued_ms: wire.store_queued_ms,
+        waited_ms: wire.waited_ms,
+        search_hidden: wire.search_hidden,
+        wire_us_p50: wire.wire_us_p50,
+        rows: wire.rows,
+        rows_kept: wire.rows_kept,
         retrieved_bytes: wire.retrieved_bytes,
         round_trips: wire.round_trips,
         queue_ms: wire.queue_ms,

@@ -54,6 +54,16 @@ pub(crate) struct Attention {
     pub(crate) sink: Option<u32>,
     /// Last tokens that stay local.
     pub(crate) window: Option<u32>,
+    /// Name of the index that is wanted.
+    pub(crate) index: Option<&'static str>,
+    /// Whether attend estimates what it does not attend to.
+    pub(crate) tail: Option<bool>,
+    /// Name of how attend bounds the missed mass.
+    pub(crate) certificate: Option<&'static str>,
+    /// Largest bound that is accepted without looking further; 0 for any.
+    pub(crate) missed_mass_max: Option<f32>,
+    /// Share of the keys that may be scored exactly.
+    pub(crate) effort: Option<f32>,
 }
 
 /// Which keys a decoding query sees, and where the work is done.
@@ -63,6 +73,7 @@ pub(crate) enum AttentionMode {
     Full,
     Rows,
     Attend,
+    Auto,
 }
 
 /// What a worker says while it generates.
@@ -121,6 +132,21 @@ pub(crate) struct Report {
     pub(crate) keys_attended: u64,
     pub(crate) mass_covered_p50: f32,
     pub(crate) mass_covered_min: f32,
+    /// Index that served; `null` where nothing was retrieved.
+    pub(crate) index: Option<String>,
+    /// Why not a better one.
+    pub(crate) index_reason: Option<String>,
+    pub(crate) missed_mass_bound_p50: f32,
+    pub(crate) missed_mass_bound_max: f32,
+    pub(crate) escalations: u64,
+    pub(crate) hinted: u64,
+    pub(crate) search_ms: f32,
+    pub(crate) store_queued_ms: f32,
+    pub(crate) waited_ms: f32,
+    pub(crate) search_hidden: f32,
+    pub(crate) wire_us_p50: f32,
+    pub(crate) rows: u64,
+    pub(crate) rows_kept: u64,
     pub(crate) retrieved_bytes: u64,
     pub(crate) round_trips: u64,
     pub(crate) queue_ms: f32,

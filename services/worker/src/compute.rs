@@ -31,7 +31,7 @@ use crate::{
     onboard::{Onboard, StoreHit},
     outbox::{Failure, Outbox},
     request::Request,
-    retrieval::{Link, LinkShape},
+    retrieval::{Experience, Link, LinkShape},
     sequence::{Phase, Sequence},
     store_session::StoreSession,
 };
@@ -108,6 +108,7 @@ pub(crate) struct Store {
     pub(crate) session: Arc<StoreSession>,
     pub(crate) offload: Arc<Offload>,
     pub(crate) metrics: StoreMetrics,
+    pub(crate) experience: Arc<Experience>,
 }
 
 /// What of the configuration the compute thread needs.
@@ -120,6 +121,8 @@ pub(crate) struct Settings {
     pub(crate) context_timeout: Duration,
     pub(crate) retrieval_timeout: Duration,
     pub(crate) lease: Duration,
+    pub(crate) hint_from_layer: usize,
+    pub(crate) row_cache_bytes: usize,
 }
 
 /// What the compute thread shares with the rest of the worker.

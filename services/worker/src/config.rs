@@ -1,6 +1,11 @@
 //! `[worker]`: every key with its meaning, unit and default.
 
-use std::net::{Ipv4Addr, SocketAddr};
+mod attention;
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
 
 use kvasir_block::Tenant;
 use kvasir_runtime::{
@@ -8,6 +13,8 @@ use kvasir_runtime::{
     units::{ByteSize, HumanDuration},
 };
 use serde::{Deserialize, Serialize};
+
+pub use attention::{AttentionConfig, AttentionMode, Certificate, IndexWanted};
 
 /// Configuration of a worker. Fill in what differs and leave the rest to `..Default::default()`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,50 +58,13 @@ pub struct WorkerConfig {
     pub retrieval_timeout: HumanDuration,
     /// Lease asked for on matched blocks: long enough to queue and load.
     pub lease: HumanDuration,
+    /// Basis of the sketches that the store makes of this model's keys, a file of `kvasir calibrate`; empty takes the one
+    /// beside the model file (`.basis` behind its name), else the one that comes with the program, else none.
+    pub basis: PathBuf,
     /// How long stopping waits for running requests, and then again for the offload queue.
     pub drain_grace: HumanDuration,
     /// What a request's attention is when it does not say.
     pub attention: AttentionConfig,
-}
-
-/// `[worker.attention]`: the defaults of a request's attention options.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AttentionConfig {
-    /// `full`, `rows` or `attend`.
-    pub mode: AttentionMode,
-    /// Keys per query head that `rows` brings.
-    pub k: u32,
-    /// Share of the searched softmax mass that `attend` covers, (0, 1].
-    pub target_mass: f32,
-    /// First tokens of the context that the worker attends to by itself.
-    pub sink: u32,
-    /// Last tokens of the context that the worker attends to by itself.
-    pub window: u32,
-}
-
-/// How a request's decoding attends to its prompt.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AttentionMode {
-    /// To every key, in the worker's own pages.
-    #[default]
-    Full,
-    /// To the static set, the new tokens, and the best keys, whose rows the store sends.
-    Rows,
-    /// To the static set and the new tokens; the store sends the finished partial over the rest.
-    Attend,
-}
-
-impl AttentionMode {
-    /// The word in configuration, requests and reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Full => "full",
-            Self::Rows => "rows",
-            Self::Attend => "attend",
-        }
-    }
 }
 
 impl Default for WorkerConfig {
@@ -117,20 +87,9 @@ impl Default for WorkerConfig {
             context_timeout: HumanDuration::secs(10),
             retrieval_timeout: HumanDuration::millis(500),
             lease: HumanDuration::secs(30),
+            basis: PathBuf::new(),
             drain_grace: HumanDuration::secs(10),
             attention: AttentionConfig::default(),
-        }
-    }
-}
-
-impl Default for AttentionConfig {
-    fn default() -> Self {
-        Self {
-            mode: AttentionMode::Full,
-            k: 256,
-            target_mass: 0.99,
-            sink: 128,
-            window: 512,
         }
     }
 }
@@ -226,24 +185,6 @@ impl WorkerConfig {
     }
 }
 
-impl AttentionConfig {
-    /// Checks the values; `parent` is the path that errors name.
-    pub(crate) fn validate(&self, parent: &str) -> Result<(), InvalidConfig> {
-        // Written so that NaN fails too.
-        if !(self.target_mass > 0.0 && self.target_mass <= 1.0) {
-            let problem = format!("{}: a share of the softmax mass lies in (0, 1]", self.target_mass);
-            return Err(InvalidConfig::new(&format!("{parent}.target_mass"), problem));
-        }
-        if self.k == 0 {
-            return Err(InvalidConfig::new(
-                &format!("{parent}.k"),
-                "0: rows need at least one key",
-            ));
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -275,6 +216,13 @@ mod tests {
             ),
             (with(|c| c.attention.target_mass = 1.5), "worker.attention.target_mass"),
             (with(|c| c.attention.k = 0), "worker.attention.k"),
+            (with(|c| c.attention.effort = 1.5), "worker.attention.effort"),
+            (with(|c| c.attention.effort = f32::NAN), "worker.attention.effort"),
+            (
+                // Without a certificate there is no bound to compare with.
+                with(|c| c.attention.missed_mass_max = 0.1),
+                "worker.attention.missed_mass_max",
+            ),
         ];
         for (config, key) in table {
             assert_eq!(config.validate().expect_err(key).key, key);

@@ -26,6 +26,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod basis;
 mod compute;
 mod config;
 mod device_tier;
@@ -45,5 +46,5 @@ mod store_session;
 mod text;
 mod worker;
 
-pub use config::{AttentionConfig, AttentionMode, InvalidConfig, WorkerConfig};
+pub use config::{AttentionConfig, AttentionMode, Certificate, IndexWanted, InvalidConfig, WorkerConfig};
 pub use worker::Worker;

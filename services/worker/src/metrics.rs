@@ -113,6 +113,18 @@ pub(crate) struct StoreMetrics {
     pub(crate) loads_cut: Counter,
     /// From the query of one layer to its partial.
     pub(crate) retrieval_seconds: Histogram,
+    /// Of that: the compute thread waiting with nothing else left to do.
+    pub(crate) retrieval_wait_seconds: Histogram,
+    /// Searching at the store, as it says.
+    pub(crate) retrieval_search_seconds: Histogram,
+    /// Replies whose search had begun with a hint.
+    pub(crate) retrieval_hinted: Counter,
+    /// Replies whose bound of the missed mass was too large at first.
+    pub(crate) retrieval_escalations: Counter,
+    /// Rows that replies were made of, over KV heads.
+    pub(crate) rows: Counter,
+    /// Of those: rows that were kept from earlier replies.
+    pub(crate) rows_kept: Counter,
 }
 
 impl StoreMetrics {
@@ -122,6 +134,12 @@ impl StoreMetrics {
             loaded_bytes: counter!("kvasir_worker_onboard_loaded_bytes_total"),
             loads_cut: counter!("kvasir_worker_onboard_cut_total"),
             retrieval_seconds: histogram!("kvasir_worker_retrieval_seconds"),
+            retrieval_wait_seconds: histogram!("kvasir_worker_retrieval_wait_seconds"),
+            retrieval_search_seconds: histogram!("kvasir_worker_retrieval_search_seconds"),
+            retrieval_hinted: counter!("kvasir_worker_retrieval_hinted_total"),
+            retrieval_escalations: counter!("kvasir_worker_retrieval_escalations_total"),
+            rows: counter!("kvasir_worker_retrieval_rows_total"),
+            rows_kept: counter!("kvasir_worker_retrieval_rows_kept_total"),
         }
     }
 }

@@ -54,6 +54,8 @@ pub(crate) struct Report {
     /// Layer-block bytes that came from the store into pages for this request.
     pub(crate) bytes_loaded: u64,
     pub(crate) retrieval: Tally,
+    /// Mean negative log-likelihood of the forced tokens, in nats; 0 without any.
+    pub(crate) forced_nll: f32,
     pub(crate) queued: Duration,
     pub(crate) prefill: Duration,
     pub(crate) decode: Duration,

@@ -3,7 +3,7 @@
 use kvasir_model::{InvalidSampling, Sampling};
 use kvasir_runtime::request_id::RequestId;
 
-use crate::config::{AttentionConfig, AttentionMode};
+use crate::config::{AttentionConfig, AttentionMode, Certificate, IndexWanted};
 
 /// A request as it came: nothing checked, absent where the caller left a field out.
 #[derive(Clone, Debug, Default)]
@@ -27,13 +27,18 @@ pub(crate) struct AskedSampling {
     pub(crate) seed: Option<u64>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct AskedAttention {
     pub(crate) mode: Option<AttentionMode>,
     pub(crate) k: Option<u32>,
     pub(crate) target_mass: Option<f32>,
     pub(crate) sink: Option<u32>,
     pub(crate) window: Option<u32>,
+    pub(crate) index: Option<IndexWanted>,
+    pub(crate) tail: Option<bool>,
+    pub(crate) certificate: Option<Certificate>,
+    pub(crate) missed_mass_max: Option<f32>,
+    pub(crate) effort: Option<f32>,
 }
 
 /// What this worker can do.
@@ -67,14 +72,23 @@ pub(crate) struct Request {
 }
 
 /// Attention options with every default filled in.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Attention {
     pub(crate) mode: AttentionMode,
-    /// Keys per query head: how many `rows` brings; for `attend` a bound, where the request set one.
-    pub(crate) k: Option<u32>,
+    /// Keys per query head that `rows` brings.
+    pub(crate) k: u32,
+    /// Most keys per query head of `attend`, where the request set a bound; else 0.
+    pub(crate) k_max: u32,
     pub(crate) target_mass: f32,
     pub(crate) sink: usize,
     pub(crate) window: usize,
+    pub(crate) index: IndexWanted,
+    pub(crate) tail: bool,
+    pub(crate) certificate: Certificate,
+    /// 0 for any.
+    pub(crate) missed_mass_max: f32,
+    /// 0 for the store's default.
+    pub(crate) effort: f32,
 }
 
 /// A request that is refused; both messages say what to do.
@@ -236,30 +250,50 @@ fn check_stops(stops: &[String]) -> Result<(), Refusal> {
 }
 
 fn attention(asked: &AskedAttention, default: &AttentionConfig) -> Result<Attention, Refusal> {
-    let mode = asked.mode.unwrap_or(default.mode);
-    let filled = AttentionConfig {
-        mode,
+    let mut filled = AttentionConfig {
+        mode: asked.mode.unwrap_or(default.mode),
         k: asked.k.unwrap_or(default.k),
         target_mass: asked.target_mass.unwrap_or(default.target_mass),
         sink: asked.sink.unwrap_or(default.sink),
         window: asked.window.unwrap_or(default.window),
+        index: asked.index.unwrap_or(default.index),
+        tail: asked.tail.unwrap_or(default.tail),
+        certificate: asked.certificate.unwrap_or(default.certificate),
+        missed_mass_max: asked.missed_mass_max.unwrap_or(default.missed_mass_max),
+        effort: asked.effort.unwrap_or(default.effort),
+        ..*default
     };
-    if !(filled.target_mass > 0.0 && filled.target_mass <= 1.0) {
-        let problem = format!("{}: a share of the softmax mass lies in (0, 1]", filled.target_mass);
-        return refuse("attention.target_mass", problem);
+    if filled.certificate == Certificate::None && asked.missed_mass_max.is_none() {
+        // Who asks for no certificate asks for no bound either.
+        filled.missed_mass_max = 0.0;
     }
-    let k = match mode {
-        AttentionMode::Rows => Some(filled.k),
-        AttentionMode::Attend => asked.k,
-        AttentionMode::Full => None,
-    };
+    if let Some((key, problem)) = filled.problem() {
+        return refuse(field_of(key), problem);
+    }
     Ok(Attention {
-        mode,
-        k,
+        mode: filled.mode,
+        k: filled.k,
+        k_max: asked.k.unwrap_or(0),
         target_mass: filled.target_mass,
         sink: filled.sink as usize,
         window: filled.window as usize,
+        index: filled.index,
+        tail: filled.tail,
+        certificate: filled.certificate,
+        missed_mass_max: filled.missed_mass_max,
+        effort: filled.effort,
     })
+}
+
+/// The path of an attention option, as errors name it.
+fn field_of(key: &str) -> &'static str {
+    match key {
+        "target_mass" => "attention.target_mass",
+        "k" => "attention.k",
+        "missed_mass_max" => "attention.missed_mass_max",
+        "effort" => "attention.effort",
+        _ => "attention",
+    }
 }
 
 #[cfg(test)]

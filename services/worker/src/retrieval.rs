@@ -8,17 +8,24 @@
 //! the KV that full attention computes, so its blocks must never get the name of their tokens: they are neither cached
 //! nor pushed, and stay local until the sequence ends.
 
+mod auto;
 mod link;
 mod open;
+mod row_cache;
+mod rows;
 mod tally;
+mod wire;
 
 use std::ops::Range;
 
 use crate::request::Attention;
 
-pub(crate) use link::{Link, LinkShape};
-pub(crate) use open::{Opening, carry, open};
+pub(crate) use auto::{Experience, ReplyShape};
+pub(crate) use link::{Link, LinkAround, LinkPlan, LinkShape};
+pub(crate) use open::{Opening, open};
+pub(crate) use row_cache::rows_within;
 pub(crate) use tally::Tally;
+pub(crate) use wire::StoreWire;
 
 /// Which positions are whose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,10 +89,10 @@ mod tests {
     fn split(prompt: usize, sink: usize, window: usize) -> Option<Split> {
         let attention = Attention {
             mode: AttentionMode::Attend,
-            k: None,
             target_mass: 1.0,
             sink,
             window,
+            ..Attention::default()
         };
         Split::new(prompt, 16, &attention)
     }

@@ -48,6 +48,8 @@ pub(crate) struct Sequence {
     told_started: bool,
     outbox: Outbox,
     produced: usize,
+    /// Negative log-likelihood of the forced tokens so far, in nats.
+    forced_nll: f64,
     sampler: Sampler,
     decoder: TextDecoder,
     stops: StopText,
@@ -111,6 +113,7 @@ impl Sequence {
             told_started: false,
             outbox,
             produced: 0,
+            forced_nll: 0.0,
             sampler: Sampler::new(request.sampling.clone()),
             decoder: tokenizer.decoder(),
             stops: StopText::new(stops),
@@ -154,6 +157,9 @@ impl Sequence {
     pub(crate) fn choose(&mut self, logits: &[f32], stop_ids: &[u32]) -> Option<Reason> {
         let choice = self.sampler.sample(logits);
         let forced = self.request.forced.get(self.produced).copied();
+        if let Some(token) = forced {
+            self.forced_nll += negative_log_likelihood(logits, token);
+        }
         self.produced += 1;
         let is_stop = forced.is_none() && !self.request.ignore_eos && stop_ids.contains(&choice);
         let mut text = String::new();
@@ -207,6 +213,10 @@ impl Sequence {
                 bytes_pushed: self.bytes_pushed,
                 bytes_loaded: self.bytes_loaded,
                 retrieval: self.tally,
+                forced_nll: match self.request.forced.len().min(self.produced) {
+                    0 => 0.0,
+                    forced => (self.forced_nll / forced as f64) as f32,
+                },
                 queued,
                 prefill,
                 decode,
@@ -219,5 +229,38 @@ impl Sequence {
     /// Ends the sequence without a result.
     pub(crate) fn fail(self, failure: crate::outbox::Failure) {
         self.outbox.fail(failure);
+    }
+}
+
+/// `-ln softmax(logits)[token]`, in nats.
+fn negative_log_likelihood(logits: &[f32], token: u32) -> f64 {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|logit| f64::from(logit - highest).exp()).sum();
+    // Tokens were checked against the vocabulary at the door.
+    sum.ln() - f64::from(logits[token as usize] - highest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn likelihoods_are_those_of_the_softmax() {
+        let ln = f64::ln;
+        // Logits, a token, what it costs.
+        let table = [
+            (vec![0.0; 4], 2, ln(4.0)),
+            (vec![(1.0_f32).ln(), (3.0_f32).ln()], 1, ln(4.0 / 3.0)),
+            (vec![(1.0_f32).ln(), (3.0_f32).ln()], 0, ln(4.0)),
+            // Far beyond what exp can hold.
+            (vec![1000.0, 1000.0, -1000.0], 0, ln(2.0)),
+        ];
+        for (logits, token, expected) in table {
+            let found = negative_log_likelihood(&logits, token);
+            assert!(
+                (found - expected).abs() < 1e-6,
+                "{logits:?}[{token}]: {found} is not {expected}"
+            );
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use kvasir_block::{KvSchema, Tenant};
 use kvasir_client::{ClientError, ErrorKind, Namespace, StoreClient};
 use kvasir_runtime::request_id::RequestId;
@@ -23,6 +24,8 @@ pub(crate) struct StoreSession {
     client: StoreClient,
     tenant: Tenant,
     schema: KvSchema,
+    /// Basis of the sketches of this model's keys, as a file; empty without one.
+    basis: Bytes,
     namespace: watch::Sender<Option<Namespace>>,
     tasks: TaskTracker,
     runtime: Handle,
@@ -43,6 +46,7 @@ impl StoreSession {
         client: StoreClient,
         tenant: Tenant,
         schema: KvSchema,
+        basis: Bytes,
         tasks: TaskTracker,
         metrics: StoreMetrics,
     ) -> Self {
@@ -51,6 +55,7 @@ impl StoreSession {
             client,
             tenant,
             schema,
+            basis,
             namespace: watch::Sender::new(None),
             tasks,
             runtime: Handle::current(),
@@ -107,6 +112,23 @@ impl StoreSession {
         }
     }
 
+    /// Opens the namespace with the basis. A store that has another one for it is taken as it is: its sketches are as good
+    /// as their basis, and blocks are the same.
+    async fn open(&self) -> Result<Namespace, ClientError> {
+        let (tenant, schema) = (&self.tenant, &self.schema);
+        match self
+            .client
+            .open_namespace_with(tenant, schema, self.basis.clone())
+            .await
+        {
+            Err(error) if !self.basis.is_empty() && error.kind == ErrorKind::Invalid => {
+                tracing::warn!(%error, "the store did not take this worker's basis, going on with what it has");
+                self.client.open_namespace(tenant, schema).await
+            }
+            opened => opened,
+        }
+    }
+
     /// Connects, waits until the connection is lost, and connects again, until `stop` is cancelled.
     pub(crate) async fn keep(self: Arc<Self>, offload: Arc<Offload>, stop: CancellationToken) {
         let mut lost = self.namespace.subscribe();
@@ -116,11 +138,12 @@ impl StoreSession {
         loop {
             let opened = tokio::select! {
                 () = stop.cancelled() => return,
-                opened = self.client.open_namespace(&self.tenant, &self.schema) => opened,
+                opened = self.open() => opened,
             };
             match opened {
                 Ok(namespace) => {
-                    tracing::info!(namespace = ?namespace.id, epoch = namespace.epoch, "connected to the store");
+                    let sketched = namespace.basis.is_some();
+                    tracing::info!(namespace = ?namespace.id, epoch = namespace.epoch, sketched, "connected to the store");
                     if epoch.replace(namespace.epoch) != Some(namespace.epoch) {
                         // A store that started anew may have lost what the last one held.
                         offload.forget_all();

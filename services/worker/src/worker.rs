@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
+use bytes::Bytes;
 use kvasir_block::{KvSchema, NamespaceId, Tenant};
 use kvasir_client::{ClientConfig, StoreClient};
 use kvasir_model::{LoadOptions, Model, ModelFile, PagePool};
@@ -22,6 +23,7 @@ use tokio::{runtime::Handle, sync::oneshot, sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    basis,
     compute::{self, Command, Compute, ComputeHandle, Settings, Store, Surroundings},
     config::{InvalidConfig, WorkerConfig},
     events::EventHub,
@@ -77,7 +79,11 @@ impl Worker {
             .context("worker.admin_listen")?;
 
         let tasks = TaskTracker::new();
-        let store = connect(config, &schema, &tasks, &stop)?;
+        let basis = match config.store_url.as_str() {
+            "" => Bytes::new(),
+            _ => basis::find(&config.basis, &file)?,
+        };
+        let store = connect(config, &schema, basis, &tasks, &stop)?;
         let hub = Arc::new(EventHub::new(random(), NamespaceId::new(&plan.tenant, &schema)));
         let (load_sender, load) = watch::channel(Load::default());
         let (compute, commands) = compute::channel();
@@ -279,6 +285,8 @@ impl Plan {
             context_timeout: config.context_timeout.get(),
             retrieval_timeout: config.retrieval_timeout.get(),
             lease: config.lease.get(),
+            hint_from_layer: config.attention.hint_from_layer as usize,
+            row_cache_bytes: config.attention.row_cache_bytes.as_usize(),
         };
         Ok(Self {
             tenant,
@@ -303,6 +311,7 @@ impl Plan {
 fn connect(
     config: &WorkerConfig,
     schema: &KvSchema,
+    basis: Bytes,
     tasks: &TaskTracker,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<Store>> {
@@ -318,7 +327,7 @@ fn connect(
     })
     .context("worker.store_url")?;
     let metrics = StoreMetrics::new();
-    let session = StoreSession::new(client, tenant, schema.clone(), tasks.clone(), metrics.clone());
+    let session = StoreSession::new(client, tenant, schema.clone(), basis, tasks.clone(), metrics.clone());
     let offload = Offload::new(
         usize::from(schema.layers),
         schema.layer_block_bytes(),
@@ -332,6 +341,7 @@ fn connect(
         session,
         offload,
         metrics,
+        experience: Arc::default(),
     }))
 }
 

@@ -213,6 +213,7 @@ async fn to_the_store(cluster: &Cluster) -> Result<()> {
         tenant: "tests".to_owned(),
         schema: Some((&schema).into()),
         expected_namespace: vec![9; 32].into(),
+        ..OpenNamespaceRequest::default()
     };
     assert_eq!(
         raw.open_namespace(expected)

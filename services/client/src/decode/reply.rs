@@ -1,5 +1,7 @@
 //! Checks that a reply is the answer to its query, in shape and in size.
 
+use std::time::Duration;
+
 use kvasir_proto::{InvalidMessage, convert, v1};
 use prost::Message;
 
@@ -49,22 +51,29 @@ impl DecodeStream {
             return Err(InvalidMessage::new("rows.heads", problem));
         }
         let mut heads = Vec::with_capacity(kv_heads);
-        for (
-            i,
-            v1::HeadRows {
+        for (i, head) in rows.heads.into_iter().enumerate() {
+            let v1::HeadRows {
                 positions,
                 keys,
                 values,
-            },
-        ) in rows.heads.into_iter().enumerate()
-        {
+                sent,
+                partial,
+            } = head;
             let field = |name: &str| format!("rows.heads[{i}].{name}");
-            let rising = positions.windows(2).all(|pair| pair[0] < pair[1]);
-            if !rising || positions.last().is_some_and(|last| *last >= self.tokens) {
-                let problem = format!("must rise and stay below {}", self.tokens);
+            let rises = |values: &[u32], below: u32| {
+                values.windows(2).all(|pair| pair[0] < pair[1]) && values.last().is_none_or(|last| *last < below)
+            };
+            if !rises(&positions, self.opened.tokens) {
+                let problem = format!("must rise and stay below {}", self.opened.tokens);
                 return Err(InvalidMessage::new(field("positions"), problem));
             }
-            let bytes = positions.len() * row_bytes;
+            // Positions are below a u32, so there are no more of them than that.
+            if partial && !rises(&sent, positions.len() as u32) {
+                let problem = format!("must rise and stay below {}", positions.len());
+                return Err(InvalidMessage::new(field("sent"), problem));
+            }
+            let rows = if partial { sent.len() } else { positions.len() };
+            let bytes = rows * row_bytes;
             for (name, found) in [("keys", keys.len()), ("values", values.len())] {
                 if found != bytes {
                     return Err(InvalidMessage::new(
@@ -75,6 +84,7 @@ impl DecodeStream {
             }
             heads.push(HeadRows {
                 positions,
+                sent: partial.then_some(sent),
                 keys,
                 values,
             });
@@ -112,6 +122,11 @@ impl DecodeStream {
             let problem = format!("{} values for {} heads", report.mass_covered.len(), self.q_heads);
             return Err(InvalidMessage::new("report.mass_covered", problem));
         }
+        let bounds = report.missed_mass_bound.len();
+        if bounds != 0 && bounds != self.q_heads {
+            let problem = format!("{bounds} values for {} heads", self.q_heads);
+            return Err(InvalidMessage::new("report.missed_mass_bound", problem));
+        }
         Ok(Report {
             keys_scanned: report.keys_scanned,
             keys_total: report.keys_total,
@@ -119,6 +134,13 @@ impl DecodeStream {
             mass_covered: report.mass_covered,
             shortfall,
             bytes_read: report.bytes_read,
+            index: report.index,
+            missed_mass_bound: report.missed_mass_bound,
+            keys_rescored: report.keys_rescored,
+            hinted: report.hinted,
+            escalated: report.escalated,
+            search: Duration::from_micros(report.search_us.into()),
+            queued: Duration::from_micros(report.waited_us.into()),
         })
     }
 }

@@ -78,6 +78,23 @@ impl Fields {
         }
     }
 
+    /// Takes one of a few texts.
+    pub(crate) fn choice(
+        &mut self,
+        name: &'static str,
+        choices: &[&'static str],
+    ) -> Result<Option<&'static str>, ApiError> {
+        let Some(text) = self.text(name)? else { return Ok(None) };
+        match choices.iter().find(|choice| **choice == text) {
+            Some(choice) => Ok(Some(choice)),
+            None => {
+                let path = self.path_of(name);
+                let message = format!("{path} is none of {}", choices.join(", "));
+                Err(ApiError::invalid(path, message))
+            }
+        }
+    }
+
     /// Takes a truth value.
     pub(crate) fn flag(&mut self, name: &'static str) -> Result<Option<bool>, ApiError> {
         match self.take(name) {
@@ -270,8 +287,9 @@ impl Kvasir {
             Some("full") => Some(AttentionMode::Full),
             Some("rows") => Some(AttentionMode::Rows),
             Some("attend") => Some(AttentionMode::Attend),
+            Some("auto") => Some(AttentionMode::Auto),
             Some(_) => {
-                let message = "kvasir.attention is none of \"full\", \"rows\" and \"attend\"";
+                let message = "kvasir.attention is none of \"full\", \"rows\", \"attend\" and \"auto\"";
                 return Err(ApiError::invalid("kvasir.attention", message));
             }
         };
@@ -286,6 +304,11 @@ impl Kvasir {
             target_mass: target_mass.map(|mass| mass as f32),
             sink: own.count("sink", 0..=u32::MAX)?,
             window: own.count("window", 0..=u32::MAX)?,
+            index: own.choice("index", &["best", "flat", "sketch"])?,
+            tail: own.flag("tail")?,
+            certificate: own.choice("certificate", &["none", "statistical", "deterministic"])?,
+            missed_mass_max: own.number("missed_mass_max", 0.0..=1.0)?.map(|mass| mass as f32),
+            effort: own.number("effort", 0.0..=1.0)?.map(|share| share as f32),
         };
         let cache_salt = own.text("cache_salt")?.unwrap_or_default();
         if cache_salt.len() > SALT_BYTES_MAX {

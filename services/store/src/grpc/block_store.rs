@@ -131,6 +131,8 @@ impl BlockStoreApi {
             segment_format: SEGMENT_FORMAT,
             index_format: INDEX_FORMAT,
             epoch: cache.epoch(),
+            // There is no index here that a basis would serve.
+            basis_id: bytes::Bytes::new(),
         })
     }
 
@@ -207,5 +209,6 @@ fn stat_reply(stats: &CacheStats) -> v1::StatReply {
         flush_queue_blocks: stats.disk.queued_layer_blocks,
         leases: stats.leases,
         flush_dropped: stats.disk.refused,
+        namespaces_with_basis: 0,
     }
 }

@@ -57,6 +57,13 @@ impl Retrieval for RetrievalApi {
     }
 }
 
+/// What a message leads to.
+enum Turn {
+    Reply(v1::DecodeReply),
+    Silent,
+    End,
+}
+
 struct Call {
     served: Arc<Served>,
     requests: Streaming<v1::DecodeRequest>,
@@ -67,6 +74,17 @@ struct Call {
 
 impl Call {
     async fn next(mut self) -> Result<Option<(v1::DecodeReply, Self)>, Status> {
+        loop {
+            match self.turn().await? {
+                Turn::Reply(reply) => return Ok(Some((reply, self))),
+                Turn::Silent => {}
+                Turn::End => return Ok(None),
+            }
+        }
+    }
+
+    /// Takes one message.
+    async fn turn(&mut self) -> Result<Turn, Status> {
         let stop = self.served.stopping.clone();
         let message = tokio::select! {
             biased;
@@ -76,7 +94,7 @@ impl Call {
         let span = self.span.clone();
         let request = match message {
             Ok(Some(v1::DecodeRequest { request })) => request,
-            Ok(None) => return Ok(None),
+            Ok(None) => return Ok(Turn::End),
             Err(status) => {
                 refused(CALL, &span, &status);
                 return Err(status);
@@ -85,9 +103,11 @@ impl Call {
         let reply = match request {
             Some(decode_request::Request::Open(open)) => observed("open_context", span, self.open(open)).await?,
             Some(decode_request::Request::Query(query)) => observed(CALL, span, self.answer(query)).await?,
-            None => return Err(Status::invalid_argument("request: is empty, send open or query")),
+            // The exact scan takes nothing from a forecast of the queries.
+            Some(decode_request::Request::Hint(_)) => return Ok(Turn::Silent),
+            None => return Err(Status::invalid_argument("request: is empty, send open, query or hint")),
         };
-        Ok(Some((reply, self)))
+        Ok(Turn::Reply(reply))
     }
 
     async fn open(&mut self, open: v1::OpenContext) -> Result<v1::DecodeReply, Status> {
@@ -108,6 +128,12 @@ impl Call {
         let opened = v1::Opened {
             tokens: u32::try_from(context.tokens()).unwrap_or(u32::MAX),
             index: context.index().to_owned(),
+            index_reason: match open.index.as_str() {
+                "" | "best" => String::new(),
+                index if index == context.index() => String::new(),
+                _ => format!("this store has the index {:?} only", context.index()),
+            },
+            basis: bytes::Bytes::new(),
         };
         self.context = Some(Arc::new(context));
         Ok(v1::DecodeReply {
@@ -139,10 +165,12 @@ impl Call {
             .map_err(|error| of_message(&error.inside("query")))?;
         let form = asked.form;
         let cache = self.served.cache()?;
-        let answer = self
+        let arrived = Instant::now();
+        let (queued, search, answer) = self
             .served
             .retrieval
             .run(move || {
+                let begun = Instant::now();
                 let query = Query {
                     layer: asked.layer,
                     q: &asked.q,
@@ -150,7 +178,8 @@ impl Call {
                     excluded: &asked.excluded,
                     deadline,
                 };
-                cache.retrieve(&context, &query)
+                let answer = cache.retrieve(&context, &query);
+                (begun - arrived, begun.elapsed(), answer)
             })
             .await?;
         let (found, report) = answer.map_err(|error| of_cache(&error))?;
@@ -163,7 +192,12 @@ impl Call {
             sequence,
             layer: wire_layer,
             result: Some(result(found)),
-            report: Some(wire_report(report)),
+            report: Some(v1::RetrievalReport {
+                index: self.context.as_ref().map_or("", |context| context.index()).to_owned(),
+                search_us: micros(search),
+                waited_us: micros(queued),
+                ..wire_report(report)
+            }),
         })
     }
 }
@@ -214,7 +248,7 @@ impl Asked {
                 }
                 Form::Rows { k }
             }
-            Some(v1::query::Form::Attend(v1::Attend { target_mass, k_max })) => Form::Attend {
+            Some(v1::query::Form::Attend(v1::Attend { target_mass, k_max, .. })) => Form::Attend {
                 target_mass,
                 k_max: (k_max > 0).then_some(k_max as usize),
             },
@@ -227,6 +261,10 @@ impl Asked {
             excluded: excluded.collect::<Result<_, _>>()?,
         })
     }
+}
+
+fn micros(duration: Duration) -> u32 {
+    u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
 }
 
 /// When an answer is of no use any more; 0 is never.
@@ -246,6 +284,8 @@ fn result(found: Found) -> decode_reply::Result {
                     positions,
                     keys,
                     values,
+                    sent: Vec::new(),
+                    partial: false,
                 },
             );
             decode_reply::Result::Rows(v1::RowsResult { heads: heads.collect() })
@@ -280,5 +320,6 @@ fn wire_report(report: Report) -> v1::RetrievalReport {
         mass_covered,
         shortfall: shortfall.into(),
         bytes_read,
+        ..v1::RetrievalReport::default()
     }
 }

@@ -27,6 +27,7 @@ async fn namespaces() {
         tenant: "default".to_owned(),
         schema: Some((&schema()).into()),
         expected_namespace: convert::namespace_bytes(setup.namespace.id),
+        ..v1::OpenNamespaceRequest::default()
     };
     store.open_namespace(good.clone()).await.expect("the id is right");
     let other_rope = kvasir_block::KvSchema {

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use futures::stream;
 use half::f16;
 use kvasir_block::{BlockHash, Checksum, LayerBlockLayout};
-use kvasir_client::{DecodeStream, ErrorKind, Form, Found, LayerBlock, OpenContext, Query};
+use kvasir_client::{AttendOptions, DecodeStream, ErrorKind, Form, Found, IndexChoice, LayerBlock, OpenContext, Query};
 use kvasir_proto::{
     convert,
     v1::{self, decode_request::Request, retrieval_client::RetrievalClient},
@@ -82,6 +82,8 @@ async fn open(setup: &Setup, chain: &[BlockHash]) -> DecodeStream {
         chain: chain.to_vec(),
         q_heads: Q_HEADS,
         softmax_scale: SCALE,
+        index: IndexChoice::Best,
+        row_cache_rows: 0,
     };
     setup.client.decode(&setup.namespace, open).await.expect("a context")
 }
@@ -107,12 +109,16 @@ async fn attend_over_everything_is_attention() {
     let chain = chain(50, 12);
     put(&setup, &chain).await;
     let mut stream = open(&setup, &chain).await;
-    assert_eq!(stream.opened(), (12 * 16, "flat"));
+    assert_eq!(
+        (stream.opened().tokens, stream.opened().index.as_str()),
+        (12 * 16, "flat")
+    );
     let (layout, kv_heads) = (layout(), usize::from(schema().kv_heads));
     // Several at once: answered in the order asked.
     let attend = Form::Attend {
         target_mass: 1.0,
         k_max: 0,
+        options: AttendOptions::default(),
     };
     for layer in 0..3 {
         stream.send(query(layer.into(), layer, attend)).await.expect("sent");
@@ -206,6 +212,8 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
         chain: chain.clone(),
         q_heads: Q_HEADS,
         softmax_scale: SCALE,
+        index: IndexChoice::Best,
+        row_cache_rows: 0,
     };
     let error = setup
         .client
@@ -225,12 +233,13 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
             hashes: convert::hash_bytes(&chain[..3]),
             q_heads,
             softmax_scale: SCALE,
+            ..v1::OpenContext::default()
         })
     };
     let q = |count: usize| convert::float_bytes(&vec![0.5; count]);
     let attend = Some(v1::query::Form::Attend(v1::Attend {
         target_mass: 1.0,
-        k_max: 0,
+        ..v1::Attend::default()
     }));
     let good = v1::Query {
         q: q(Q_HEADS * 32),
@@ -272,7 +281,7 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
                 query(|q| {
                     q.form = Some(v1::query::Form::Attend(v1::Attend {
                         target_mass: 1.5,
-                        k_max: 0,
+                        ..v1::Attend::default()
                     }))
                 }),
             ],

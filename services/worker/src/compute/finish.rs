@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
 use tracing::Instrument;
 
 use super::{Command, Compute, SequenceId};
 use crate::{
+    config::AttentionMode,
     outbox::Failure,
     report::Reason,
-    retrieval::{Link, Opening, Split, carry, open},
+    retrieval::{Link, LinkAround, LinkPlan, Opening, ReplyShape, Split, StoreWire, open, rows_within},
     sequence::{Phase, Sequence},
 };
 
@@ -88,7 +88,7 @@ impl Compute {
         let settings = self.around.settings;
         let sequence = &mut self.running[at];
         sequence.wants_retrieval = false;
-        let attention = sequence.request.attention;
+        let mut attention = sequence.request.attention;
         let Some(split) = Split::new(sequence.request.prompt.len(), settings.block_tokens, &attention) else {
             return;
         };
@@ -96,33 +96,54 @@ impl Compute {
         let Some(store) = self.around.store.clone() else {
             return self.give_up_retrieval(id, "no store is configured (worker.store_url)".to_owned());
         };
+        let shape = self.link_shape;
+        if attention.mode == AttentionMode::Auto {
+            attention.mode = store.experience.choose(ReplyShape {
+                q_heads: shape.q_heads,
+                head_dim: shape.head_dim,
+                k: attention.k as usize,
+            });
+            sequence.request.attention.mode = attention.mode;
+        }
+        let row_cache_rows = match attention.mode {
+            AttentionMode::Rows => {
+                rows_within(settings.row_cache_bytes, shape.layers, shape.kv_heads, shape.head_dim).min(split.context)
+            }
+            _ => 0,
+        };
         sequence.phase = Phase::Opening;
         let opening = Opening {
             client: store.session.client_for(&sequence.request.id),
             session: Arc::clone(&store.session),
             offload: store.offload,
             chain: sequence.chain.hashes()[..split.context_blocks()].to_vec(),
-            q_heads: self.link_shape.q_heads,
-            softmax_scale: self.link_shape.softmax_scale,
+            q_heads: shape.q_heads,
+            softmax_scale: shape.softmax_scale,
+            index: attention.index,
+            row_cache_rows,
             timeout: settings.context_timeout,
             sequence: id,
             compute: self.around.handle.clone(),
         };
-        let shape = self.link_shape;
+        let plan = LinkPlan {
+            split,
+            attention,
+            shape,
+            hint_from: settings.hint_from_layer,
+            row_cache_rows,
+        };
+        let around = LinkAround {
+            metrics: store.metrics,
+            experience: store.experience,
+        };
+        let runtime = self.around.runtime.clone();
         let task = async move {
-            let stream = match open(&opening).await {
-                Ok(stream) => stream,
-                Err(why) => {
-                    opening.compute.send(Command::Opened(id, Err(why))).await;
-                    return;
-                }
-            };
-            // One query and one reply are on their way at a time.
-            let (query_sender, queries) = mpsc::channel(1);
-            let (replies, reply_receiver) = mpsc::channel(1);
-            let link = Link::new(query_sender, reply_receiver, split, &attention, shape, store.metrics);
-            opening.compute.send(Command::Opened(id, Ok(Box::new(link)))).await;
-            carry(stream, queries, replies, opening.session).await;
+            let opened = open(&opening).await.map(|stream| {
+                let opened = stream.opened().clone();
+                let wire = StoreWire::new(stream, Arc::clone(&opening.session), runtime);
+                Box::new(Link::new(Box::new(wire), &opened, &plan, around))
+            });
+            opening.compute.send(Command::Opened(id, opened)).await;
         };
         let span = tracing::info_span!(parent: &sequence.span, "retrieve", mode = attention.mode.name());
         store.session.spawn(task.instrument(span));

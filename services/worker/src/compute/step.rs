@@ -123,6 +123,7 @@ impl Compute {
             store: self.around.store.as_ref(),
             settings: self.around.settings,
             runtime: &self.around.runtime,
+            layer: 0,
             culprit: None,
         };
         let result = self.model.step(&batch, &mut self.pool, &mut hooks);
@@ -277,6 +278,8 @@ struct Hooks<'a> {
     store: Option<&'a Store>,
     settings: Settings,
     runtime: &'a Handle,
+    /// The layer at work.
+    layer: usize,
     culprit: Option<Culprit>,
 }
 
@@ -285,11 +288,11 @@ impl Hooks<'_> {
     fn with_link<T>(
         &mut self,
         sequence: usize,
-        act: impl FnOnce(&mut Link, &Settings, &Handle) -> Result<T, String>,
+        act: impl FnOnce(&mut Link, &Settings) -> Result<T, String>,
     ) -> Result<T, StepAborted> {
         let id = self.ids[sequence];
         let result = match self.links.get_mut(&id) {
-            Some(link) => act(link, &self.settings, self.runtime),
+            Some(link) => act(link, &self.settings),
             None => Err("the sequence has no retrieval stream".to_owned()),
         };
         result.map_err(|why| {
@@ -301,6 +304,7 @@ impl Hooks<'_> {
 
 impl StepHooks for Hooks<'_> {
     fn before_layer(&mut self, layer: usize, pool: &mut PagePool) -> Result<(), StepAborted> {
+        self.layer = layer;
         for onboard in self.onboards.values_mut() {
             onboard.pump(pool);
         }
@@ -324,14 +328,23 @@ impl StepHooks for Hooks<'_> {
     }
 
     fn remote_begin(&mut self, layer: usize, sequence: usize, q: &[f32]) -> Result<(), StepAborted> {
-        self.with_link(sequence, |link, settings, _| {
+        self.with_link(sequence, |link, settings| {
             link.begin(layer, q, settings.retrieval_timeout)
         })
     }
 
+    fn wants_predicted(&self, sequence: usize) -> bool {
+        let link = self.links.get(&self.ids[sequence]);
+        link.is_some_and(|link| link.wants_hint(self.layer + 1))
+    }
+
+    fn predicted(&mut self, layer: usize, sequence: usize, q: &[f32]) -> Result<(), StepAborted> {
+        self.with_link(sequence, |link, _| link.hint(layer, q))
+    }
+
     fn remote_finish(&mut self, _layer: usize, sequence: usize) -> Result<Option<Partial>, StepAborted> {
-        self.with_link(sequence, |link, settings, runtime| {
-            link.finish(settings.retrieval_timeout, runtime).map(Some)
+        self.with_link(sequence, |link, settings| {
+            link.finish(settings.retrieval_timeout).map(Some)
         })
     }
 }

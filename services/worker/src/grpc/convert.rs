@@ -6,7 +6,7 @@ use kvasir_proto::{InvalidMessage, v1};
 use tonic::Status;
 
 use crate::{
-    config::AttentionMode,
+    config::{AttentionMode, Certificate, IndexWanted},
     load::Load,
     outbox::{Delivery, Failure},
     report::{Finished, Reason, Started},
@@ -51,8 +51,9 @@ fn asked_attention(options: v1::AttentionOptions) -> Result<AskedAttention, Inva
         Ok(v1::AttentionMode::Full) => Some(AttentionMode::Full),
         Ok(v1::AttentionMode::Rows) => Some(AttentionMode::Rows),
         Ok(v1::AttentionMode::Attend) => Some(AttentionMode::Attend),
+        Ok(v1::AttentionMode::Auto) => Some(AttentionMode::Auto),
         Err(_) => {
-            let problem = format!("{} is no mode: use full, rows or attend", options.mode);
+            let problem = format!("{} is no mode: use full, rows, attend or auto", options.mode);
             return Err(InvalidMessage::new("attention.mode", problem));
         }
     };
@@ -63,7 +64,45 @@ fn asked_attention(options: v1::AttentionOptions) -> Result<AskedAttention, Inva
         target_mass: (options.target_mass != 0.0).then_some(options.target_mass),
         sink: given(options.has_sink, options.sink),
         window: given(options.has_window, options.window),
+        index: named(
+            "attention.index",
+            &options.index,
+            IndexWanted::named,
+            "best, flat or sketch",
+        )?,
+        tail: (options.has_tail || options.tail).then_some(options.tail),
+        certificate: named(
+            "attention.certificate",
+            &options.certificate,
+            Certificate::named,
+            "none, statistical or deterministic",
+        )?,
+        missed_mass_max: (options.has_missed_mass_max || options.missed_mass_max != 0.0)
+            .then_some(options.missed_mass_max),
+        effort: (options.effort != 0.0).then_some(options.effort),
     })
+}
+
+/// What a name stands for; an empty one is absent.
+fn named<T>(
+    field: &str,
+    name: &str,
+    known: fn(&str) -> Option<T>,
+    expected: &str,
+) -> Result<Option<T>, InvalidMessage> {
+    if name.is_empty() {
+        return Ok(None);
+    }
+    match known(name) {
+        Some(value) => Ok(Some(value)),
+        None => {
+            let name: String = name.chars().take(32).collect();
+            Err(InvalidMessage::new(
+                field,
+                format!("{name:?} is not known: use {expected}"),
+            ))
+        }
+    }
 }
 
 /// A delivery as a message. Failures are statuses, see [`status`].
@@ -113,6 +152,7 @@ impl From<Finished> for v1::Finished {
             AttentionMode::Full => v1::AttentionMode::Full,
             AttentionMode::Rows => v1::AttentionMode::Rows,
             AttentionMode::Attend => v1::AttentionMode::Attend,
+            AttentionMode::Auto => v1::AttentionMode::Auto,
         };
         Self {
             reason: reason.into(),
@@ -135,6 +175,20 @@ impl From<Finished> for v1::Finished {
                 retrieved_bytes: tally.bytes,
                 round_trips: tally.round_trips,
                 fallback_reason: report.fallback.unwrap_or_default(),
+                index: tally.index.clone(),
+                index_reason: tally.index_reason.clone(),
+                missed_mass_bound_p50: tally.bound_p50(),
+                missed_mass_bound_max: tally.bound_max(),
+                escalations: tally.escalations,
+                hinted: tally.hinted,
+                search_ms: millis(tally.search),
+                store_queued_ms: millis(tally.store_queued),
+                waited_ms: millis(tally.waited),
+                search_hidden: tally.search_hidden(),
+                wire_us_p50: tally.wire_us_p50(),
+                rows: tally.rows,
+                rows_kept: tally.rows_kept,
+                forced_nll: report.forced_nll,
             }),
         }
     }
@@ -165,6 +219,8 @@ mod tests {
         let options = v1::AttentionOptions {
             mode: v1::AttentionMode::Attend.into(),
             has_sink: true,
+            has_missed_mass_max: true,
+            certificate: "statistical".to_owned(),
             ..v1::AttentionOptions::default()
         };
         let message = v1::GenerateRequest {
@@ -181,29 +237,43 @@ mod tests {
         let asked = asked(message).expect("well-formed");
         assert_eq!(asked.max_tokens, None);
         assert_eq!(asked.sampling.expect("given").seed, None);
-        let AskedAttention {
-            mode,
-            k,
-            target_mass,
-            sink,
-            window,
-        } = asked.attention;
-        assert_eq!(
-            (mode, k, target_mass, sink, window),
-            (Some(AttentionMode::Attend), None, None, Some(0), None)
-        );
+        let expected = AskedAttention {
+            mode: Some(AttentionMode::Attend),
+            sink: Some(0),
+            missed_mass_max: Some(0.0),
+            certificate: Some(Certificate::Statistical),
+            ..AskedAttention::default()
+        };
+        assert_eq!(asked.attention, expected);
     }
 
     #[test]
-    fn an_unknown_mode_is_refused() {
-        let message = v1::GenerateRequest {
-            attention: Some(v1::AttentionOptions {
-                mode: 9,
-                ..v1::AttentionOptions::default()
-            }),
-            ..v1::GenerateRequest::default()
+    fn unknown_choices_are_refused() {
+        let with = |change: fn(&mut v1::AttentionOptions)| {
+            let mut options = v1::AttentionOptions::default();
+            change(&mut options);
+            options
         };
-        let error = asked(message).expect_err("no such mode").to_string();
-        assert_eq!(error, "attention.mode: 9 is no mode: use full, rows or attend");
+        let table = [
+            (
+                with(|options| options.mode = 9),
+                "attention.mode: 9 is no mode: use full, rows, attend or auto",
+            ),
+            (
+                with(|options| options.index = "hnsw".to_owned()),
+                "attention.index: \"hnsw\" is not known: use best, flat or sketch",
+            ),
+            (
+                with(|options| options.certificate = "sure".to_owned()),
+                "attention.certificate: \"sure\" is not known: use none, statistical or deterministic",
+            ),
+        ];
+        for (options, expected) in table {
+            let message = v1::GenerateRequest {
+                attention: Some(options),
+                ..v1::GenerateRequest::default()
+            };
+            assert_eq!(asked(message).expect_err(expected).to_string(), expected);
+        }
     }
 }

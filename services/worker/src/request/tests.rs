@@ -179,7 +179,7 @@ fn defaults_fill_what_was_left_out() {
     })
     .expect("fits")
     .attention;
-    assert_eq!((rows.k, rows.sink, rows.window), (Some(256), 128, 0));
+    assert_eq!((rows.k, rows.sink, rows.window), (256, 128, 0));
     let attend = AskedAttention {
         mode: Some(AttentionMode::Attend),
         ..AskedAttention::default()
@@ -191,8 +191,8 @@ fn defaults_fill_what_was_left_out() {
     .expect("fits")
     .attention;
     assert_eq!(
-        (attend.k, attend.target_mass),
-        (None, 0.99),
+        (attend.k_max, attend.target_mass),
+        (0, 0.99),
         "attend is bounded only where asked"
     );
 }

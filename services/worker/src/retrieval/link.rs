@@ -1,42 +1,81 @@
 //! The compute thread's side of one sequence's retrieval: a query out, a partial in.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use half::f16;
-use kvasir_client::{Form, Found, HeadRows, Query, Reply, Shortfall};
+use kvasir_client::{AttendOptions, Form, Found, Hint, Opened, Query, Reply, Shortfall};
 use kvasir_model::ModelShape;
-use kvasir_simd::{Partial, Segment, attend};
-use tokio::{runtime::Handle, sync::mpsc};
+use kvasir_simd::Partial;
 
-use super::{Split, Tally};
-use crate::{config::AttentionMode, metrics::StoreMetrics, request::Attention};
+use super::{
+    Split, Tally,
+    auto::{self, Experience, Sample},
+    rows::{Kept, attend_rows},
+    tally::Waits,
+    wire::Wire,
+};
+use crate::{
+    config::{AttentionMode, Certificate},
+    metrics::StoreMetrics,
+    request::Attention,
+};
 
 /// An open decode stream, as the compute thread sees it.
 #[derive(Debug)]
 pub(crate) struct Link {
-    queries: mpsc::Sender<Query>,
-    replies: mpsc::Receiver<Result<Reply, String>>,
+    wire: Box<dyn Wire>,
     split: Split,
+    /// What the store leaves out, made once.
+    excluded: Vec<Range<u32>>,
     form: Form,
     shape: LinkShape,
+    /// First layer that a hint is sent for; beyond all layers where none is.
+    hint_from: usize,
     next: u64,
     asked: Option<Asked>,
+    /// The last query, where its answer is attended to here.
+    q: Vec<f32>,
+    kept: Kept,
     tally: Tally,
-    metrics: StoreMetrics,
+    around: LinkAround,
 }
 
 /// What of the model's shape retrieval needs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LinkShape {
+    pub(crate) layers: usize,
     pub(crate) q_heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) softmax_scale: f32,
 }
 
+/// Who is told about what came.
+#[derive(Clone, Debug)]
+pub(crate) struct LinkAround {
+    pub(crate) metrics: StoreMetrics,
+    pub(crate) experience: Arc<Experience>,
+}
+
+/// How a sequence retrieves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LinkPlan {
+    pub(crate) split: Split,
+    pub(crate) attention: Attention,
+    pub(crate) shape: LinkShape,
+    /// First layer whose search may begin ahead.
+    pub(crate) hint_from: usize,
+    /// Rows per layer and KV head that are kept of what comes.
+    pub(crate) row_cache_rows: usize,
+}
+
 impl LinkShape {
     pub(crate) fn new(shape: &ModelShape, softmax_scale: f32) -> Self {
         Self {
+            layers: shape.layers,
             q_heads: shape.q_heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
@@ -49,38 +88,37 @@ impl LinkShape {
 struct Asked {
     sequence: u64,
     layer: u16,
-    q: Vec<f32>,
     at: Instant,
 }
 
+/// The index that takes nothing from a forecast: it scores every key with the query itself.
+const EXACT_INDEX: &str = "flat";
+
 impl Link {
-    pub(crate) fn new(
-        queries: mpsc::Sender<Query>,
-        replies: mpsc::Receiver<Result<Reply, String>>,
-        split: Split,
-        attention: &Attention,
-        shape: LinkShape,
-        metrics: StoreMetrics,
-    ) -> Self {
-        let form = match attention.mode {
-            AttentionMode::Rows => Form::Rows {
-                k: attention.k.unwrap_or(1),
-            },
-            AttentionMode::Full | AttentionMode::Attend => Form::Attend {
-                target_mass: attention.target_mass,
-                k_max: attention.k.unwrap_or(0),
-            },
-        };
-        Self {
-            queries,
-            replies,
+    pub(crate) fn new(wire: Box<dyn Wire>, opened: &Opened, plan: &LinkPlan, around: LinkAround) -> Self {
+        let LinkPlan {
             split,
-            form,
+            attention,
             shape,
+            ..
+        } = *plan;
+        Self {
+            wire,
+            split,
+            excluded: split.excluded(),
+            form: form(&attention),
+            shape,
+            hint_from: if opened.index == EXACT_INDEX {
+                usize::MAX
+            } else {
+                plan.hint_from
+            },
             next: 0,
             asked: None,
-            tally: Tally::default(),
-            metrics,
+            q: Vec::new(),
+            kept: Kept::new(shape, plan.row_cache_rows),
+            tally: Tally::new(opened),
+            around,
         }
     }
 
@@ -92,49 +130,67 @@ impl Link {
         self.tally
     }
 
-    /// Sends the query of one layer; never waits.
+    /// Sends the query of one layer.
     ///
     /// # Errors
     /// Why retrieval is at an end.
     pub(crate) fn begin(&mut self, layer: usize, q: &[f32], deadline: Duration) -> Result<(), String> {
-        if q.len() != self.shape.q_heads * self.shape.head_dim {
-            return Err(format!("a query of {} values, one token was expected", q.len()));
+        self.check(q)?;
+        if let Form::Rows { .. } = self.form {
+            self.q.clear();
+            self.q.extend_from_slice(q);
         }
         self.next += 1;
         let asked = Asked {
             sequence: self.next,
             layer: layer as u16,
-            q: q.to_vec(),
             at: Instant::now(),
         };
-        let query = Query {
+        self.wire.send(Query {
             sequence: asked.sequence,
             layer: asked.layer,
-            q: asked.q.clone(),
+            q: q.to_vec(),
             form: self.form,
-            excluded: self.split.excluded(),
+            excluded: self.excluded.clone(),
             deadline: Some(deadline),
-        };
+        })?;
         self.asked = Some(asked);
-        self.queries
-            .try_send(query)
-            .map_err(|_| "the retrieval stream is gone or behind".to_owned())
+        Ok(())
+    }
+
+    /// Whether the search of `layer` is worth beginning with a forecast.
+    pub(crate) fn wants_hint(&self, layer: usize) -> bool {
+        layer >= self.hint_from
+    }
+
+    /// Sends about what the queries of `layer` will be.
+    ///
+    /// # Errors
+    /// Why retrieval is at an end.
+    pub(crate) fn hint(&mut self, layer: usize, q: &[f32]) -> Result<(), String> {
+        self.check(q)?;
+        self.wire.hint(Hint {
+            layer: layer as u16,
+            q: q.to_vec(),
+        })
     }
 
     /// Waits for the answer to the last query and makes it a partial: `[q_heads]` rows.
     ///
     /// # Errors
     /// Why retrieval is at an end: no answer in time, an error, or an answer that does not cover what was asked.
-    pub(crate) fn finish(&mut self, timeout: Duration, runtime: &Handle) -> Result<Partial, String> {
+    pub(crate) fn finish(&mut self, timeout: Duration) -> Result<Partial, String> {
         let Some(asked) = self.asked.take() else {
             return Err("no query was sent for this layer".to_owned());
         };
-        let next =
-            async { tokio::time::timeout(timeout.saturating_sub(asked.at.elapsed()), self.replies.recv()).await };
-        let reply = match runtime.block_on(next) {
-            Ok(Some(reply)) => reply?,
-            Ok(None) => return Err("the retrieval stream ended".to_owned()),
-            Err(_) => return Err(format!("the store did not answer a query within {timeout:?}")),
+        let waiting = Instant::now();
+        let reply = self
+            .wire
+            .receive(timeout.saturating_sub(asked.at.elapsed()))
+            .map_err(|why| why.unwrap_or_else(|| format!("the store did not answer a query within {timeout:?}")))?;
+        let waits = Waits {
+            whole: asked.at.elapsed(),
+            waited: waiting.elapsed(),
         };
         if (reply.sequence, reply.layer) != (asked.sequence, asked.layer) {
             return Err("the store answered another query than the one that was asked".to_owned());
@@ -145,75 +201,85 @@ impl Link {
             Some(Shortfall::Deadline) => return Err(format!("the store ran out of time on a query ({timeout:?})")),
             Some(Shortfall::MissingBlocks) => return Err("the store lost blocks of the context".to_owned()),
         }
-        let partial = partial(&reply.found, &asked.q, self.shape)?;
-        self.tally.add(&reply);
-        self.metrics.retrieval_seconds.record(asked.at.elapsed().as_secs_f64());
-        Ok(partial)
+        self.note(&reply, waits);
+        self.partial(asked.layer.into(), reply.found)
     }
-}
 
-/// The partial attention of `q[q_heads, head_dim]` that a reply stands for.
-fn partial(found: &Found, q: &[f32], shape: LinkShape) -> Result<Partial, String> {
-    match found {
-        Found::Attend { o, lse } => {
-            if o.len() != q.len() || lse.len() != shape.q_heads {
-                return Err(format!("a partial of {} x {} values came back", lse.len(), o.len()));
+    fn check(&self, q: &[f32]) -> Result<(), String> {
+        if q.len() == self.shape.q_heads * self.shape.head_dim {
+            Ok(())
+        } else {
+            Err(format!("a query of {} values, one token was expected", q.len()))
+        }
+    }
+
+    fn note(&mut self, reply: &Reply, waits: Waits) {
+        self.tally.add(reply, waits);
+        let metrics = &self.around.metrics;
+        metrics.retrieval_seconds.record(waits.whole.as_secs_f64());
+        metrics.retrieval_wait_seconds.record(waits.waited.as_secs_f64());
+        metrics
+            .retrieval_search_seconds
+            .record(reply.report.search.as_secs_f64());
+        if reply.report.hinted {
+            metrics.retrieval_hinted.increment(1);
+        }
+        if reply.report.escalated {
+            metrics.retrieval_escalations.increment(1);
+        }
+        self.around.experience.add(Sample {
+            form: match reply.found {
+                Found::Rows(_) => auto::Form::Rows,
+                Found::Attend { .. } => auto::Form::Attend,
+            },
+            bytes: reply.wire_bytes,
+            whole: waits.whole,
+            store: reply.report.search + reply.report.queued,
+        });
+    }
+
+    /// The partial attention that an answer for `layer` stands for.
+    fn partial(&mut self, layer: usize, found: Found) -> Result<Partial, String> {
+        match found {
+            Found::Attend { o, lse } => {
+                let LinkShape { q_heads, head_dim, .. } = self.shape;
+                if o.len() != q_heads * head_dim || lse.len() != q_heads {
+                    return Err(format!("a partial of {} x {} values came back", lse.len(), o.len()));
+                }
+                Ok(Partial { o, lse })
             }
-            Ok(Partial {
-                o: o.clone(),
-                lse: lse.clone(),
-            })
+            Found::Rows(heads) => {
+                let (partial, rows) = attend_rows(&heads, &self.q, self.shape, layer, &mut self.kept)?;
+                self.tally.rows += rows.all;
+                self.tally.rows_kept += rows.kept;
+                self.around.metrics.rows.increment(rows.all);
+                self.around.metrics.rows_kept.increment(rows.kept);
+                Ok(partial)
+            }
         }
-        Found::Rows(heads) => attend_rows(heads, q, shape),
     }
 }
 
-/// Attention over returned rows. The rows of a KV head are the union over its group, and each query head of the group
-/// attends to all of them: what came is used.
-fn attend_rows(heads: &[HeadRows], q: &[f32], shape: LinkShape) -> Result<Partial, String> {
-    let LinkShape {
-        q_heads,
-        kv_heads,
-        head_dim,
-        softmax_scale,
-    } = shape;
-    if heads.len() != kv_heads {
-        return Err(format!("rows of {} KV heads came back, not of {kv_heads}", heads.len()));
+/// What is asked of the store.
+fn form(attention: &Attention) -> Form {
+    match attention.mode {
+        AttentionMode::Rows => Form::Rows { k: attention.k },
+        AttentionMode::Full | AttentionMode::Attend | AttentionMode::Auto => Form::Attend {
+            target_mass: attention.target_mass,
+            k_max: attention.k_max,
+            options: AttendOptions {
+                tail: attention.tail,
+                certificate: match attention.certificate {
+                    Certificate::None => kvasir_client::Certificate::None,
+                    Certificate::Statistical => kvasir_client::Certificate::Statistical,
+                    Certificate::Deterministic => kvasir_client::Certificate::Deterministic,
+                },
+                missed_mass_max: attention.missed_mass_max,
+                unbiased: false,
+                effort: attention.effort,
+            },
+        },
     }
-    let group = q_heads / kv_heads;
-    let mut all = Partial::default();
-    let mut one = Partial::default();
-    for (head, rows) in heads.iter().enumerate() {
-        let bytes = rows.positions.len() * head_dim * 2;
-        if rows.keys.len() != bytes || rows.values.len() != bytes {
-            return Err(format!(
-                "{} positions came back with {} bytes of keys and {} of values, not {bytes}",
-                rows.positions.len(),
-                rows.keys.len(),
-                rows.values.len()
-            ));
-        }
-        let (keys, values) = (halves(&rows.keys), halves(&rows.values));
-        let segment = Segment {
-            keys: &keys,
-            values: &values,
-            position: 0,
-        };
-        let queries = &q[head * group * head_dim..(head + 1) * group * head_dim];
-        // The store searches the context only, so every row lies before the query.
-        let visible = vec![rows.positions.len(); group];
-        attend(queries, &visible, head_dim, softmax_scale, &[segment], &mut one);
-        all.o.extend_from_slice(&one.o);
-        all.lse.extend_from_slice(&one.lse);
-    }
-    Ok(all)
-}
-
-fn halves(bytes: &[u8]) -> Vec<f16> {
-    bytes
-        .chunks_exact(2)
-        .map(|two| f16::from_le_bytes([two[0], two[1]]))
-        .collect()
 }
 
 #[cfg(test)]

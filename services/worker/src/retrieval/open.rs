@@ -1,13 +1,13 @@
-//! Opening a context at the store, and the task that carries queries and replies.
+//! Opening a context at the store.
 
 use std::{sync::Arc, time::Duration};
 
 use kvasir_block::BlockHash;
-use kvasir_client::{DecodeStream, ErrorKind, Namespace, OpenContext, Query, Reply, StoreClient};
-use tokio::sync::mpsc;
+use kvasir_client::{DecodeStream, ErrorKind, IndexChoice, Namespace, OpenContext, StoreClient};
 
 use crate::{
     compute::{ComputeHandle, SequenceId},
+    config::IndexWanted,
     offload::Offload,
     store_session::StoreSession,
 };
@@ -24,6 +24,9 @@ pub(crate) struct Opening {
     pub(crate) chain: Vec<BlockHash>,
     pub(crate) q_heads: usize,
     pub(crate) softmax_scale: f32,
+    pub(crate) index: IndexWanted,
+    /// Rows per layer and KV head that are kept of what comes.
+    pub(crate) row_cache_rows: usize,
     /// For all of it: offering, pushing, opening.
     pub(crate) timeout: Duration,
     /// Whose pages hold the context, and where to ask for them.
@@ -77,6 +80,12 @@ async fn open_stream(opening: &Opening, namespace: &Namespace) -> Result<DecodeS
         chain: opening.chain.clone(),
         q_heads: opening.q_heads,
         softmax_scale: opening.softmax_scale,
+        index: match opening.index {
+            IndexWanted::Best => IndexChoice::Best,
+            IndexWanted::Flat => IndexChoice::Flat,
+            IndexWanted::Sketch => IndexChoice::Sketch,
+        },
+        row_cache_rows: u32::try_from(opening.row_cache_rows).unwrap_or(u32::MAX),
     };
     opening.client.decode(namespace, context).await
 }
@@ -109,31 +118,3 @@ async fn wait_until_held(opening: &Opening, offers: &mut usize) -> Result<(), St
 
 /// Wait between two offers of blocks that found no room.
 const RETRY: Duration = Duration::from_millis(250);
-
-/// Carries queries out and replies in, one at a time, until the compute thread leaves or the stream fails.
-pub(crate) async fn carry(
-    mut stream: DecodeStream,
-    mut queries: mpsc::Receiver<Query>,
-    replies: mpsc::Sender<Result<Reply, String>>,
-    session: Arc<StoreSession>,
-) {
-    while let Some(query) = queries.recv().await {
-        let reply = async {
-            stream.send(query).await?;
-            stream.receive().await
-        };
-        let reply = tokio::select! {
-            // The compute thread gave up waiting.
-            () = replies.closed() => return,
-            reply = reply => reply,
-        };
-        let failed = reply.is_err();
-        let reply = reply.map_err(|error| {
-            session.lost(&error);
-            format!("retrieval failed: {error}")
-        });
-        if replies.send(reply).await.is_err() || failed {
-            return;
-        }
-    }
-}

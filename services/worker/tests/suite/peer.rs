@@ -1,6 +1,13 @@
 //! A store as the worker sees it, over stock gRPC, that keeps what it is given and goes wrong when it is told to.
 
-use std::{collections::HashMap, net::SocketAddr, ops::Range, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+    ops::Range,
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
@@ -54,6 +61,16 @@ struct State {
     schema: Option<KvSchema>,
     /// Payload and checksum by hash and layer.
     held: HashMap<(Bytes, u32), (Bytes, u32)>,
+}
+
+/// An open context.
+#[derive(Debug, Default)]
+struct Context {
+    open: v1::OpenContext,
+    /// Layers that a hint has come for.
+    hints: HashSet<u32>,
+    /// Positions that the worker keeps, by layer and KV head, most recently used last.
+    kept: HashMap<(u32, usize), Vec<u32>>,
 }
 
 /// Handle of the peer; clones are one.
@@ -187,7 +204,10 @@ impl Peer {
     }
 
     /// The answer that covers everything, from the definition.
-    fn answer(&self, context: &v1::OpenContext, query: &v1::Query) -> v1::DecodeReply {
+    fn answer(&self, context: &mut Context, query: &v1::Query) -> v1::DecodeReply {
+        let hinted = context.hints.remove(&query.layer);
+        let Context { open, kept, .. } = context;
+        let context = open;
         let schema = self.schema();
         let layout = schema.layout();
         let (head_dim, kv_heads, block_tokens) = (layout.head_dim, layout.kv_heads, layout.block_tokens);
@@ -222,14 +242,28 @@ impl Peer {
             Some(query::Form::Rows(_)) => {
                 let to_bytes =
                     |halves: &Vec<f16>| halves.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<u8>>();
-                let head = |(keys, values): &(Vec<f16>, Vec<f16>)| v1::HeadRows {
-                    positions: searched.iter().map(|p| *p as u32).collect(),
-                    keys: to_bytes(keys).into(),
-                    values: to_bytes(values).into(),
-                };
-                decode_reply::Result::Rows(v1::RowsResult {
-                    heads: heads.iter().map(head).collect(),
-                })
+                let positions: Vec<u32> = searched.iter().map(|p| *p as u32).collect();
+                let rows_max = context.row_cache_rows as usize;
+                let heads = heads.iter().enumerate().map(|(head, (keys, values))| {
+                    let kept = kept.entry((query.layer, head)).or_default();
+                    let is_sent = |at: &u32| rows_max == 0 || !kept.contains(&positions[*at as usize]);
+                    let sent: Vec<u32> = (0..positions.len() as u32).filter(is_sent).collect();
+                    kept.retain(|position| !positions.contains(position));
+                    kept.extend(&positions);
+                    kept.drain(..kept.len().saturating_sub(rows_max));
+                    let pick = |rows: &Vec<f16>| {
+                        let row = |at: &u32| &rows[*at as usize * head_dim..][..head_dim];
+                        to_bytes(&sent.iter().flat_map(row).copied().collect())
+                    };
+                    v1::HeadRows {
+                        keys: pick(keys).into(),
+                        values: pick(values).into(),
+                        positions: positions.clone(),
+                        sent: if rows_max == 0 { Vec::new() } else { sent },
+                        partial: rows_max > 0,
+                    }
+                });
+                decode_reply::Result::Rows(v1::RowsResult { heads: heads.collect() })
             }
             _ => {
                 let q = float_values(&query.q);
@@ -263,6 +297,7 @@ impl Peer {
                 keys_total: keys,
                 keys_attended: (searched.len() * q_heads) as u64,
                 mass_covered: vec![1.0; q_heads],
+                hinted,
                 ..v1::RetrievalReport::default()
             }),
         }
@@ -303,6 +338,7 @@ impl v1::block_store_server::BlockStore for Peer {
             segment_format: 1,
             index_format: 1,
             epoch: 1,
+            basis_id: Bytes::new(),
         }))
     }
 
@@ -394,28 +430,39 @@ impl v1::retrieval_server::Retrieval for Peer {
             return Err(Status::not_found("hashes[0] is not held"));
         }
         let peer = self.clone();
-        let state = (request.into_inner(), None::<v1::OpenContext>, 0);
-        let replies = stream::unfold(state, move |(mut requests, context, number)| {
+        let state = (request.into_inner(), None::<Context>, 0);
+        let replies = stream::unfold(state, move |(mut requests, mut context, number)| {
             let peer = peer.clone();
             async move {
-                let message = requests.message().await.ok()??;
-                match message.request? {
+                let request = loop {
+                    match requests.message().await.ok()??.request? {
+                        decode_request::Request::Hint(hint) => context.as_mut()?.hints.insert(hint.layer),
+                        request => break request,
+                    };
+                };
+                match request {
+                    decode_request::Request::Hint(_) => None,
                     decode_request::Request::Open(open) => {
                         if !open.hashes.iter().all(|hash| peer.is_whole(hash)) {
                             return Some((Err(Status::not_found("a block is not held")), (requests, None, number)));
                         }
                         let opened = v1::Opened {
                             tokens: open.hashes.len() as u32 * u32::from(peer.schema().block_tokens),
-                            index: "flat".to_owned(),
+                            index: "sketch".to_owned(),
+                            ..v1::Opened::default()
                         };
                         let reply = v1::DecodeReply {
                             result: Some(decode_reply::Result::Opened(opened)),
                             ..v1::DecodeReply::default()
                         };
-                        Some((Ok(reply), (requests, Some(open), number)))
+                        let context = Context {
+                            open,
+                            ..Context::default()
+                        };
+                        Some((Ok(reply), (requests, Some(context), number)))
                     }
                     decode_request::Request::Query(query) => {
-                        let mut reply = peer.answer(context.as_ref()?, &query);
+                        let mut reply = peer.answer(context.as_mut()?, &query);
                         match peer.fault() {
                             Fault::QueryStalls(at) if at == number => std::future::pending().await,
                             Fault::QueryFails(at) if at == number => {

@@ -295,7 +295,8 @@ fn what_was_asked_is_what_is_done() {
         ],
         "max_completion_tokens": 5, "temperature": 0.5, "top_p": 0.25, "seed": -1, "stop": "END",
         "stream": true, "stream_options": {"include_usage": true},
-        "kvasir": {"attention": "attend", "k": 64, "target_mass": 0.5, "sink": 0, "window": 7, "cache_salt": "s",
+        "kvasir": {"attention": "attend", "k": 64, "target_mass": 0.5, "sink": 0, "window": 7, "index": "sketch",
+            "tail": false, "certificate": "statistical", "missed_mass_max": 0.25, "effort": 0.125, "cache_salt": "s",
             "no_cache": true, "ignore_eos": true},
     }))
     .expect("good");
@@ -322,6 +323,11 @@ fn what_was_asked_is_what_is_done() {
         target_mass: Some(0.5),
         sink: Some(0),
         window: Some(7),
+        index: Some("sketch"),
+        tail: Some(false),
+        certificate: Some("statistical"),
+        missed_mass_max: Some(0.25),
+        effort: Some(0.125),
     };
     assert_eq!(options.attention, attention);
 }
