@@ -27,3 +27,6 @@ pub use self::{
     index::Sketch,
     scan::{Attend, SketchAttended, SketchScan},
 };
+
+#[cfg(test)]
+mod tests;

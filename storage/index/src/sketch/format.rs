@@ -55,7 +55,12 @@ impl SketchFormat {
 
     /// Bytes of the sketch of a block of `keys` keys.
     pub fn bytes(self, keys: usize) -> usize {
-        self.means_at(keys) + if self.values { keys.div_ceil(RUN) * self.head_dim * 2 } else { 0 }
+        self.means_at(keys)
+            + if self.values {
+                keys.div_ceil(RUN) * self.head_dim * 2
+            } else {
+                0
+            }
     }
 
     fn codes_at(keys: usize) -> usize {
@@ -71,7 +76,10 @@ impl SketchFormat {
         let d = self.head_dim;
         let whole = |rows: &[f32]| rows.len() >= RANK * d && rows.len().is_multiple_of(d);
         if d == 0 || basis.mean.len() != d || !whole(&basis.keys) || basis.queries.len() != basis.keys.len() {
-            return Err(invalid("basis", format!("wants a mean of {d} and at least {RANK} directions of {d} for keys and queries")));
+            return Err(invalid(
+                "basis",
+                format!("wants a mean of {d} and at least {RANK} directions of {d} for keys and queries"),
+            ));
         }
         Ok(())
     }
@@ -98,10 +106,19 @@ pub fn encode_block(
     format.check(basis)?;
     let n = keys.len() / d;
     if !keys.len().is_multiple_of(d) || n == 0 || n > KEYS_MAX {
-        return Err(invalid("keys", format!("a block has 1 to {KEYS_MAX} rows of {d}, this has {} elements", keys.len())));
+        return Err(invalid(
+            "keys",
+            format!(
+                "a block has 1 to {KEYS_MAX} rows of {d}, this has {} elements",
+                keys.len()
+            ),
+        ));
     }
     if format.values && values.len() != keys.len() {
-        return Err(invalid("values", format!("as many as keys ({}), not {}", keys.len(), values.len())));
+        return Err(invalid(
+            "values",
+            format!("as many as keys ({}), not {}", keys.len(), values.len()),
+        ));
     }
     let start = out.len();
     out.resize(start + format.bytes(n), 0);
@@ -133,7 +150,10 @@ pub fn encode_block(
     let (_, rest) = block.split_at_mut(SketchFormat::codes_at(n));
     let (codes, means) = rest.split_at_mut(n.div_ceil(GROUP) * GROUP * format.nibbles() / 2);
     let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
-    for (z, codes) in z.chunks_exact(RANK).zip(codes.chunks_exact_mut(GROUP * format.nibbles() / 2)) {
+    for (z, codes) in z
+        .chunks_exact(RANK)
+        .zip(codes.chunks_exact_mut(GROUP * format.nibbles() / 2))
+    {
         quantise(format.width, z, inverse, codes);
     }
     if format.values {
@@ -202,7 +222,11 @@ impl<'a> View<'a> {
             return unusable("shorter than its header");
         };
         let [v0, v1, k0, k1, s @ ..] = *header;
-        let (version, keys, step) = (u16::from_le_bytes([v0, v1]), u16::from_le_bytes([k0, k1]).into(), f32::from_le_bytes(s));
+        let (version, keys, step) = (
+            u16::from_le_bytes([v0, v1]),
+            u16::from_le_bytes([k0, k1]).into(),
+            f32::from_le_bytes(s),
+        );
         if version != VERSION {
             return unusable(&format!("version {version}, this code reads {VERSION}"));
         }
