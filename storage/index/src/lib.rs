@@ -28,11 +28,14 @@
 mod basis;
 mod bits;
 mod excluded;
+mod file;
 mod flat;
 mod key_index;
+mod sketch;
 
 pub use basis::{Basis, Calibrated, HeadBasis, Moments, OutsideMass, Streaming};
 pub use excluded::Excluded;
-pub use flat::{Attended, FlatScan, Rows};
+pub use flat::{Attended, Flat, FlatScan, Rows};
 pub use key_index::{Cost, Hits, IndexError, KeyIndex, KeyRows, Search};
 pub use kvasir_simd::Segment;
+pub use sketch::{Attend, Sketch, SketchAttended, SketchFormat, SketchScan, Width, encode_block};
