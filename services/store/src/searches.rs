@@ -31,7 +31,7 @@ use crate::{
 const JOINED_MAX: usize = 16;
 
 /// Keys of a scan, summed over KV heads, below which waking a second thread costs more than it saves.
-const HELP_KEYS: usize = 8192;
+const HELP_KEYS: usize = 4096;
 
 /// The way to the threads for retrieval.
 #[derive(Debug)]
@@ -215,3 +215,6 @@ fn run(door: &Door, cache: &BlockCache, joined: Vec<Waiting>) {
         let _ = waiting.answer.send(answer);
     }
 }
+
+#[cfg(test)]
+mod tests;
