@@ -2,8 +2,8 @@
 //!
 //! What the forward of a small Llama and an exact scan over keys need: quantised matrix products ([`Weights`],
 //! [`Activations`], [`matmul`]), attention over runs of f16 keys and values that yields partials ([`attend`], [`merge`]),
-//! scores and top-k over a store's keys ([`scores`], [`top_k`], [`weighted_values`]), and the small element-wise steps
-//! between them. A [`Pool`] spreads loops over threads.
+//! scores and top-k over a store's keys ([`scores`], [`top_k`], [`weighted_values`]), the same over keys coded in nibbles
+//! ([`coded_scores`]) and over scattered rows ([`score_rows`], [`weigh_rows`]), and the small element-wise steps between. A [`Pool`] spreads loops over threads.
 //!
 //! Two promises shape the code. *Equal bits*: every operation has one specified order of floating-point steps, written
 //! once over sixteen lanes (`lanes`), so a result does not depend on the processor's vector width, the thread count, or
@@ -29,6 +29,7 @@
 mod activations;
 mod attend;
 mod cast;
+mod coded;
 mod convert;
 mod elementwise;
 mod isa;
@@ -38,6 +39,7 @@ mod numeric;
 mod partial;
 mod pool;
 mod rope;
+mod rows;
 mod scan;
 #[cfg(test)]
 mod testing;
@@ -47,6 +49,7 @@ mod weights;
 pub use activations::Activations;
 pub use attend::{Segment, attend};
 pub use cast::{cast_f16, read_f16};
+pub use coded::{CodedKeys, CodedQueries, GROUP, Level, Levels, SLOTS, at_least, coded_scores};
 pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use isa::Isa;
@@ -54,6 +57,7 @@ pub use matmul::{matmul, matmul_many};
 pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;
+pub use rows::{project, score_rows, weigh_rows};
 pub use scan::{log_sum_exp2, scores, weighted_values};
 pub use top_k::top_k;
 pub use weights::{ShapeError, Weights};

@@ -41,6 +41,12 @@ pub struct StoreConfig {
     /// Most bytes of blocks that open contexts hold verified, so that a query is a scan; beyond it queries read and verify
     /// anew. Bytes that are in memory anyway are shared.
     pub context_bytes_max: ByteSize,
+    /// Most bytes of sketch bases, each counted once however many namespaces have it; a namespace opened with one more is
+    /// refused with `RESOURCE_EXHAUSTED`.
+    pub basis_bytes_max: ByteSize,
+    /// Most bytes that a decode stream's account of the rows its caller keeps may take; a stream that wants a larger row cache
+    /// gets none, and all rows travel.
+    pub row_cache_bytes_max: ByteSize,
     /// Most namespaces.
     pub namespaces_max: usize,
     /// Most events that a watcher may be behind; beyond it its watch ends with `RESOURCE_EXHAUSTED`.
@@ -84,6 +90,8 @@ impl Default for StoreConfig {
             leases_max: 16_384,
             contexts_max: 1024,
             context_bytes_max: ByteSize::gib(1),
+            basis_bytes_max: ByteSize::mib(64),
+            row_cache_bytes_max: ByteSize::mib(64),
             namespaces_max: 1024,
             event_queue_max: 65_536,
             subscribers_max: 256,
@@ -154,6 +162,7 @@ impl StoreConfig {
             contexts_max: self.contexts_max,
             context_blocks_max: self.hashes_max,
             context_bytes_max: self.context_bytes_max.as_u64(),
+            basis_bytes_max: self.basis_bytes_max.as_u64(),
             namespaces_max: self.namespaces_max,
             event_queue_max: self.event_queue_max,
             subscribers_max: self.subscribers_max,
@@ -165,6 +174,11 @@ impl StoreConfig {
     pub(crate) fn control_bytes_max(&self) -> usize {
         const HASH_ON_WIRE: usize = 34;
         (2 * HASH_ON_WIRE * self.hashes_max + (64 << 10)).max(1 << 20)
+    }
+
+    /// Largest request to open a namespace, which carries a basis.
+    pub(crate) fn open_bytes_max(&self) -> usize {
+        self.control_bytes_max().saturating_add(self.basis_bytes_max.as_usize())
     }
 
     /// Bounds of the header of a put message.

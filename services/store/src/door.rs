@@ -61,6 +61,22 @@ impl Door {
         }
     }
 
+    /// Begins `work` on a thread that has nothing to do, and tells whether there was one. Nobody waits for it but [`Self::drain`].
+    pub(crate) fn start_if_idle(&self, work: impl FnOnce() + Send + 'static) -> bool {
+        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
+            return false;
+        };
+        let (span, name) = (tracing::Span::current(), self.name);
+        tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            let _in = span.enter();
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+                tracing::error!(door = name, "work panicked");
+            }
+        });
+        true
+    }
+
     /// Lets nobody in any more and waits until the last has left.
     pub(crate) async fn drain(&self) {
         let all = u32::try_from(self.threads).unwrap_or(u32::MAX);
@@ -76,7 +92,8 @@ impl Door {
         (self.name, self.threads, running, self.waiting.load(Ordering::Relaxed))
     }
 
-    async fn permit(&self) -> Result<OwnedSemaphorePermit, Lost> {
+    /// A thread of this door, waiting for it.
+    pub(crate) async fn permit(&self) -> Result<OwnedSemaphorePermit, Lost> {
         let _waiting = Waiting::new(&self.waiting);
         Arc::clone(&self.permits)
             .acquire_owned()
@@ -84,7 +101,8 @@ impl Door {
             .map_err(|_| Lost::Closed)
     }
 
-    async fn spawn<T: Send + 'static>(
+    /// Does `work` on the thread that `permit` stands for.
+    pub(crate) async fn spawn<T: Send + 'static>(
         &self,
         permit: OwnedSemaphorePermit,
         work: impl FnOnce() -> T + Send + 'static,
@@ -157,5 +175,18 @@ mod tests {
         let door = Door::new("test", 1);
         assert_eq!(door.run(|| panic!("on purpose")).await, Err::<(), _>(Lost::Panicked));
         assert_eq!(door.run(|| 5).await, Ok(5));
+    }
+
+    #[tokio::test]
+    async fn idle_threads_help_and_busy_ones_are_left_alone() {
+        let door = Door::new("test", 1);
+        let (go, wait) = mpsc::channel::<()>();
+        assert!(door.start_if_idle(move || assert!(wait.recv().is_ok())));
+        assert!(!door.start_if_idle(|| panic!("the only thread is taken")));
+        go.send(()).expect("a receiver");
+        assert_eq!(door.run(|| 5).await, Ok(5), "it comes back");
+        assert!(door.start_if_idle(|| panic!("on purpose")));
+        door.drain().await;
+        assert!(!door.start_if_idle(|| panic!("closed")));
     }
 }

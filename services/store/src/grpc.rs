@@ -22,8 +22,8 @@ use crate::served::Served;
 /// Adds the store's services to a server.
 pub(crate) fn add_to(server: GrpcServer, served: &Arc<Served>) -> GrpcServer {
     let control_bytes_max = served.config.control_bytes_max();
-    let generated =
-        BlockStoreServer::new(BlockStoreApi(Arc::clone(served))).max_decoding_message_size(control_bytes_max);
+    let generated = BlockStoreServer::new(BlockStoreApi(Arc::clone(served)))
+        .max_decoding_message_size(served.config.open_bytes_max());
     let retrieval = RetrievalServer::new(RetrievalApi(Arc::clone(served))).max_decoding_message_size(control_bytes_max);
     server
         .add_service(BlockStoreRoutes::new(Arc::clone(served), generated))

@@ -26,6 +26,8 @@ mod config;
 mod door;
 mod grpc;
 mod metrics;
+mod row_cache;
+mod searches;
 mod served;
 mod store;
 

@@ -26,7 +26,7 @@ pub(crate) async fn publish(served: Arc<Served>) {
             Ok(stats) => cache(&stats),
             Err(_) => return,
         }
-        doors(&[&served.io, &served.retrieval]);
+        doors(&[&served.io, &served.searches.door]);
         let (streams, put_bytes) = served.load();
         gauge!("kvasir_store_streams").set(streams as f64);
         gauge!("kvasir_store_streams_max").set(served.config.streams_max as f64);
@@ -48,6 +48,9 @@ fn cache(stats: &CacheStats) {
     let disk = &stats.disk;
     let gauges = [
         ("kvasir_store_namespaces", stats.namespaces),
+        ("kvasir_store_namespaces_with_basis", stats.namespaces_with_basis),
+        ("kvasir_store_basis_bytes", stats.basis_bytes),
+        ("kvasir_store_basis_bytes_max", stats.basis_bytes_max),
         ("kvasir_store_blocks", stats.blocks),
         ("kvasir_store_flush_queue_bytes", disk.queue_bytes),
         ("kvasir_store_flush_queue_bytes_max", disk.queue_bytes_max),
@@ -109,6 +112,7 @@ fn cache(stats: &CacheStats) {
         ("kvasir_store_subscribers_lagged_total", stats.subscribers_lagged),
         ("kvasir_store_keys_scanned_total", stats.retrieve_keys_scanned),
         ("kvasir_store_retrieval_bytes_total", stats.retrieve_bytes),
+        ("kvasir_store_queries_joined_total", stats.retrieve_joined),
         ("kvasir_store_queries_late_total", stats.retrieve_late),
         ("kvasir_store_context_blocks_missing_total", stats.retrieve_missing),
     ];
@@ -136,4 +140,15 @@ pub(crate) fn shed(outcome: &'static str, layer_blocks: usize) {
 pub(crate) fn retrieved(form: &'static str, fell_short: bool) {
     counter!("kvasir_store_queries_total", "form" => form).increment(1);
     counter!("kvasir_store_shortfalls_total").increment(u64::from(fell_short));
+}
+
+/// A query waited for a thread and was then searched for.
+pub(crate) fn searched(waited: Duration, search: Duration) {
+    histogram!("kvasir_store_search_wait_seconds").record(waited.as_secs_f64());
+    histogram!("kvasir_store_search_seconds").record(search.as_secs_f64());
+}
+
+/// A hint came: its layer was in memory, is being read, or no thread was idle.
+pub(crate) fn hint(outcome: &'static str) {
+    counter!("kvasir_store_hints_total", "outcome" => outcome).increment(1);
 }

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     StoreConfig,
     door::{Door, Lost},
+    searches::Searches,
 };
 
 #[derive(Debug)]
@@ -18,7 +19,7 @@ pub(crate) struct Served {
     /// `None` once the store has stopped, even where a connection that would not end still holds its services.
     cache: RwLock<Option<Arc<BlockCache>>>,
     pub(crate) io: Door,
-    pub(crate) retrieval: Door,
+    pub(crate) searches: Searches,
     /// Cancelled when streams should end.
     pub(crate) stopping: CancellationToken,
     streams: Arc<Semaphore>,
@@ -37,7 +38,7 @@ impl Served {
         let put_kib = config.put_bytes_max.as_usize().div_ceil(1024);
         Self {
             io: Door::new("io", config.io_threads),
-            retrieval: Door::new("retrieval", config.retrieval_threads),
+            searches: Searches::new(config.retrieval_threads),
             streams: Arc::new(Semaphore::new(config.streams_max.min(Semaphore::MAX_PERMITS))),
             put_bytes: Arc::new(Semaphore::new(put_kib.min(Semaphore::MAX_PERMITS))),
             cache: RwLock::new(Some(Arc::new(cache))),
@@ -90,7 +91,7 @@ impl Served {
     /// Waits for work that is under way, then flushes and closes the cache.
     pub(crate) async fn close(&self) -> anyhow::Result<()> {
         self.io.drain().await;
-        self.retrieval.drain().await;
+        self.searches.door.drain().await;
         let Some(cache) = self.cache.write().take() else {
             return Ok(());
         };

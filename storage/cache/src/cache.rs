@@ -23,8 +23,12 @@ use parking_lot::Mutex;
 use self::availability::Available;
 pub use self::{get::GetOutcome, match_prefix::PrefixMatch, put::PutOutcome};
 use crate::{
-    CacheConfig, CacheError, CacheStats, ErrorKind, LeaseId, Subscription, event::Hub, lease::Leases,
-    namespace::Namespaces, retrieve::ContextBudget, stats::Counters,
+    CacheConfig, CacheError, CacheStats, ErrorKind, LeaseId, Subscription,
+    event::Hub,
+    lease::Leases,
+    namespace::{BasisId, Namespaces},
+    retrieve::{ContextBudget, Registry},
+    stats::Counters,
 };
 
 /// Where bytes were, or are.
@@ -54,6 +58,7 @@ pub(crate) struct Shared {
     pub(crate) counters: Counters,
     disk_reads: AtomicUsize,
     pub(crate) contexts: ContextBudget,
+    pub(crate) chains: Registry,
 }
 
 pub(crate) struct State {
@@ -78,7 +83,11 @@ impl BlockCache {
             segment_bytes: config.segment_bytes,
             queue_bytes_max: config.flush_queue_bytes_max,
         })?;
-        let namespaces = Namespaces::open(config.data_dir.join("namespaces"), config.namespaces_max)?;
+        let namespaces = Namespaces::open(
+            config.data_dir.join("namespaces"),
+            config.namespaces_max,
+            config.basis_bytes_max,
+        )?;
         let epoch = epoch::next(&config.data_dir.join("epoch"))?;
         let mut available = Available::default();
         disk.visit_blocks(|block, layers| {
@@ -115,6 +124,7 @@ impl BlockCache {
             counters: Counters::default(),
             disk_reads: AtomicUsize::new(0),
             contexts,
+            chains: Registry::default(),
         });
         let watch = Arc::new(ReclaimWatch(Arc::downgrade(&shared)));
         shared.disk.start(watch).map_err(|error| {
@@ -159,6 +169,21 @@ impl BlockCache {
         Ok(id)
     }
 
+    /// Keeps the file of a model's sketch basis with a namespace, durably; gives its id. The same one again is no change.
+    ///
+    /// # Errors
+    /// `UnknownNamespace`; `InvalidArgument` for bytes that are no basis or one of another model; `BasisMismatch` when the namespace
+    /// has another one; `LimitReached`; `Disk`.
+    pub fn set_basis(&self, namespace: NamespaceId, file: &[u8]) -> Result<BasisId, CacheError> {
+        self.shared.schema_of(namespace)?;
+        self.shared.namespaces.set_basis(namespace, file)
+    }
+
+    /// Id of a namespace's sketch basis, if it has one.
+    pub fn basis_id(&self, namespace: NamespaceId) -> Option<BasisId> {
+        self.shared.namespaces.basis(namespace).map(|basis| basis.id())
+    }
+
     /// The schema of a namespace, if it is known here.
     pub fn schema(&self, namespace: NamespaceId) -> Option<Arc<KvSchema>> {
         self.shared.namespaces.get(namespace)
@@ -200,12 +225,16 @@ impl BlockCache {
         let shared = &self.shared;
         let counters = &shared.counters;
         let disk = shared.disk.stats();
+        let (with_basis, basis_bytes) = shared.namespaces.bases();
         let mut state = shared.state.lock();
         state.leases.expire(Instant::now());
         CacheStats {
             epoch: shared.epoch,
             uptime: shared.started.elapsed(),
             namespaces: shared.namespaces.len() as u64,
+            namespaces_with_basis: with_basis as u64,
+            basis_bytes,
+            basis_bytes_max: shared.config.basis_bytes_max,
             blocks: state.available.len() as u64,
             host_bytes: state.host.bytes(),
             host_bytes_max: state.host.bytes_max(),
@@ -235,6 +264,7 @@ impl BlockCache {
             context_bytes: shared.contexts.bytes(),
             context_bytes_max: shared.config.context_bytes_max,
             retrieve_queries: counters.retrieve_queries.get(),
+            retrieve_joined: counters.retrieve_joined.get(),
             retrieve_late: counters.retrieve_late.get(),
             retrieve_keys_scanned: counters.retrieve_keys_scanned.get(),
             retrieve_bytes: counters.retrieve_bytes.get(),

@@ -30,6 +30,8 @@ pub struct CacheConfig {
     /// Most payload bytes that all open contexts hold verified; beyond it a query reads and verifies blocks anew, which is
     /// right but slower. Bytes that the host tier holds too are shared with it, and counted in both.
     pub context_bytes_max: u64,
+    /// Most bytes of the files of sketch bases, each counted once however many namespaces have it.
+    pub basis_bytes_max: u64,
     /// Most namespaces.
     pub namespaces_max: usize,
     /// Most events a subscriber may be behind; beyond it the subscription ends as lagged.
@@ -53,6 +55,7 @@ impl CacheConfig {
             contexts_max: 1024,
             context_blocks_max: 65_536,
             context_bytes_max: 1 << 30,
+            basis_bytes_max: 64 << 20,
             namespaces_max: 1024,
             event_queue_max: 65_536,
             subscribers_max: 256,

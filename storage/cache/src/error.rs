@@ -9,6 +9,8 @@ pub enum ErrorKind {
     UnknownNamespace,
     /// A namespace id that is taken by another schema.
     SchemaMismatch,
+    /// The namespace has another sketch basis: what its keys are sketched with does not change.
+    BasisMismatch,
     /// The call itself is wrong; repeating it changes nothing.
     InvalidArgument,
     /// A block that a context needs is not held: compute it.

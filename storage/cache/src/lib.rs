@@ -53,4 +53,5 @@ pub use error::{CacheError, ErrorKind};
 pub use event::{BlockEvent, EventKind, EventStep, Subscription};
 pub use kvasir_tier::{DiskStats, Recovery, SEGMENT_FORMAT};
 pub use lease::LeaseId;
+pub use namespace::BasisId;
 pub use stats::CacheStats;

@@ -1,8 +1,9 @@
-//! Namespaces on disk: one small file each, with the whole schema, so that blocks found after a restart can be served.
+//! Namespaces on disk: one small file each (and one more for the sketch basis, where there is one), with the whole schema, so that blocks found after a restart can be served.
 //!
 //! Invariant: a namespace in `by_id` has the id that its tenant and schema hash to, and its file is durable. A file that
 //! says otherwise is set aside: the worker that comes back declares its namespace again, under the same id.
 
+mod basis;
 mod codec;
 
 use std::{collections::HashMap, fs, path::PathBuf, sync::Arc};
@@ -10,17 +11,35 @@ use std::{collections::HashMap, fs, path::PathBuf, sync::Arc};
 use kvasir_block::{KvSchema, NamespaceId, Tenant};
 use parking_lot::RwLock;
 
+pub use self::basis::BasisId;
+pub(crate) use self::basis::NamespaceBasis;
 use crate::{CacheError, ErrorKind, small_file::write_durably};
 
 pub(crate) struct Namespaces {
     dir: PathBuf,
     max: usize,
-    by_id: RwLock<HashMap<NamespaceId, Arc<KvSchema>>>,
+    basis_bytes_max: u64,
+    by_id: RwLock<HashMap<NamespaceId, Namespace>>,
+}
+
+#[derive(Debug)]
+struct Namespace {
+    schema: Arc<KvSchema>,
+    basis: Option<Arc<NamespaceBasis>>,
+}
+
+impl From<KvSchema> for Namespace {
+    fn from(schema: KvSchema) -> Self {
+        Self {
+            schema: Arc::new(schema),
+            basis: None,
+        }
+    }
 }
 
 impl Namespaces {
     /// Opens the folder and reads what is in it.
-    pub(crate) fn open(dir: PathBuf, max: usize) -> Result<Self, CacheError> {
+    pub(crate) fn open(dir: PathBuf, max: usize, basis_bytes_max: u64) -> Result<Self, CacheError> {
         let failed = |error: std::io::Error| {
             CacheError::because(
                 ErrorKind::Disk,
@@ -40,7 +59,7 @@ impl Namespaces {
             let expected = path.file_stem().and_then(|stem| stem.to_str());
             match decoded {
                 Ok((id, schema)) if expected == Some(id.to_string().as_str()) => {
-                    by_id.insert(id, Arc::new(schema));
+                    by_id.insert(id, Namespace::from(schema));
                 }
                 other => {
                     let reason = other
@@ -51,11 +70,14 @@ impl Namespaces {
                 }
             }
         }
-        Ok(Self {
+        let namespaces = Self {
             dir,
             max,
+            basis_bytes_max,
             by_id: RwLock::new(by_id),
-        })
+        };
+        namespaces.read_bases()?;
+        Ok(namespaces)
     }
 
     /// Declares a namespace, durably; true if it is new here.
@@ -75,7 +97,7 @@ impl Namespaces {
     fn admit(&self, id: NamespaceId, tenant: &Tenant, schema: &KvSchema) -> Result<bool, CacheError> {
         let mut by_id = self.by_id.write();
         if let Some(known) = by_id.get(&id) {
-            return match known.first_difference(schema) {
+            return match known.schema.first_difference(schema) {
                 None => Ok(false),
                 Some(field) => Err(CacheError::new(
                     ErrorKind::SchemaMismatch,
@@ -98,17 +120,17 @@ impl Namespaces {
                 error,
             )
         })?;
-        by_id.insert(id, Arc::new(schema.clone()));
+        by_id.insert(id, Namespace::from(schema.clone()));
         Ok(true)
     }
 
     pub(crate) fn get(&self, id: NamespaceId) -> Option<Arc<KvSchema>> {
-        self.by_id.read().get(&id).cloned()
+        self.by_id.read().get(&id).map(|held| Arc::clone(&held.schema))
     }
 
     /// Layers of a namespace's schema.
     pub(crate) fn layers(&self, id: NamespaceId) -> Option<usize> {
-        self.by_id.read().get(&id).map(|schema| usize::from(schema.layers))
+        self.by_id.read().get(&id).map(|held| usize::from(held.schema.layers))
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -9,24 +9,29 @@
 //!   costs more than scanning them. What is held is bounded by `context_bytes_max`; beyond it blocks are read and verified
 //!   for each query.
 //! - What a report counts was done; what was not scanned is not called covered.
-//! - A context pins its blocks from opening to drop, and gives back on drop all that it took.
+//! - A context pins its blocks from opening to drop, and gives back on drop all that it took. Contexts over one chain share
+//!   blocks: what they pin and hold is counted once.
+//! - An answer does not depend on which queries shared its scan, nor on how many threads worked on it.
 
+mod blocks;
 mod context;
 mod query;
 mod report;
+mod search;
 
 use std::{ops::Range, time::Instant};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use kvasir_block::{BlockHash, Dtype, NamespaceId};
-use kvasir_index::{Excluded, FlatScan, Segment};
+use kvasir_index::Excluded;
 
-pub(crate) use self::context::ContextBudget;
+use self::query::InvalidQuery;
+pub(crate) use self::{blocks::Registry, context::ContextBudget};
 pub use self::{
-    context::Context,
+    context::{Context, Serving},
     report::{Report, Shortfall},
+    search::Search,
 };
-use self::{context::Payload, query::InvalidQuery, report::Progress};
 use crate::{BlockCache, CacheError, ErrorKind};
 
 /// How the keys that were found are used.
@@ -43,7 +48,44 @@ pub enum Form {
         target_mass: f32,
         /// Most keys per query head, at least 1; `None` for no bound.
         k_max: Option<usize>,
+        /// What else is wanted.
+        options: AttendOptions,
     },
+}
+
+/// What is wanted beside attending to the best keys. The flat scan scores every key: it has no tail to estimate, its output is
+/// not biased by sampling, and its bound is the mass that it left out, so both certificates are that.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttendOptions {
+    /// Whether the missed mass is to be bounded, and how.
+    pub certificate: Certificate,
+    /// Largest acceptable bound, [0, 1]; 0 for no demand. Where it is larger, more keys are attended to than `target_mass` and
+    /// `k_max` ask for, and the report says so.
+    pub missed_mass_max: f32,
+}
+
+/// How the mass that an answer misses is bounded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Certificate {
+    /// Not at all.
+    #[default]
+    None,
+    /// From sampled keys, at three standard errors.
+    Statistical,
+    /// For certain.
+    Deterministic,
+}
+
+/// The index that is to serve a context. The best that is there serves, and [`Context::serving`] says why it is not a better one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IndexChoice {
+    /// The best there is.
+    #[default]
+    Best,
+    /// The exact scan.
+    Flat,
+    /// Sketches in the namespace's basis.
+    Sketch,
 }
 
 /// Queries of all heads of one layer.
@@ -65,6 +107,16 @@ pub struct Query<'a> {
 impl Query<'_> {
     /// Most excluded ranges. A caller has two (sink and window) or a few more; this only bounds the work of sorting them.
     pub const EXCLUDED_MAX: usize = 1024;
+
+    /// Whether one scan can answer both: they differ in their queries and deadlines only, and for each of them it attends to as
+    /// many keys as `target_mass` takes, no less and no more. (Rows are chosen for one sequence at a time.)
+    pub fn joins(&self, other: &Query<'_>) -> bool {
+        let unbounded = matches!(
+            self.form,
+            Form::Attend { k_max: None, options, .. } if options.missed_mass_max == 0.0
+        );
+        unbounded && self.layer == other.layer && self.form == other.form && self.excluded == other.excluded
+    }
 }
 
 /// Keys and values of one KV head, by rising position; `[positions, head_dim]` in the schema's dtype.
@@ -106,6 +158,7 @@ impl BlockCache {
         chain: &[BlockHash],
         q_heads: usize,
         softmax_scale: f32,
+        index: IndexChoice,
     ) -> Result<Context, CacheError> {
         let schema = self.shared.schema_of(namespace)?;
         if schema.dtype != Dtype::F16 {
@@ -129,117 +182,76 @@ impl BlockCache {
             softmax_scale,
             self.shared.config.context_blocks_max,
         )?;
-        Context::open(&self.shared, schema, namespace, chain, q_heads, softmax_scale)
+        let serving = self.serving(namespace, index);
+        Context::open(&self.shared, schema, namespace, chain, q_heads, softmax_scale, serving)
     }
 
-    /// Answers one query. CPU work on the calling thread; reads the disk where a block is not in memory.
+    /// The best index for a namespace that was asked for.
+    fn serving(&self, namespace: NamespaceId, wanted: IndexChoice) -> Serving {
+        let reason = match (wanted, self.basis_id(namespace)) {
+            (IndexChoice::Flat, _) => "",
+            (IndexChoice::Best | IndexChoice::Sketch, None) => {
+                "the namespace has no sketch basis: calibrate the model (kvasir calibrate) and open the namespace with it"
+            }
+            (IndexChoice::Best | IndexChoice::Sketch, Some(_)) => {
+                "the basis is kept, but this version of the store scans every key"
+            }
+        };
+        Serving { index: "flat", reason }
+    }
+
+    /// Answers one query. CPU work on the calling thread; reads the disk where a block is not in memory. See [`Self::search`]
+    /// for several queries at once, on several threads.
     ///
     /// # Errors
     /// `InvalidArgument` naming the field. A deadline that passes or a block that is gone is no error: see
     /// [`Report::shortfall`].
     pub fn retrieve(&self, context: &Context, query: &Query<'_>) -> Result<(Found, Report), CacheError> {
+        let search = self.search(context, std::slice::from_ref(query))?;
+        search.work();
+        let mut answers = search.wait();
+        answers.pop().ok_or_else(|| {
+            let message = "a search for one query gave no answer: this is a fault of the cache";
+            CacheError::new(ErrorKind::Disk, message)
+        })
+    }
+
+    /// Whether `query` can be answered over `context`; what [`Self::search`] checks of each.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub fn check_query(&self, context: &Context, query: &Query<'_>) -> Result<(), CacheError> {
         if !context.belongs_to(&self.shared) {
             return Err(InvalidQuery::new("context", "it was opened on another cache: open it on this one").into());
         }
-        query::check(query, context)?;
-        let excluded = Excluded::new(query.excluded);
-        let late = || query.deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        let blocks = context.load(&self.shared, query.layer, &excluded, &late);
-        let mut progress = Progress::new(context, &excluded);
-        let found = search(context, query, &excluded, &blocks, &late, &mut progress);
-        let report = progress.finish();
-        let counters = &self.shared.counters;
-        counters.retrieve_queries.add(1);
-        counters
-            .retrieve_late
-            .add(u64::from(report.shortfall == Some(Shortfall::Deadline)));
-        counters.retrieve_keys_scanned.add(report.keys_scanned);
-        counters.retrieve_bytes.add(report.bytes_read);
-        Ok((found, report))
+        Ok(query::check(query, context)?)
     }
-}
 
-/// Scans KV head after KV head; stops where it is late.
-fn search(
-    context: &Context,
-    query: &Query<'_>,
-    excluded: &Excluded,
-    blocks: &[Option<Payload>],
-    late: &dyn Fn() -> bool,
-    progress: &mut Progress,
-) -> Found {
-    let (layout, group) = (context.schema().layout(), context.group());
-    let head_dim = layout.head_dim;
-    let halves: Vec<Option<&[half::f16]>> = blocks.iter().map(|block| block.as_ref().map(Payload::halves)).collect();
-    let mut scan = FlatScan::new(head_dim, context.scale());
-    let mut rows = Vec::new();
-    let mut o = Vec::with_capacity(query.q.len());
-    let mut lse = Vec::with_capacity(context.q_heads());
-    for (kv_head, q) in query.q.chunks_exact(group * head_dim).enumerate() {
-        scan.begin(q);
-        for (at, halves) in halves.iter().enumerate() {
-            if context.is_excluded(at, excluded) {
-                continue;
-            }
-            if progress.is_late() || late() {
-                progress.late();
-                break;
-            }
-            match halves {
-                Some(halves) => scan.scan(
-                    Segment {
-                        keys: &halves[layout.keys(kv_head)],
-                        values: &halves[layout.values(kv_head)],
-                        position: at * layout.block_tokens,
-                    },
-                    excluded,
-                ),
-                None => progress.missing(),
-            }
+    /// Begins one scan that answers all of `queries`, which [join](Query::joins) each other: of sequences that decode over
+    /// contexts that [join](Context::joins), so that each key is read once for all of them. Reads the blocks; then threads
+    /// [work](Search::work). The scan stops at the latest of the deadlines.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub fn search(&self, context: &Context, queries: &[Query<'_>]) -> Result<Search, CacheError> {
+        for query in queries {
+            self.check_query(context, query)?;
         }
-        match query.form {
-            Form::Rows { k } => {
-                let found = scan.rows(k);
-                progress.head(
-                    scan.keys_scanned(),
-                    &found.mass,
-                    found.positions().len() * group,
-                    found.positions().len(),
-                );
-                rows.push(gather(&scan, &found, head_dim));
-            }
-            Form::Attend { target_mass, k_max } => {
-                let found = scan.attend(target_mass, k_max);
-                progress.head(
-                    scan.keys_scanned(),
-                    &found.mass,
-                    found.keys.iter().sum(),
-                    found.value_rows,
-                );
-                progress.cut_short(found.cut_short);
-                o.extend_from_slice(&found.o);
-                lse.extend_from_slice(&found.lse);
-            }
+        let (first, others) = queries
+            .split_first()
+            .ok_or_else(|| InvalidQuery::new("queries", "there are none: ask for at least one"))?;
+        if !others.iter().all(|other| first.joins(other)) {
+            return Err(InvalidQuery::new("queries", "they cannot share a scan: ask one after another").into());
         }
+        Ok(Search::begin(&self.shared, context, first, queries))
     }
-    match query.form {
-        Form::Rows { .. } => Found::Rows(rows),
-        Form::Attend { .. } => Found::Attend { o, lse },
-    }
-}
 
-/// Copies chosen rows out of their blocks: they travel, the blocks stay.
-fn gather(scan: &FlatScan<'_>, found: &kvasir_index::Rows, head_dim: usize) -> HeadRows {
-    let bytes = found.positions().len() * head_dim * Dtype::F16.bytes();
-    let (mut keys, mut values) = (BytesMut::with_capacity(bytes), BytesMut::with_capacity(bytes));
-    scan.each_row(found, |key, value| {
-        key.iter().for_each(|half| keys.put_u16_le(half.to_bits()));
-        value.iter().for_each(|half| values.put_u16_le(half.to_bits()));
-    });
-    HeadRows {
-        positions: found.positions().to_vec(),
-        keys: keys.freeze(),
-        values: values.freeze(),
+    /// Reads and verifies the blocks of a layer that a query will want soon, unless they are there: the query then finds them in
+    /// memory. Nothing happens where the layer does not exist or memory for contexts is used up.
+    pub fn warm(&self, context: &Context, layer: u16) {
+        if layer < context.schema().layers && context.belongs_to(&self.shared) {
+            context.blocks().load(&self.shared, layer, &Excluded::none(), &|| false);
+        }
     }
 }
 

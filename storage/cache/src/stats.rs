@@ -16,6 +16,12 @@ pub struct CacheStats {
     pub uptime: Duration,
     /// Namespaces open.
     pub namespaces: u64,
+    /// Of those, with a sketch basis.
+    pub namespaces_with_basis: u64,
+    /// Bytes of the files of different bases.
+    pub basis_bytes: u64,
+    /// Their limit.
+    pub basis_bytes_max: u64,
     /// Blocks available: all layers held.
     pub blocks: u64,
     /// Bytes of the host tier, bookkeeping included.
@@ -74,7 +80,9 @@ pub struct CacheStats {
     pub context_bytes_max: u64,
     /// Retrievals answered.
     pub retrieve_queries: u64,
-    /// Of those, with less than was asked because the deadline passed.
+    /// Of those, answered by a scan that several queries shared.
+    pub retrieve_joined: u64,
+    /// Of the retrievals, with less than was asked because the deadline passed.
     pub retrieve_late: u64,
     /// Keys they scored, summed over KV heads.
     pub retrieve_keys_scanned: u64,
@@ -118,6 +126,7 @@ pub(crate) struct Counters {
     pub(crate) misses_busy: Counter,
     pub(crate) host_corrupt: Counter,
     pub(crate) retrieve_queries: Counter,
+    pub(crate) retrieve_joined: Counter,
     pub(crate) retrieve_late: Counter,
     pub(crate) retrieve_keys_scanned: Counter,
     pub(crate) retrieve_bytes: Counter,

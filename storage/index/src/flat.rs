@@ -6,12 +6,14 @@
 //! Non-finite scores (keys with infinities or NaN in them) count as -inf: such a key is scanned, never chosen, and has no
 //! mass. Ties go to the lower position, so an answer is a function of its inputs alone.
 
+mod index;
 mod select;
 
 use half::f16;
 use kvasir_simd::{Segment, add_assign, log_sum_exp2, scores, top_k, weighted_values};
 
-use self::select::Selection;
+pub use self::index::Flat;
+pub(crate) use self::select::Selection;
 use crate::{Excluded, bits::Bits};
 
 /// The scan of one KV head for the query rows of its group. Buffers are reused from query to query.
@@ -33,9 +35,9 @@ pub struct FlatScan<'a> {
 /// The union of the best keys of a group's query heads.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rows {
-    positions: Vec<u32>,
+    pub(crate) positions: Vec<u32>,
     /// Segment and row inside it, one per position.
-    places: Vec<(u32, u32)>,
+    pub(crate) places: Vec<(u32, u32)>,
     /// Share of the scanned softmax mass that the union holds, per query head; 1 where nothing was to be found.
     pub mass: Vec<f32>,
 }
@@ -267,7 +269,7 @@ fn lse_of(scores: &[f32], chosen: &[u32], all: f32, gathered: &mut Vec<f32>) -> 
 }
 
 /// Share of the mass under `all` that `chosen` holds; all of nothing where there is none.
-fn share(chosen: f32, all: f32) -> f32 {
+pub(crate) fn share(chosen: f32, all: f32) -> f32 {
     if all == f32::NEG_INFINITY {
         1.0
     } else {

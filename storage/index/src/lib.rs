@@ -39,6 +39,7 @@ mod key_index;
 mod quest;
 mod roar;
 mod search;
+mod sketch;
 #[cfg(test)]
 mod suite;
 mod wave;
@@ -46,7 +47,7 @@ mod wave;
 pub use basis::{Basis, Calibrated, HeadBasis, Moments, OutsideMass, Streaming};
 pub use excluded::Excluded;
 pub use file::{Kind, Origin};
-pub use flat::{Attended, FlatScan, Rows};
+pub use flat::{Attended, Flat, FlatScan, Rows};
 #[cfg(feature = "hnsw")]
 pub use hnsw::Hnsw;
 pub use ivf::Ivf;
@@ -54,4 +55,5 @@ pub use key_index::{Cost, Hits, IndexError, KeyIndex, KeyRows, Search};
 pub use kvasir_simd::Segment;
 pub use quest::Quest;
 pub use roar::{Roar, RoarParams, Samples};
+pub use sketch::{Attend, Sketch, SketchAttended, SketchFormat, SketchScan, Width, encode_block};
 pub use wave::{Estimate, Wave, WaveParams};

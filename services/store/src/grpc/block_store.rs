@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use kvasir_block::{KvSchema, NamespaceId, Tenant};
 use kvasir_cache::{BlockCache, CacheStats, LeaseId, SEGMENT_FORMAT};
@@ -105,7 +106,8 @@ fn framed_by_hand() -> Status {
 }
 
 impl BlockStoreApi {
-    async fn open(&self, request: v1::OpenNamespaceRequest) -> Result<v1::OpenNamespaceReply, Status> {
+    async fn open(&self, mut request: v1::OpenNamespaceRequest) -> Result<v1::OpenNamespaceReply, Status> {
+        let basis = std::mem::take(&mut request.basis);
         let (tenant, schema, expected) = declared(request).map_err(|error| of_message(&error))?;
         let id = NamespaceId::new(&tenant, &schema);
         let cache = self.0.cache()?;
@@ -115,9 +117,17 @@ impl BlockStoreApi {
         let layer_block_bytes = schema.layer_block_bytes() as u64;
         let opened = self
             .0
-            .with_cache(move |cache| cache.open_namespace(&tenant, &schema))
+            .with_cache(move |cache| {
+                let namespace = cache.open_namespace(&tenant, &schema)?;
+                let basis = if basis.is_empty() {
+                    cache.basis_id(namespace)
+                } else {
+                    Some(cache.set_basis(namespace, &basis)?)
+                };
+                Ok((namespace, basis))
+            })
             .await?;
-        let namespace = opened.map_err(|error| of_cache(&error))?;
+        let (namespace, basis) = opened.map_err(|error| of_cache(&error))?;
         let config = &self.0.config;
         let limits = v1::Limits {
             message_bytes_max: config.message_bytes_max.as_u64(),
@@ -131,8 +141,7 @@ impl BlockStoreApi {
             segment_format: SEGMENT_FORMAT,
             index_format: INDEX_FORMAT,
             epoch: cache.epoch(),
-            // There is no index here that a basis would serve.
-            basis_id: bytes::Bytes::new(),
+            basis_id: basis.map_or_else(Bytes::new, |id| Bytes::copy_from_slice(id.as_bytes())),
         })
     }
 
@@ -209,6 +218,6 @@ fn stat_reply(stats: &CacheStats) -> v1::StatReply {
         flush_queue_blocks: stats.disk.queued_layer_blocks,
         leases: stats.leases,
         flush_dropped: stats.disk.refused,
-        namespaces_with_basis: 0,
+        namespaces_with_basis: stats.namespaces_with_basis,
     }
 }

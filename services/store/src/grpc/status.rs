@@ -13,7 +13,7 @@ use crate::{door::Lost, metrics};
 const fn code(kind: ErrorKind) -> Code {
     match kind {
         ErrorKind::UnknownNamespace | ErrorKind::NotHeld => Code::NotFound,
-        ErrorKind::SchemaMismatch | ErrorKind::Config => Code::FailedPrecondition,
+        ErrorKind::SchemaMismatch | ErrorKind::BasisMismatch | ErrorKind::Config => Code::FailedPrecondition,
         ErrorKind::InvalidArgument => Code::InvalidArgument,
         ErrorKind::Unsupported => Code::Unimplemented,
         ErrorKind::LimitReached => Code::ResourceExhausted,

@@ -76,6 +76,11 @@ async fn namespaces() {
             Code::FailedPrecondition,
             "no namespace with that id is open here",
         ),
+        (
+            Box::new(|r| r.basis = Bytes::from_static(b"KVBASIS, but not one")),
+            Code::InvalidArgument,
+            "basis: ",
+        ),
     ];
     for (damage, code, message) in table {
         let mut request = good.clone();

@@ -4,5 +4,6 @@ mod bad_input;
 mod hostile;
 mod life;
 mod retrieval;
+mod retrieval_options;
 mod round_trip;
 mod support;

@@ -14,8 +14,8 @@ use tonic::Code;
 
 use crate::support::{Setup, chain, config, in_order, schema};
 
-const Q_HEADS: usize = 4;
-const SCALE: f32 = 0.2;
+pub(crate) const Q_HEADS: usize = 4;
+pub(crate) const SCALE: f32 = 0.2;
 
 fn layout() -> LayerBlockLayout {
     let schema = schema();
@@ -40,7 +40,7 @@ fn bytes(values: &[f16]) -> Bytes {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-async fn put(setup: &Setup, chain: &[BlockHash]) {
+pub(crate) async fn put(setup: &Setup, chain: &[BlockHash]) {
     let mut stream = setup.client.put_blocks(&setup.namespace).await.expect("a stream");
     for (hash, layer) in in_order(chain) {
         let payload = bytes(&elements(hash, layer));
@@ -77,7 +77,7 @@ fn scores(q: &[f32], keys: &[Vec<f16>]) -> Vec<f64> {
     keys.iter().map(|key| dot(key) * f64::from(SCALE)).collect()
 }
 
-async fn open(setup: &Setup, chain: &[BlockHash]) -> DecodeStream {
+pub(crate) async fn open(setup: &Setup, chain: &[BlockHash]) -> DecodeStream {
     let open = OpenContext {
         chain: chain.to_vec(),
         q_heads: Q_HEADS,
@@ -88,7 +88,7 @@ async fn open(setup: &Setup, chain: &[BlockHash]) -> DecodeStream {
     setup.client.decode(&setup.namespace, open).await.expect("a context")
 }
 
-fn query(sequence: u64, layer: u16, form: Form) -> Query {
+pub(crate) fn query(sequence: u64, layer: u16, form: Form) -> Query {
     let mut random = SmallRng::seed_from_u64(sequence);
     Query {
         sequence,
@@ -227,16 +227,22 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
         chain[3]
     );
 
-    let open = |q_heads| {
-        Request::Open(v1::OpenContext {
-            namespace: convert::namespace_bytes(setup.namespace.id),
-            hashes: convert::hash_bytes(&chain[..3]),
-            q_heads,
-            softmax_scale: SCALE,
-            ..v1::OpenContext::default()
-        })
+    let opening = |q_heads| v1::OpenContext {
+        namespace: convert::namespace_bytes(setup.namespace.id),
+        hashes: convert::hash_bytes(&chain[..3]),
+        q_heads,
+        softmax_scale: SCALE,
+        ..v1::OpenContext::default()
     };
+    let open = |q_heads| Request::Open(opening(q_heads));
     let q = |count: usize| convert::float_bytes(&vec![0.5; count]);
+    let hint = |layer, count| Request::Hint(v1::Hint { layer, q: q(count) });
+    fn attend_of(query: &mut v1::Query) -> &mut v1::Attend {
+        match &mut query.form {
+            Some(v1::query::Form::Attend(attend)) => attend,
+            _ => panic!("not attend"),
+        }
+    }
     let attend = Some(v1::query::Form::Attend(v1::Attend {
         target_mass: 1.0,
         ..v1::Attend::default()
@@ -286,6 +292,38 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
                 }),
             ],
             "target_mass",
+        ),
+        (
+            vec![open(4), query(|q| attend_of(q).certificate = 9)],
+            "query.attend.certificate: 9 is no kind",
+        ),
+        (
+            vec![open(4), query(|q| attend_of(q).effort = f32::NAN)],
+            "query.attend.effort: NaN is not a share",
+        ),
+        (
+            vec![open(4), query(|q| attend_of(q).missed_mass_max = -0.1)],
+            "missed_mass_max: -0.1 is not a share",
+        ),
+        (
+            vec![Request::Open(v1::OpenContext {
+                index: "roar".to_owned(),
+                ..opening(4)
+            })],
+            "open.index: \"roar\" is no index",
+        ),
+        (vec![hint(0, Q_HEADS * 32)], "hint: no context is open"),
+        (vec![open(4), hint(3, Q_HEADS * 32)], "hint.layer: 3: the namespace has"),
+        (vec![open(4), hint(0, 2)], "hint.q: 128 little-endian f32"),
+        (
+            vec![
+                open(4),
+                Request::Hint(v1::Hint {
+                    layer: 0,
+                    q: convert::float_bytes(&[f32::INFINITY; Q_HEADS * 32]),
+                }),
+            ],
+            "hint.q[0]: must be finite",
         ),
     ];
     let mut client = RetrievalClient::connect(setup.url()).await.expect("a connection");

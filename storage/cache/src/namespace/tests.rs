@@ -1,3 +1,5 @@
+use kvasir_index::{Basis, HeadBasis};
+
 use super::*;
 use crate::testing::schema;
 
@@ -6,7 +8,7 @@ fn tenant(name: &str) -> Tenant {
 }
 
 fn open(dir: &std::path::Path) -> Namespaces {
-    Namespaces::open(dir.to_owned(), 3).unwrap()
+    Namespaces::open(dir.to_owned(), 3, 1 << 20).unwrap()
 }
 
 #[test]
@@ -71,4 +73,125 @@ fn refusals_name_what_is_wrong() {
     let error = namespaces.declare(&tenant("d"), &schema(3)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::LimitReached);
     assert!(error.to_string().contains("namespaces_max"), "{error}");
+}
+
+/// A basis for `schema(layers)`; `seed` makes it another one.
+fn basis(schema: &KvSchema, seed: f32) -> Basis {
+    let (heads, head_dim, rank) = (
+        usize::from(schema.layers * schema.kv_heads),
+        usize::from(schema.head_dim),
+        4,
+    );
+    let head = |at: usize| HeadBasis {
+        mean: vec![seed; head_dim],
+        keys: (0..rank * head_dim).map(|i| (i + at) as f32 / 64.0).collect(),
+        queries: vec![0.5; rank * head_dim],
+        streaming: at == 1,
+    };
+    Basis {
+        model: schema.model_fingerprint(),
+        layers: schema.layers.into(),
+        kv_heads: schema.kv_heads.into(),
+        head_dim,
+        rank,
+        heads: (0..heads).map(head).collect(),
+    }
+}
+
+#[test]
+fn a_basis_stays_with_its_namespace() {
+    let dir = tempfile::tempdir().unwrap();
+    let namespaces = open(dir.path());
+    let (a, _) = namespaces.declare(&tenant("a"), &schema(3)).unwrap();
+    let (b, _) = namespaces.declare(&tenant("b"), &schema(3)).unwrap();
+    assert!(namespaces.basis(a).is_none());
+    let file = basis(&schema(3), 1.0).encode();
+    let id = namespaces.set_basis(a, &file).unwrap();
+    assert_eq!(id.as_bytes(), &basis(&schema(3), 1.0).id());
+    assert_eq!(
+        namespaces.set_basis(a, &file).unwrap(),
+        id,
+        "the same again is no change"
+    );
+    namespaces.set_basis(b, &file).unwrap();
+    assert_eq!(namespaces.bases(), (2, file.len() as u64), "counted once");
+    let error = namespaces.set_basis(a, &basis(&schema(3), 2.0).encode()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BasisMismatch);
+    assert!(error.to_string().contains(&id.to_string()), "{error}");
+
+    let again = open(dir.path());
+    assert_eq!(again.basis(a).map(|basis| basis.id()), Some(id));
+    assert_eq!(again.bases(), (2, file.len() as u64));
+    // A damaged one is set aside, and can be brought again.
+    let path = dir.path().join(format!("{a}.basis"));
+    let mut damaged = file.clone();
+    damaged[100] ^= 1;
+    std::fs::write(&path, damaged).unwrap();
+    let again = open(dir.path());
+    assert!(again.basis(a).is_none() && path.with_extension("basis.broken").exists());
+    assert_eq!(again.set_basis(a, &file).unwrap(), id);
+}
+
+#[test]
+fn a_basis_that_cannot_serve_is_refused_by_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let namespaces = Namespaces::open(dir.path().to_owned(), 3, 1500).unwrap();
+    let (id, _) = namespaces.declare(&tenant("a"), &schema(3)).unwrap();
+    let good = basis(&schema(3), 1.0);
+    let other_weights = KvSchema {
+        weights_sha256: [9; 32],
+        ..schema(3)
+    };
+    use ErrorKind::{InvalidArgument, LimitReached};
+    let table: [(&str, Vec<u8>, ErrorKind, &str); 7] = [
+        ("nothing", vec![], InvalidArgument, "basis: "),
+        ("no file", b"KVBASIS?".to_vec(), InvalidArgument, "basis: "),
+        ("cut", good.encode()[..200].to_vec(), InvalidArgument, "basis: "),
+        ("too large", vec![0; 1501], LimitReached, "basis_bytes_max"),
+        (
+            "other model",
+            basis(&other_weights, 1.0).encode(),
+            InvalidArgument,
+            "other weights",
+        ),
+        (
+            "other layers",
+            basis(&schema(2), 1.0).encode(),
+            InvalidArgument,
+            "2 layers",
+        ),
+        (
+            "other heads",
+            basis(
+                &KvSchema {
+                    kv_heads: 1,
+                    ..schema(3)
+                },
+                1.0,
+            )
+            .encode(),
+            InvalidArgument,
+            "1 KV heads",
+        ),
+    ];
+    for (name, file, kind, words) in table {
+        let error = namespaces.set_basis(id, &file).unwrap_err();
+        assert_eq!(error.kind(), kind, "{name}: {error}");
+        assert!(error.to_string().contains(words), "{name}: {error}");
+    }
+    assert!(namespaces.basis(id).is_none());
+    let file = good.encode();
+    assert!(file.len() <= 1500 && 2 * file.len() > 1500, "{}", file.len());
+    namespaces.set_basis(id, &file).unwrap();
+    // There is no room for a second one that differs.
+    let (other, _) = namespaces.declare(&tenant("b"), &schema(3)).unwrap();
+    let error = namespaces
+        .set_basis(other, &basis(&schema(3), 2.0).encode())
+        .unwrap_err();
+    assert_eq!(error.kind(), LimitReached, "{error}");
+    let unknown = NamespaceId::from_bytes([3; 32]);
+    assert_eq!(
+        namespaces.set_basis(unknown, &file).unwrap_err().kind(),
+        ErrorKind::UnknownNamespace
+    );
 }

@@ -1,4 +1,4 @@
-//! Open contexts: what they pin and what they hold.
+//! Open contexts, and the bounds on them.
 
 use std::sync::{
     Arc, Weak,
@@ -7,26 +7,31 @@ use std::sync::{
 
 use bytes::Bytes;
 use half::f16;
-use kvasir_block::{BlockHash, BlockKey, KvSchema, NamespaceId};
-use kvasir_index::Excluded;
+use kvasir_block::{BlockHash, KvSchema, NamespaceId};
 use kvasir_simd::cast_f16;
-use parking_lot::Mutex;
 
-use crate::{CacheError, ErrorKind, GetOutcome, LeaseId, cache::Shared};
+use super::blocks::ContextBlocks;
+use crate::{CacheError, ErrorKind, cache::Shared};
 
 /// A chain of held blocks, pinned until dropped. It does not keep its cache alive: once that is closed, it is of no use.
+///
+/// Contexts over the same chain share its blocks: they are pinned, verified and counted once.
 #[derive(Debug)]
 pub struct Context {
     cache: Weak<Shared>,
-    lease: LeaseId,
-    schema: Arc<KvSchema>,
-    blocks: Vec<BlockKey>,
+    blocks: Arc<ContextBlocks>,
     q_heads: usize,
     scale: f32,
-    /// Verified payloads, one list per layer, filled by the first query that wants them.
-    layers: Vec<Mutex<Arc<[Option<Payload>]>>>,
-    /// Bytes of all payloads in `layers`, taken from the cache's budget.
-    held_bytes: AtomicU64,
+    serving: Serving,
+}
+
+/// What serves a context, and why not something better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Serving {
+    /// Name of the index.
+    pub index: &'static str,
+    /// Why not a better one, for a person; empty where there is none.
+    pub reason: &'static str,
 }
 
 /// How many contexts are open and how many bytes they hold, under limits.
@@ -55,17 +60,8 @@ impl Context {
         chain: &[BlockHash],
         q_heads: usize,
         scale: f32,
+        serving: Serving,
     ) -> Result<Self, CacheError> {
-        let blocks: Vec<BlockKey> = chain.iter().map(|&hash| namespace.block(hash)).collect();
-        let mut state = shared.state.lock();
-        if let Some(at) = blocks.iter().position(|block| !state.available.contains(block)) {
-            let message = format!(
-                "block {at} of {} ({}) is not held: compute and put it, or open a shorter chain",
-                chain.len(),
-                chain[at]
-            );
-            return Err(CacheError::new(ErrorKind::NotHeld, message));
-        }
         if !shared.contexts.open_one() {
             let message = format!(
                 "{} contexts are open, contexts_max allows no more: close one or raise it",
@@ -73,44 +69,39 @@ impl Context {
             );
             return Err(CacheError::new(ErrorKind::LimitReached, message));
         }
-        // From the tail to the head, so that eviction would take the tail first.
-        blocks.iter().rev().for_each(|block| state.host.touch(block));
-        let Some(lease) = state.leases.grant(blocks.clone(), std::time::Instant::now(), None) else {
-            shared.contexts.close_one(0);
-            let message = format!(
-                "{} leases are held, leases_max allows no more: give one back or raise it",
-                shared.config.leases_max
-            );
-            return Err(CacheError::new(ErrorKind::LimitReached, message));
-        };
-        drop(state);
-        let nothing: Arc<[Option<Payload>]> = Arc::new([]);
-        let layers = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&nothing))).collect();
-        Ok(Self {
-            cache: Arc::downgrade(shared),
-            lease,
-            schema,
-            blocks,
-            q_heads,
-            scale,
-            layers,
-            held_bytes: AtomicU64::new(0),
-        })
+        match ContextBlocks::of(shared, schema, namespace, chain) {
+            Ok(blocks) => Ok(Self {
+                cache: Arc::downgrade(shared),
+                blocks,
+                q_heads,
+                scale,
+                serving,
+            }),
+            Err(error) => {
+                shared.contexts.close_one();
+                Err(error)
+            }
+        }
     }
 
     /// Tokens of the context.
     pub fn tokens(&self) -> usize {
-        self.blocks.len() * usize::from(self.schema.block_tokens)
+        self.blocks.len() * usize::from(self.schema().block_tokens)
+    }
+
+    /// What serves it.
+    pub fn serving(&self) -> Serving {
+        self.serving
     }
 
     /// Name of the index that serves it.
     pub fn index(&self) -> &'static str {
-        "flat"
+        self.serving.index
     }
 
     /// Schema of its blocks.
     pub fn schema(&self) -> &Arc<KvSchema> {
-        &self.schema
+        self.blocks.schema()
     }
 
     /// Query heads per layer.
@@ -118,9 +109,22 @@ impl Context {
         self.q_heads
     }
 
+    /// Whether queries of both contexts may be answered by one scan: same blocks, same heads, same scale.
+    pub fn joins(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.blocks, &other.blocks)
+            && self.q_heads == other.q_heads
+            && self.scale.to_bits() == other.scale.to_bits()
+            && self.serving.index == other.serving.index
+    }
+
+    /// Whether all blocks of a layer are in memory and verified, or on their way there; waits for nothing.
+    pub fn is_warm(&self, layer: u16) -> bool {
+        self.blocks.is_warm(layer)
+    }
+
     /// Query heads per KV head.
     pub(super) fn group(&self) -> usize {
-        self.q_heads / usize::from(self.schema.kv_heads)
+        self.q_heads / usize::from(self.schema().kv_heads)
     }
 
     pub(super) fn scale(&self) -> f32 {
@@ -131,63 +135,16 @@ impl Context {
         Weak::as_ptr(&self.cache) == Arc::as_ptr(shared)
     }
 
-    /// Whether no token of block `at` is searched.
-    pub(super) fn is_excluded(&self, at: usize, excluded: &Excluded) -> bool {
-        // Both fit: open_context checked that positions have 32 bits.
-        let tokens = u32::from(self.schema.block_tokens);
-        let start = at as u32 * tokens;
-        excluded.searched(start..start + tokens).next().is_none()
-    }
-
-    /// The verified payloads of a layer, one per block: held already, or read now until it is late. What is excluded whole is
-    /// not read.
-    pub(super) fn load(
-        &self,
-        shared: &Shared,
-        layer: u16,
-        excluded: &Excluded,
-        late: &dyn Fn() -> bool,
-    ) -> Arc<[Option<Payload>]> {
-        // Held while reading: a second query of the same layer would read the same blocks.
-        let mut held = self.layers[usize::from(layer)].lock();
-        let is_missing = |at: usize| held.get(at).is_none_or(Option::is_none) && !self.is_excluded(at, excluded);
-        let wanted: Vec<usize> = (0..self.blocks.len()).filter(|&at| is_missing(at)).collect();
-        if wanted.is_empty() && held.len() == self.blocks.len() {
-            return Arc::clone(&held);
-        }
-        let mut keep = held.to_vec();
-        keep.resize(self.blocks.len(), None);
-        let mut now = keep.clone();
-        for at in wanted {
-            if late() {
-                break;
-            }
-            match shared.read(self.blocks[at].layer(layer)) {
-                // The length is the schema's by the put; what a foreign writer left in the folder may have another.
-                GetOutcome::Hit { payload, .. } if payload.len() == self.schema.layer_block_bytes() => {
-                    let bytes = payload.len() as u64;
-                    let payload = Payload::new(payload);
-                    if shared.contexts.take(bytes) {
-                        self.held_bytes.fetch_add(bytes, Ordering::Relaxed);
-                        keep[at] = Some(payload.clone());
-                    }
-                    now[at] = Some(payload);
-                }
-                GetOutcome::Hit { .. } | GetOutcome::Miss | GetOutcome::Corrupt | GetOutcome::Busy => {
-                    shared.counters.retrieve_missing.add(1);
-                }
-            }
-        }
-        *held = keep.into();
-        now.into()
+    pub(super) fn blocks(&self) -> &Arc<ContextBlocks> {
+        &self.blocks
     }
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
-        let Some(shared) = self.cache.upgrade() else { return };
-        shared.contexts.close_one(self.held_bytes.load(Ordering::Relaxed));
-        shared.state.lock().leases.release(self.lease);
+        if let Some(shared) = self.cache.upgrade() {
+            shared.contexts.close_one();
+        }
     }
 }
 
@@ -215,12 +172,15 @@ impl ContextBudget {
         add_within(&self.open, 1, self.open_max)
     }
 
-    fn close_one(&self, bytes: u64) {
+    fn close_one(&self) {
         self.open.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn give_back(&self, bytes: u64) {
         self.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    fn take(&self, bytes: u64) -> bool {
+    pub(super) fn take(&self, bytes: u64) -> bool {
         add_within(&self.bytes, bytes, self.bytes_max)
     }
 }
@@ -231,7 +191,7 @@ fn add_within(count: &AtomicU64, more: u64, max: u64) -> bool {
 }
 
 impl Payload {
-    fn new(bytes: Bytes) -> Self {
+    pub(super) fn new(bytes: Bytes) -> Self {
         if cast_f16(&bytes).is_some() {
             return Self::Shared(bytes);
         }
@@ -274,7 +234,8 @@ mod tests {
         let budget = ContextBudget::new(1, 100);
         assert!(budget.open_one() && !budget.open_one());
         assert!(budget.take(60) && !budget.take(41) && budget.take(40));
-        budget.close_one(100);
+        budget.close_one();
+        budget.give_back(100);
         assert_eq!((budget.open(), budget.bytes()), (0, 0));
         assert!(!budget.take(u64::MAX) && budget.take(100));
     }

@@ -91,6 +91,13 @@ pub(super) fn check(query: &Query<'_>, context: &Context) -> Result<(), InvalidQ
                 "0 keys per query head: leave it out for no bound",
             ));
         }
+        Form::Attend { options, .. } if !(0.0..=1.0).contains(&options.missed_mass_max) => {
+            let problem = format!(
+                "{} is not a share of the mass: it is 0 (no demand) to 1",
+                options.missed_mass_max
+            );
+            return Err(InvalidQuery::new("missed_mass_max", problem));
+        }
         Form::Rows { .. } | Form::Attend { .. } => {}
     }
     if query.excluded.len() > Query::EXCLUDED_MAX {

@@ -1,8 +1,7 @@
 //! What a retrieval did, counted while it is done.
 
+use kvasir_block::LayerBlockLayout;
 use kvasir_index::Excluded;
-
-use super::Context;
 
 /// Why a result covers less than was asked. Where there are several reasons, the first of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,8 +29,14 @@ pub struct Report {
     pub mass_covered: Vec<f32>,
     /// Why it covers less than was asked.
     pub shortfall: Option<Shortfall>,
-    /// Bytes of keys and values read: each scanned key once per KV head, and each value row that was taken once per KV head.
+    /// Bytes of keys and values read: each scanned key once per KV head, and each value row that was taken once per KV head. Where
+    /// several queries shared the scan, this one's equal share.
     pub bytes_read: u64,
+    /// Bound of the share of the searched softmax mass that the result misses, per query head; empty where no certificate was
+    /// asked for. 1, which says nothing, where keys were not reached.
+    pub missed_mass_bound: Vec<f32>,
+    /// More keys were attended to than `target_mass` and `k_max` ask for, since the bound was larger than `missed_mass_max`.
+    pub escalated: bool,
 }
 
 /// A report in the making.
@@ -41,15 +46,30 @@ pub(super) struct Progress {
     /// Keys to search per KV head.
     keys: u64,
     row_bytes: u64,
+    /// Queries that share the scan.
+    queries: u64,
     late: bool,
     missing: bool,
     cut_short: bool,
 }
 
+/// What was done for one KV head.
+#[derive(Debug)]
+pub(super) struct HeadCount<'a> {
+    /// Keys scanned.
+    pub(super) scanned: usize,
+    /// Share of their mass that is covered, per query head.
+    pub(super) mass: &'a [f32],
+    /// Keys that take part, over all query heads.
+    pub(super) attended: usize,
+    /// Value rows read, for all queries of the scan.
+    pub(super) value_rows: usize,
+}
+
 impl Progress {
-    pub(super) fn new(context: &Context, excluded: &Excluded) -> Self {
-        let layout = context.schema().layout();
-        let keys = u64::from(excluded.searched_count(context.tokens() as u32));
+    /// Of one of `queries` that share a scan over so many tokens.
+    pub(super) fn new(layout: &LayerBlockLayout, tokens: usize, excluded: &Excluded, queries: usize) -> Self {
+        let keys = u64::from(excluded.searched_count(tokens as u32));
         Self {
             report: Report {
                 keys_total: keys * layout.kv_heads as u64,
@@ -57,40 +77,47 @@ impl Progress {
             },
             keys,
             row_bytes: (layout.head_dim * layout.dtype.bytes()) as u64,
+            queries: queries as u64,
             late: false,
             missing: false,
             cut_short: false,
         }
     }
 
-    /// One KV head is done: keys scanned, the share of their mass per query head, keys that take part over all query heads,
-    /// value rows read.
-    pub(super) fn head(&mut self, scanned: usize, mass: &[f32], attended: usize, value_rows: usize) {
+    /// One KV head is done.
+    pub(super) fn head(&mut self, head: HeadCount<'_>) {
         let reached = if self.keys == 0 {
             1.0
         } else {
-            scanned as f32 / self.keys as f32
+            head.scanned as f32 / self.keys as f32
         };
-        self.report.mass_covered.extend(mass.iter().map(|mass| mass * reached));
-        self.report.keys_scanned += scanned as u64;
-        self.report.keys_attended += attended as u64;
-        self.report.bytes_read += (scanned + value_rows) as u64 * self.row_bytes;
+        self.report
+            .mass_covered
+            .extend(head.mass.iter().map(|mass| mass * reached));
+        self.report.keys_scanned += head.scanned as u64;
+        self.report.keys_attended += head.attended as u64;
+        self.report.bytes_read += (head.scanned + head.value_rows) as u64 * self.row_bytes / self.queries;
     }
 
-    pub(super) fn late(&mut self) {
-        self.late = true;
-    }
-
-    pub(super) fn is_late(&self) -> bool {
-        self.late
-    }
-
-    pub(super) fn missing(&mut self) {
-        self.missing = true;
+    /// Why the scan of a KV head did not reach every block, if it did not.
+    pub(super) fn stopped(&mut self, late: bool, missing: bool) {
+        self.late |= late;
+        self.missing |= missing;
     }
 
     pub(super) fn cut_short(&mut self, cut_short: bool) {
         self.cut_short |= cut_short;
+    }
+
+    pub(super) fn escalated(&mut self, escalated: bool) {
+        self.report.escalated |= escalated;
+    }
+
+    /// Gives the bounds that a certificate asks for. Of keys that were not scanned nothing is known.
+    pub(super) fn certify(&mut self) {
+        let whole = !self.late && !self.missing;
+        let bound = |mass: &f32| if whole { (1.0 - mass).max(0.0) } else { 1.0 };
+        self.report.missed_mass_bound = self.report.mass_covered.iter().map(bound).collect();
     }
 
     pub(super) fn finish(mut self) -> Report {

@@ -88,6 +88,7 @@ fn ask<'a>(q: &'a [f32], layer: u16, target_mass: f32, excluded: &'a [Range<u32>
         form: Form::Attend {
             target_mass,
             k_max: None,
+            options: AttendOptions::default(),
         },
         excluded,
         deadline: None,
@@ -152,7 +153,9 @@ fn full_mass_is_full_attention_and_partials_merge_to_it() {
         let (cache, namespace) = open(config(dir.path()), &schema);
         fill(&cache, namespace, &schema, blocks);
         let scale = 1.0 / f32::from(schema.head_dim).sqrt();
-        let context = cache.open_context(namespace, &chain(blocks), q_heads, scale).unwrap();
+        let context = cache
+            .open_context(namespace, &chain(blocks), q_heads, scale, IndexChoice::Best)
+            .unwrap();
         let tokens = context.tokens() as u32;
         let q = queries(&schema, q_heads, seed);
         let layer = rng.random_range(0..LAYERS);
@@ -192,7 +195,9 @@ fn golden_counts() {
     let dir = tempfile::tempdir().unwrap();
     let (cache, namespace) = open(config(dir.path()), &small());
     fill(&cache, namespace, &small(), 5);
-    let context = cache.open_context(namespace, &chain(5), 6, 0.35).unwrap();
+    let context = cache
+        .open_context(namespace, &chain(5), 6, 0.35, IndexChoice::Best)
+        .unwrap();
     let q = queries(&small(), 6, 3);
     // 20 tokens, 3 KV heads, 2 query heads each, rows of 16 bytes.
     let report = attended(&cache, &context, &ask(&q, 0, 1.0, &[])).2;
@@ -209,6 +214,7 @@ fn golden_counts() {
     let k_max = Form::Attend {
         target_mass: 1.0,
         k_max: Some(2),
+        options: AttendOptions::default(),
     };
     let report = attended(
         &cache,
@@ -245,7 +251,9 @@ fn rows_are_the_bytes_that_were_put() {
     let (schema, layout) = (small(), small().layout());
     let (cache, namespace) = open(config(dir.path()), &schema);
     fill(&cache, namespace, &schema, 5);
-    let context = cache.open_context(namespace, &chain(5), 6, 0.35).unwrap();
+    let context = cache
+        .open_context(namespace, &chain(5), 6, 0.35, IndexChoice::Best)
+        .unwrap();
     let q = queries(&schema, 6, 4);
     let query = Query {
         form: Form::Rows { k: 3 },
@@ -284,7 +292,9 @@ fn nothing_left_to_search_is_an_empty_answer() {
     let dir = tempfile::tempdir().unwrap();
     let (cache, namespace) = open(config(dir.path()), &small());
     fill(&cache, namespace, &small(), 2);
-    let context = cache.open_context(namespace, &chain(2), 3, 0.35).unwrap();
+    let context = cache
+        .open_context(namespace, &chain(2), 3, 0.35, IndexChoice::Best)
+        .unwrap();
     let q = queries(&small(), 3, 5);
     let (o, lse, report) = attended(&cache, &context, &ask(&q, 0, 0.9, &[0..8]));
     assert!(o.iter().all(|value| *value == 0.0) && lse.iter().all(|lse| *lse == f32::NEG_INFINITY));
@@ -317,7 +327,7 @@ fn wrong_questions_are_refused_by_field() {
     let (chain, q) = (chain(3), queries(&small(), 3, 5));
     let refused = |blocks: usize, q_heads, scale| {
         let error = cache
-            .open_context(namespace, &chain[..blocks], q_heads, scale)
+            .open_context(namespace, &chain[..blocks], q_heads, scale, IndexChoice::Best)
             .unwrap_err();
         (error.kind(), error.to_string())
     };
@@ -348,11 +358,16 @@ fn wrong_questions_are_refused_by_field() {
     ] {
         let other = cache.open_namespace(&Tenant::new("default").unwrap(), &schema).unwrap();
         assert_eq!(
-            cache.open_context(other, &chain[..1], 3, 0.3).unwrap_err().kind(),
+            cache
+                .open_context(other, &chain[..1], 3, 0.3, IndexChoice::Best)
+                .unwrap_err()
+                .kind(),
             Unsupported
         );
     }
-    let context = cache.open_context(namespace, &chain[..2], 3, 0.3).unwrap();
+    let context = cache
+        .open_context(namespace, &chain[..2], 3, 0.3, IndexChoice::Best)
+        .unwrap();
     let mut nan = q.clone();
     nan[7] = f32::NAN;
     let (many, good) = (vec![0..1; Query::EXCLUDED_MAX + 1], ask(&q, 0, 0.5, &[]));
@@ -360,6 +375,7 @@ fn wrong_questions_are_refused_by_field() {
     let k_max = Form::Attend {
         target_mass: 0.5,
         k_max: Some(0),
+        options: AttendOptions::default(),
     };
     for (query, words) in [
         (ask(&q, LAYERS, 0.5, &[]), "layer: 2 does not exist"),
@@ -400,9 +416,14 @@ fn wrong_questions_are_refused_by_field() {
     };
     let (other, _) = open(limits, &small());
     fill(&other, namespace, &small(), 3);
-    let context = other.open_context(namespace, &chain[..2], 3, 0.3).unwrap();
+    let context = other
+        .open_context(namespace, &chain[..2], 3, 0.3, IndexChoice::Best)
+        .unwrap();
     assert_eq!(
-        other.open_context(namespace, &chain[..1], 3, 0.3).unwrap_err().kind(),
+        other
+            .open_context(namespace, &chain[..1], 3, 0.3, IndexChoice::Best)
+            .unwrap_err()
+            .kind(),
         LimitReached
     );
     assert!(
@@ -414,11 +435,16 @@ fn wrong_questions_are_refused_by_field() {
     );
     drop(context);
     assert_eq!(
-        other.open_context(namespace, &chain, 3, 0.3).unwrap_err().kind(),
+        other
+            .open_context(namespace, &chain, 3, 0.3, IndexChoice::Best)
+            .unwrap_err()
+            .kind(),
         LimitReached
     );
     assert!(
-        other.open_context(namespace, &chain[..1], 3, 0.3).is_ok(),
+        other
+            .open_context(namespace, &chain[..1], 3, 0.3, IndexChoice::Best)
+            .is_ok(),
         "a dropped context makes place"
     );
 }
@@ -428,7 +454,9 @@ fn a_context_opens_after_a_restart_and_a_full_budget_only_costs_time() {
     let dir = tempfile::tempdir().unwrap();
     let (cache, namespace) = open(config(dir.path()), &small());
     fill(&cache, namespace, &small(), 6);
-    let context = cache.open_context(namespace, &chain(6), 3, 0.35).unwrap();
+    let context = cache
+        .open_context(namespace, &chain(6), 3, 0.35, IndexChoice::Best)
+        .unwrap();
     let q = queries(&small(), 3, 9);
     let before = attended(&cache, &context, &ask(&q, 1, 0.9, &[2..3]));
     cache.close().unwrap();
@@ -440,7 +468,9 @@ fn a_context_opens_after_a_restart_and_a_full_budget_only_costs_time() {
         ..config(dir.path())
     };
     let cache = BlockCache::open(tight).unwrap();
-    let context = cache.open_context(namespace, &chain(6), 3, 0.35).unwrap();
+    let context = cache
+        .open_context(namespace, &chain(6), 3, 0.35, IndexChoice::Best)
+        .unwrap();
     for _ in 0..2 {
         assert_eq!(attended(&cache, &context, &ask(&q, 1, 0.9, &[2..3])), before);
         assert_eq!(cache.stats().context_bytes, 2 * 384);
@@ -457,7 +487,9 @@ fn eviction_and_reclaim_leave_a_context_alone() {
     };
     let (cache, namespace) = open(small_tiers, &small());
     fill(&cache, namespace, &small(), 4);
-    let context = cache.open_context(namespace, &chain(4), 3, 0.35).unwrap();
+    let context = cache
+        .open_context(namespace, &chain(4), 3, 0.35, IndexChoice::Best)
+        .unwrap();
     for block in 100..1000 {
         for layer in 0..LAYERS {
             let payload: Bytes = halves(&small(), block, layer)
@@ -520,7 +552,9 @@ fn a_corrupt_block_is_missing_and_not_covered() {
     std::fs::write(&segment, bytes).unwrap();
 
     let cache = BlockCache::open(no_memory).unwrap();
-    let context = cache.open_context(namespace, &chain(4), 3, 0.35).unwrap();
+    let context = cache
+        .open_context(namespace, &chain(4), 3, 0.35, IndexChoice::Best)
+        .unwrap();
     let q = queries(&small(), 3, 9);
     let (o, lse, report) = attended(&cache, &context, &ask(&q, 0, 1.0, &[]));
     let rest: Vec<u32> = (0..8).chain(12..16).collect();
@@ -537,7 +571,10 @@ fn a_corrupt_block_is_missing_and_not_covered() {
     );
     assert_eq!(cache.stats().retrieve_missing, 1);
     assert_eq!(
-        cache.open_context(namespace, &chain(4), 3, 0.35).unwrap_err().kind(),
+        cache
+            .open_context(namespace, &chain(4), 3, 0.35, IndexChoice::Best)
+            .unwrap_err()
+            .kind(),
         ErrorKind::NotHeld
     );
 }
@@ -547,7 +584,9 @@ fn a_deadline_that_passed_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let (cache, namespace) = open(config(dir.path()), &small());
     fill(&cache, namespace, &small(), 4);
-    let context = cache.open_context(namespace, &chain(4), 3, 0.35).unwrap();
+    let context = cache
+        .open_context(namespace, &chain(4), 3, 0.35, IndexChoice::Best)
+        .unwrap();
     let q = queries(&small(), 3, 9);
     let late = Query {
         deadline: Some(Instant::now()),
@@ -565,3 +604,5 @@ fn a_deadline_that_passed_says_so() {
     assert_eq!(attended(&cache, &context, &in_time).2.shortfall, None);
     assert_eq!(cache.stats().retrieve_late, 1);
 }
+
+mod shared;

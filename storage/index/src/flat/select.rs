@@ -25,7 +25,7 @@ struct Candidate {
 
 /// Buffers for choosing, reused from query head to query head.
 #[derive(Debug, Default)]
-pub(super) struct Selection {
+pub(crate) struct Selection {
     candidates: Vec<Candidate>,
     sure: Vec<f32>,
     chosen: Bits,
@@ -34,7 +34,7 @@ pub(super) struct Selection {
 impl Selection {
     /// Puts into `out`, rising, the indices of the fewest best scores that hold `target_mass` of the mass `lse`, or the
     /// `k_max` best if it takes more than that (then true). Scores of -inf are never chosen.
-    pub(super) fn fewest(
+    pub(crate) fn fewest(
         &mut self,
         scores: &[f32],
         lse: f32,

@@ -1,0 +1,306 @@
+//! One scan for one or several queries of a layer, by one or several threads.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+
+use bytes::{BufMut, BytesMut};
+use half::f16;
+use kvasir_block::{Dtype, LayerBlockLayout};
+use kvasir_index::{Attended, Excluded, FlatScan, Rows, Segment};
+use parking_lot::{Condvar, Mutex};
+
+use super::{
+    AttendOptions, Certificate, Context, Form, Found, HeadRows, Query, Report, Shortfall,
+    blocks::ContextBlocks,
+    context::Payload,
+    report::{HeadCount, Progress},
+};
+use crate::cache::Shared;
+
+/// A search that has its blocks. Threads [work](Self::work) on it, each on one KV head after another; one [waits](Self::wait)
+/// for the answers.
+#[derive(Debug)]
+pub struct Search {
+    shared: Arc<Shared>,
+    blocks: Arc<ContextBlocks>,
+    payloads: Arc<[Option<Payload>]>,
+    layout: LayerBlockLayout,
+    group: usize,
+    scale: f32,
+    form: Form,
+    excluded: Excluded,
+    /// Latest deadline of the queries; `None` if one has none.
+    deadline: Option<Instant>,
+    /// `[kv_heads, queries, group, head_dim]`
+    q: Vec<f32>,
+    queries: usize,
+    /// KV head that the next thread takes.
+    next: AtomicUsize,
+    heads: Mutex<Heads>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Heads {
+    found: Vec<Option<Head>>,
+    missing: usize,
+    panicked: bool,
+}
+
+/// What was found for one KV head, for all queries.
+#[derive(Debug)]
+struct Head {
+    scanned: usize,
+    late: bool,
+    missing: bool,
+    found: HeadFound,
+}
+
+#[derive(Debug)]
+enum HeadFound {
+    Rows(HeadRows, Rows),
+    /// And whether it was more than was asked.
+    Attend(Attended, bool),
+}
+
+impl Search {
+    /// All `queries` are checked and join `first`, which is one of them.
+    pub(super) fn begin(shared: &Arc<Shared>, context: &Context, first: &Query<'_>, queries: &[Query<'_>]) -> Self {
+        let layout = context.schema().layout();
+        let (group, kv_heads) = (context.group(), layout.kv_heads);
+        let excluded = Excluded::new(first.excluded);
+        let deadlines = queries.iter().map(|query| query.deadline);
+        let deadline = deadlines.reduce(|a, b| Some(a?.max(b?))).flatten();
+        let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        let payloads = context.blocks().load(shared, first.layer, &excluded, &late);
+        let per_head = group * layout.head_dim;
+        let mut q = Vec::with_capacity(kv_heads * queries.len() * per_head);
+        for kv_head in 0..kv_heads {
+            for query in queries {
+                q.extend_from_slice(&query.q[kv_head * per_head..][..per_head]);
+            }
+        }
+        Self {
+            shared: Arc::clone(shared),
+            blocks: Arc::clone(context.blocks()),
+            payloads,
+            layout,
+            group,
+            scale: context.scale(),
+            form: first.form,
+            excluded,
+            deadline,
+            q,
+            queries: queries.len(),
+            next: AtomicUsize::new(0),
+            heads: Mutex::new(Heads {
+                found: std::iter::repeat_with(|| None).take(kv_heads).collect(),
+                missing: kv_heads,
+                panicked: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// KV heads: as many threads can work at once.
+    pub fn parts(&self) -> usize {
+        self.layout.kv_heads
+    }
+
+    /// Takes one KV head after another until none is left to take. Others may still be at work then.
+    pub fn work(&self) {
+        let halves: Vec<Option<&[f16]>> = self
+            .payloads
+            .iter()
+            .map(|payload| payload.as_ref().map(Payload::halves))
+            .collect();
+        let mut scan = FlatScan::new(self.layout.head_dim, self.scale);
+        loop {
+            let kv_head = self.next.fetch_add(1, Ordering::Relaxed);
+            if kv_head >= self.layout.kv_heads {
+                return;
+            }
+            let mut taken = Taken {
+                search: self,
+                kv_head,
+                found: None,
+            };
+            taken.found = Some(self.head(kv_head, &halves, &mut scan));
+        }
+    }
+
+    /// Waits until all KV heads are done; the answers, one per query in their order. They are given once.
+    ///
+    /// # Panics
+    /// If a thread panicked at work.
+    pub fn wait(&self) -> Vec<(Found, Report)> {
+        let mut heads = self.heads.lock();
+        while heads.missing > 0 && !heads.panicked {
+            self.changed.wait(&mut heads);
+        }
+        assert!(!heads.panicked, "search: a thread that worked on it panicked");
+        let found: Vec<Head> = heads.found.drain(..).flatten().collect();
+        drop(heads);
+        self.answers(&found)
+    }
+
+    fn head<'a>(&'a self, kv_head: usize, halves: &[Option<&'a [f16]>], scan: &mut FlatScan<'a>) -> Head {
+        let layout = &self.layout;
+        let per_head = self.queries * self.group * layout.head_dim;
+        scan.begin(&self.q[kv_head * per_head..][..per_head]);
+        let (mut late, mut missing) = (false, false);
+        for (at, halves) in halves.iter().enumerate() {
+            if self.blocks.is_excluded(at, &self.excluded) {
+                continue;
+            }
+            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                late = true;
+                break;
+            }
+            match halves {
+                Some(halves) => scan.scan(
+                    Segment {
+                        keys: &halves[layout.keys(kv_head)],
+                        values: &halves[layout.values(kv_head)],
+                        position: at * layout.block_tokens,
+                    },
+                    &self.excluded,
+                ),
+                None => missing = true,
+            }
+        }
+        let found = match self.form {
+            Form::Rows { k } => {
+                let rows = scan.rows(k);
+                HeadFound::Rows(gather(scan, &rows, layout.head_dim), rows)
+            }
+            Form::Attend {
+                target_mass,
+                k_max,
+                options,
+            } => attend(scan, target_mass, k_max, options),
+        };
+        Head {
+            scanned: scan.keys_scanned(),
+            late,
+            missing,
+            found,
+        }
+    }
+
+    fn answers(&self, heads: &[Head]) -> Vec<(Found, Report)> {
+        let answers: Vec<_> = (0..self.queries).map(|at| self.answer(at, heads)).collect();
+        let counters = &self.shared.counters;
+        counters.retrieve_queries.add(self.queries as u64);
+        if self.queries > 1 {
+            counters.retrieve_joined.add(self.queries as u64);
+        }
+        for (_, report) in &answers {
+            let late = report.shortfall == Some(Shortfall::Deadline);
+            counters.retrieve_late.add(u64::from(late));
+            counters.retrieve_keys_scanned.add(report.keys_scanned);
+            counters.retrieve_bytes.add(report.bytes_read);
+        }
+        answers
+    }
+
+    fn answer(&self, at: usize, heads: &[Head]) -> (Found, Report) {
+        let tokens = self.blocks.len() * self.layout.block_tokens;
+        let mut progress = Progress::new(&self.layout, tokens, &self.excluded, self.queries);
+        let group = at * self.group..(at + 1) * self.group;
+        let (mut rows, mut o, mut lse) = (Vec::new(), Vec::new(), Vec::new());
+        for head in heads {
+            progress.stopped(head.late, head.missing);
+            match &head.found {
+                HeadFound::Rows(head_rows, found) => {
+                    let positions = found.positions().len();
+                    progress.head(HeadCount {
+                        scanned: head.scanned,
+                        mass: &found.mass,
+                        attended: positions * self.group,
+                        value_rows: positions,
+                    });
+                    rows.push(head_rows.clone());
+                }
+                HeadFound::Attend(found, escalated) => {
+                    progress.head(HeadCount {
+                        scanned: head.scanned,
+                        mass: &found.mass[group.clone()],
+                        attended: found.keys[group.clone()].iter().sum(),
+                        value_rows: found.value_rows,
+                    });
+                    progress.cut_short(found.cut_short);
+                    progress.escalated(*escalated);
+                    let head_dim = self.layout.head_dim;
+                    o.extend_from_slice(&found.o[group.start * head_dim..group.end * head_dim]);
+                    lse.extend_from_slice(&found.lse[group.clone()]);
+                }
+            }
+        }
+        let found = match self.form {
+            Form::Rows { .. } => Found::Rows(rows),
+            Form::Attend { options, .. } => {
+                if options.certificate != Certificate::None {
+                    progress.certify();
+                }
+                Found::Attend { o, lse }
+            }
+        };
+        (found, progress.finish())
+    }
+}
+
+/// A KV head that a thread has taken; says so when it is done, and when its thread panics.
+struct Taken<'a> {
+    search: &'a Search,
+    kv_head: usize,
+    found: Option<Head>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut heads = self.search.heads.lock();
+        match self.found.take() {
+            Some(found) => {
+                heads.found[self.kv_head] = Some(found);
+                heads.missing -= 1;
+            }
+            None => heads.panicked = true,
+        }
+        self.search.changed.notify_all();
+    }
+}
+
+/// Attends to what is asked for, and to more where that leaves out more than is acceptable.
+fn attend(scan: &FlatScan<'_>, target_mass: f32, k_max: Option<usize>, options: AttendOptions) -> HeadFound {
+    let found = scan.attend(target_mass, k_max);
+    let missed_max = options.missed_mass_max;
+    let misses = |found: &Attended| missed_max > 0.0 && found.mass.iter().any(|mass| 1.0 - mass > missed_max);
+    if !misses(&found) {
+        return HeadFound::Attend(found, false);
+    }
+    // Every key is scored: the fewest that are enough are known, up to rounding.
+    let more = scan.attend((1.0 - missed_max).max(target_mass), None);
+    let more = if misses(&more) { scan.attend(1.0, None) } else { more };
+    HeadFound::Attend(more, true)
+}
+
+/// Copies chosen rows out of their blocks: they travel, the blocks stay.
+fn gather(scan: &FlatScan<'_>, found: &Rows, head_dim: usize) -> HeadRows {
+    let bytes = found.positions().len() * head_dim * Dtype::F16.bytes();
+    let (mut keys, mut values) = (BytesMut::with_capacity(bytes), BytesMut::with_capacity(bytes));
+    scan.each_row(found, |key, value| {
+        key.iter().for_each(|half| keys.put_u16_le(half.to_bits()));
+        value.iter().for_each(|half| values.put_u16_le(half.to_bits()));
+    });
+    HeadRows {
+        positions: found.positions().to_vec(),
+        keys: keys.freeze(),
+        values: values.freeze(),
+    }
+}

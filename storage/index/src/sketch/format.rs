@@ -1,0 +1,256 @@
+//! Bytes of a block's sketch.
+
+use half::f16;
+use kvasir_simd::{GROUP, SLOTS, cast_f16, project, weigh_rows};
+
+use crate::{HeadBasis, IndexError};
+
+/// Directions kept of a key.
+pub(super) const RANK: usize = 32;
+/// Keys per mean of values.
+pub(super) const RUN: usize = 64;
+/// Keys of a block at most.
+const KEYS_MAX: usize = 256;
+const HEADER: usize = 8;
+const VERSION: u16 = 1;
+/// Step of a uniform quantiser of 16 levels for a normal variable of unit variance.
+const STEP: f32 = 0.335;
+
+/// Bits per direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Width {
+    /// 16 bytes per key.
+    Four,
+    /// 32 bytes per key.
+    Eight,
+}
+
+/// Shape of a sketch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SketchFormat {
+    /// Elements per key and value.
+    pub head_dim: usize,
+    /// Bits per direction.
+    pub width: Width,
+    /// Whether the means of values are kept: what the tail of an attention is estimated with.
+    pub values: bool,
+}
+
+impl SketchFormat {
+    /// 16 bytes per key, with means of values.
+    pub fn new(head_dim: usize) -> Self {
+        Self {
+            head_dim,
+            width: Width::Four,
+            values: true,
+        }
+    }
+
+    pub(super) fn nibbles(self) -> usize {
+        match self.width {
+            Width::Four => RANK,
+            Width::Eight => 2 * RANK,
+        }
+    }
+
+    /// Bytes of the sketch of a block of `keys` keys.
+    pub fn bytes(self, keys: usize) -> usize {
+        self.means_at(keys)
+            + if self.values {
+                keys.div_ceil(RUN) * self.head_dim * 2
+            } else {
+                0
+            }
+    }
+
+    fn codes_at(keys: usize) -> usize {
+        HEADER + (keys.div_ceil(GROUP) * 2).next_multiple_of(8)
+    }
+
+    fn means_at(self, keys: usize) -> usize {
+        Self::codes_at(keys) + keys.div_ceil(GROUP) * GROUP * self.nibbles() / 2
+    }
+
+    /// Whether `basis` is one for keys of this shape.
+    pub(super) fn check(self, basis: &HeadBasis) -> Result<(), IndexError> {
+        let d = self.head_dim;
+        let whole = |rows: &[f32]| rows.len() >= RANK * d && rows.len().is_multiple_of(d);
+        if d == 0 || basis.mean.len() != d || !whole(&basis.keys) || basis.queries.len() != basis.keys.len() {
+            return Err(invalid(
+                "basis",
+                format!("wants a mean of {d} and at least {RANK} directions of {d} for keys and queries"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn invalid(argument: &'static str, problem: String) -> IndexError {
+    IndexError::Invalid { argument, problem }
+}
+
+/// Appends to `out` the sketch of a block: `keys[n, head_dim]` with their `values` (ignored if the format has none).
+///
+/// Keys with elements that are not finite are marked and never found; values that are not are left out of the means.
+///
+/// # Errors
+/// [`IndexError::Invalid`] if shapes do not fit, or there are no keys or more than 256.
+pub fn encode_block(
+    format: SketchFormat,
+    basis: &HeadBasis,
+    keys: &[f16],
+    values: &[f16],
+    out: &mut Vec<u8>,
+) -> Result<(), IndexError> {
+    let d = format.head_dim;
+    format.check(basis)?;
+    let n = keys.len() / d;
+    if !keys.len().is_multiple_of(d) || n == 0 || n > KEYS_MAX {
+        return Err(invalid(
+            "keys",
+            format!(
+                "a block has 1 to {KEYS_MAX} rows of {d}, this has {} elements",
+                keys.len()
+            ),
+        ));
+    }
+    if format.values && values.len() != keys.len() {
+        return Err(invalid(
+            "values",
+            format!("as many as keys ({}), not {}", keys.len(), values.len()),
+        ));
+    }
+    let start = out.len();
+    out.resize(start + format.bytes(n), 0);
+    let block = &mut out[start..];
+    let mut z = [[0.0_f32; GROUP]; KEYS_MAX / GROUP * RANK];
+    let z = &mut z[..n.div_ceil(GROUP) * RANK];
+    let mut mask = [0_u16; KEYS_MAX / GROUP];
+    let (mut square, mut count) = (0.0_f32, 0_usize);
+    for (group, keys) in keys.chunks(GROUP * d).enumerate() {
+        let z = &mut z[group * RANK..][..RANK];
+        project(&basis.keys[..RANK * d], &basis.mean, keys, z);
+        for key in 0..keys.len() / d {
+            let sum: f32 = z.iter().map(|row| row[key] * row[key]).sum();
+            if sum.is_finite() {
+                mask[group] |= 1 << key;
+                square += sum;
+                count += RANK;
+            }
+        }
+    }
+    let rms = (square / count.max(1) as f32).sqrt();
+    let step = if rms.is_finite() { rms * STEP } else { 1.0 };
+    block[..2].copy_from_slice(&VERSION.to_le_bytes());
+    block[2..4].copy_from_slice(&(n as u16).to_le_bytes());
+    block[4..8].copy_from_slice(&step.to_le_bytes());
+    for (bytes, word) in block[HEADER..].chunks_exact_mut(2).zip(&mask[..n.div_ceil(GROUP)]) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    let (_, rest) = block.split_at_mut(SketchFormat::codes_at(n));
+    let (codes, means) = rest.split_at_mut(n.div_ceil(GROUP) * GROUP * format.nibbles() / 2);
+    let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+    for (z, codes) in z
+        .chunks_exact(RANK)
+        .zip(codes.chunks_exact_mut(GROUP * format.nibbles() / 2))
+    {
+        quantise(format.width, z, inverse, codes);
+    }
+    if format.values {
+        mean_values(values, d, means);
+    }
+    Ok(())
+}
+
+/// Digits of a group of sixteen keys from their coordinates `z[direction][key]`.
+fn quantise(width: Width, z: &[[f32; GROUP]], inverse: f32, codes: &mut [u8]) {
+    let mut digits = [[0_u8; GROUP]; 2 * RANK];
+    for (direction, row) in z.iter().enumerate() {
+        for (key, &z) in row.iter().enumerate() {
+            // A cast of a float saturates, and takes NaN to 0.
+            match width {
+                Width::Four => digits[direction][key] = (z * inverse + 8.0).clamp(0.0, 15.0) as u8,
+                Width::Eight => {
+                    let code = (z * inverse * 16.0 + 128.0).clamp(0.0, 255.0) as u8;
+                    digits[direction][key] = code >> 4;
+                    digits[RANK + direction][key] = code & 15;
+                }
+            }
+        }
+    }
+    let half = codes.len() / GROUP;
+    for (line, bytes) in codes.chunks_exact_mut(64).enumerate() {
+        for (slot, key) in SLOTS.into_iter().enumerate() {
+            for i in 0..4 {
+                bytes[slot * 4 + i] = digits[line * 4 + i][key] | digits[half + line * 4 + i][key] << 4;
+            }
+        }
+    }
+}
+
+fn mean_values(values: &[f16], d: usize, means: &mut [u8]) {
+    let mut rows: Vec<&[f16]> = Vec::with_capacity(RUN);
+    let (mut sum, ones) = (vec![0.0_f32; d], [1.0_f32; RUN]);
+    for (run, mean) in values.chunks(RUN * d).zip(means.chunks_exact_mut(2 * d)) {
+        rows.clear();
+        rows.extend(run.chunks_exact(d).filter(|row| row.iter().all(|x| x.is_finite())));
+        sum.fill(0.0);
+        weigh_rows(&ones[..rows.len()], &rows, d, &mut sum);
+        let count = rows.len().max(1) as f32;
+        for (bytes, sum) in mean.chunks_exact_mut(2).zip(&sum) {
+            bytes.copy_from_slice(&f16::from_f32(sum / count).to_le_bytes());
+        }
+    }
+}
+
+/// The parts of a block's sketch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct View<'a> {
+    pub(super) keys: usize,
+    pub(super) step: f32,
+    mask: &'a [u8],
+    pub(super) codes: &'a [u8],
+    pub(super) means: &'a [f16],
+}
+
+impl<'a> View<'a> {
+    /// # Errors
+    /// [`IndexError::Unusable`] if these are not the bytes of a sketch of this format, or are not aligned to two bytes.
+    pub(super) fn new(format: SketchFormat, bytes: &'a [u8]) -> Result<Self, IndexError> {
+        let unusable = |what: &str| Err(IndexError::Unusable(format!("sketch of a block: {what}")));
+        let Some((header, _)) = bytes.split_first_chunk::<HEADER>() else {
+            return unusable("shorter than its header");
+        };
+        let [v0, v1, k0, k1, s @ ..] = *header;
+        let (version, keys, step) = (
+            u16::from_le_bytes([v0, v1]),
+            u16::from_le_bytes([k0, k1]).into(),
+            f32::from_le_bytes(s),
+        );
+        if version != VERSION {
+            return unusable(&format!("version {version}, this code reads {VERSION}"));
+        }
+        if keys == 0 || keys > KEYS_MAX || bytes.len() != format.bytes(keys) {
+            return unusable(&format!("{} bytes for {keys} keys", bytes.len()));
+        }
+        if !step.is_finite() || step < 0.0 {
+            return unusable("a step that is not a number of at least 0");
+        }
+        let (codes_at, means_at) = (SketchFormat::codes_at(keys), format.means_at(keys));
+        let Some(means) = cast_f16(&bytes[means_at..]) else {
+            return unusable("not aligned to two bytes");
+        };
+        Ok(Self {
+            keys,
+            step,
+            mask: &bytes[HEADER..codes_at],
+            codes: &bytes[codes_at..means_at],
+            means,
+        })
+    }
+
+    /// Word `group` of the mask.
+    pub(super) fn mask(&self, group: usize) -> u16 {
+        u16::from_le_bytes([self.mask[2 * group], self.mask[2 * group + 1]])
+    }
+}

@@ -1,0 +1,200 @@
+//! [`Sketch`] as a [`KeyIndex`]: keys only, in blocks of its own.
+
+use half::f16;
+use kvasir_simd::{GROUP, score_rows, top_k};
+
+use super::{
+    format::{SketchFormat, View, Width, encode_block, invalid},
+    search::{Kind, Table},
+};
+use crate::{Cost, HeadBasis, Hits, IndexError, KeyIndex, Search, file};
+
+/// Keys of a block.
+const BLOCK: usize = 64;
+const MAGIC: &[u8; 8] = b"KVSKETCH";
+
+/// Sketches of the keys of one KV head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sketch {
+    format: SketchFormat,
+    basis: HeadBasis,
+    /// Name of the basis: files made with another are refused.
+    basis_id: [u8; 32],
+    keys: usize,
+    /// Whole blocks, then the sketch of the open one.
+    blocks: Vec<u8>,
+    /// Keys of the open block.
+    open: Vec<f16>,
+}
+
+impl Sketch {
+    /// An index without keys; `basis_id` names the basis in files.
+    ///
+    /// # Errors
+    /// [`IndexError::Invalid`] if `basis` is not one for keys of `head_dim`.
+    pub fn new(head_dim: usize, width: Width, basis: HeadBasis, basis_id: [u8; 32]) -> Result<Self, IndexError> {
+        let format = SketchFormat {
+            head_dim,
+            width,
+            values: false,
+        };
+        format.check(&basis)?;
+        Ok(Self {
+            format,
+            basis,
+            basis_id,
+            keys: 0,
+            blocks: Vec::new(),
+            open: Vec::new(),
+        })
+    }
+
+    /// Reads [`KeyIndex::encode`]'s file.
+    ///
+    /// # Errors
+    /// [`IndexError::Unusable`] if it is not one, is damaged, or was made with another basis.
+    pub fn decode(bytes: &[u8], basis: HeadBasis, basis_id: [u8; 32]) -> Result<Self, IndexError> {
+        let unusable = |what: &str| IndexError::Unusable(format!("sketch: {what}"));
+        let mut reader = file::Reader::open(MAGIC, bytes)?;
+        let width = match reader.number()? {
+            4 => Width::Four,
+            8 => Width::Eight,
+            other => return Err(unusable(&format!("{other} bits per direction"))),
+        };
+        let (head_dim, keys) = (reader.number()?, reader.number()?);
+        if reader.take(32)? != basis_id {
+            return Err(unusable("made with another basis"));
+        }
+        if head_dim == 0 || head_dim > 1 << 16 || keys > u32::MAX as usize {
+            return Err(unusable("a shape that cannot be"));
+        }
+        let mut index = Self::new(head_dim, width, basis, basis_id)?;
+        index.keys = keys;
+        let tail = keys % BLOCK;
+        index.open = reader
+            .take(tail * head_dim * 2)?
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f16::from_le_bytes(*b))
+            .collect();
+        index.blocks = reader.rest().to_vec();
+        let open = if tail > 0 { index.format.bytes(tail) } else { 0 };
+        if index.blocks.len() != keys / BLOCK * index.format.bytes(BLOCK) + open {
+            return Err(unusable("not as many blocks as keys"));
+        }
+        for at in 0..keys.div_ceil(BLOCK) {
+            if index.view(at)?.keys != BLOCK.min(keys - at * BLOCK) {
+                return Err(unusable("a block of another length"));
+            }
+        }
+        Ok(index)
+    }
+
+    fn view(&self, block: usize) -> Result<View<'_>, IndexError> {
+        let each = self.format.bytes(BLOCK);
+        let end = ((block + 1) * each).min(self.blocks.len());
+        View::new(self.format, &self.blocks[block * each..end])
+    }
+}
+
+impl KeyIndex for Sketch {
+    fn name(&self) -> &'static str {
+        "sketch"
+    }
+
+    fn keys(&self) -> usize {
+        self.keys
+    }
+
+    fn bytes(&self) -> usize {
+        self.blocks.len() + self.open.len() * 2
+    }
+
+    fn append(&mut self, keys: &[f16]) -> Result<(), IndexError> {
+        let d = self.format.head_dim;
+        if !keys.len().is_multiple_of(d) {
+            return Err(invalid(
+                "keys",
+                format!("wants rows of {d}, not {} elements", keys.len()),
+            ));
+        }
+        if keys.is_empty() {
+            return Ok(());
+        }
+        self.blocks.truncate(self.keys / BLOCK * self.format.bytes(BLOCK));
+        self.open.extend_from_slice(keys);
+        self.keys += keys.len() / d;
+        for block in self.open.chunks(BLOCK * d) {
+            encode_block(self.format, &self.basis, block, &[], &mut self.blocks)?;
+        }
+        self.open.drain(..self.open.len() / (BLOCK * d) * BLOCK * d);
+        Ok(())
+    }
+
+    fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError> {
+        let d = self.format.head_dim;
+        file::check_search(search, d, self.keys)?;
+        let mut table = Table::default();
+        table.begin(self.format, search.q, &self.basis, search.scale);
+        let mut cost = Cost::default();
+        for at in 0..self.keys.div_ceil(BLOCK) {
+            let view = self.view(at)?;
+            let start = (at * BLOCK) as u32;
+            let mut mask = [0_u16; BLOCK / GROUP];
+            for part in search.excluded.searched(start..start + view.keys as u32) {
+                for key in part {
+                    mask[(key - start) as usize / GROUP] |= 1 << (key as usize % GROUP);
+                }
+            }
+            let mask = &mut mask[..view.keys.div_ceil(GROUP)];
+            for (group, word) in mask.iter_mut().enumerate() {
+                *word &= view.mask(group);
+            }
+            table.add(&view, 0..table.heads(), mask);
+            table.end_block(mask.len());
+            cost.bytes_read += view.codes.len() as u64;
+        }
+        let mut hits = Hits::default();
+        let (mut slots, mut best, mut all) = (Vec::new(), Vec::new(), Vec::new());
+        for (head, q) in search.q.chunks_exact(d).enumerate() {
+            debug_assert_ne!(table.kinds[head], Kind::Dead, "queries are finite");
+            let count = (f64::from(search.effort) * table.searched[head] as f64).ceil() as usize;
+            table.candidates(head, count.max(search.k.min(table.searched[head])), 1.0, &mut slots);
+            // Whole blocks before the last: a slot is a position.
+            let rows: Vec<&[f16]> = slots.iter().map(|slot| search.keys.row(*slot as usize)).collect();
+            let mut scores = vec![0.0; rows.len()];
+            score_rows(q, &rows, d, search.scale, &mut scores);
+            scores
+                .iter_mut()
+                .filter(|score| !score.is_finite())
+                .for_each(|score| *score = f32::NEG_INFINITY);
+            top_k(&scores, search.k, &mut best);
+            let finite = best.iter().map(|at| (slots[*at as usize], scores[*at as usize]));
+            let mut found: Vec<(u32, f32)> = finite.filter(|(_, score)| *score > f32::NEG_INFINITY).collect();
+            found.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            hits.heads.push(found);
+            cost.keys_scored += slots.len() as u64;
+            all.append(&mut slots);
+        }
+        all.sort_unstable();
+        all.dedup();
+        cost.bytes_read += (all.len() * d * 2) as u64;
+        hits.cost = cost;
+        Ok(hits)
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut writer = file::Writer::new(MAGIC);
+        writer.number(match self.format.width {
+            Width::Four => 4,
+            Width::Eight => 8,
+        });
+        writer.number(self.format.head_dim);
+        writer.number(self.keys);
+        writer.bytes(&self.basis_id);
+        self.open.iter().for_each(|key| writer.bytes(&key.to_le_bytes()));
+        writer.bytes(&self.blocks);
+        writer.finish()
+    }
+}

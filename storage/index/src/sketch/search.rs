@@ -1,0 +1,243 @@
+//! Levels of every key for every query head, and the choice of candidates from them.
+//!
+//! A *slot* is a key's place in the order of scanning, blocks rounded up to groups of sixteen; slots beyond a block's keys,
+//! masked and excluded ones have level 0. A *run* is what shares one mean of values: four groups of one block, or fewer.
+
+use std::ops::Range;
+
+use kvasir_simd::{CodedKeys, CodedQueries, GROUP, Level, Levels, at_least, coded_scores};
+
+use super::format::{RANK, RUN, SketchFormat, View, Width};
+use crate::HeadBasis;
+
+/// Groups per run.
+const RUN_GROUPS: usize = RUN / GROUP;
+/// Levels looked at to guess where the wanted number of candidates begins.
+const SAMPLE: usize = 4096;
+/// Levels per bucket of the histogram by mass: an eighth of a power of two.
+const BUCKET: u16 = 16;
+
+/// What a query head is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Sketched,
+    /// Its scores spread too far for levels: every key is a candidate.
+    Exact,
+    /// Not finite: nothing is found.
+    Dead,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    coded: CodedQueries,
+    /// Base-2 score of the average key, per head.
+    pub(super) average: Vec<f32>,
+    pub(super) kinds: Vec<Kind>,
+    /// Keys searched, per head.
+    pub(super) searched: Vec<usize>,
+    pub(super) slots: usize,
+    pub(super) runs: usize,
+    /// `[heads][slots_room]` and `[heads][runs_room]`.
+    levels: Vec<u16>,
+    slots_room: usize,
+    sums: Vec<f32>,
+    runs_room: usize,
+    weights: Vec<f32>,
+    sample: Vec<u16>,
+    order: Vec<(u16, u32)>,
+}
+
+impl Table {
+    pub(super) fn begin(&mut self, format: SketchFormat, q: &[f32], basis: &HeadBasis, scale: f32) {
+        let d = format.head_dim;
+        let factor = scale * std::f32::consts::LOG2_E;
+        self.coded.begin(format.nibbles());
+        self.average.clear();
+        self.kinds.clear();
+        for q in q.chunks_exact(d) {
+            let dot = |row: &[f32]| row.iter().zip(q).map(|(a, b)| a * b).sum::<f32>() * factor;
+            self.weights.clear();
+            self.weights.extend(basis.queries.chunks_exact(d).take(RANK).map(dot));
+            if format.width == Width::Eight {
+                self.weights.extend_from_within(..);
+                self.weights[RANK..].iter_mut().for_each(|weight| *weight /= 16.0);
+            }
+            self.coded.push(&self.weights);
+            let average = dot(&basis.mean);
+            self.kinds.push(match () {
+                () if !q.iter().all(|q| q.is_finite()) => Kind::Dead,
+                () if !average.is_finite() || !self.weights.iter().all(|w| w.is_finite()) => Kind::Exact,
+                () => Kind::Sketched,
+            });
+            self.average.push(if average.is_finite() { average } else { 0.0 });
+        }
+        self.searched.clear();
+        self.searched.resize(self.kinds.len(), 0);
+        (self.slots, self.runs) = (0, 0);
+        // Room is per head: with another number of heads the rows lie elsewhere.
+        self.slots_room = self.levels.len() / self.heads().max(1);
+        self.runs_room = self.sums.len() / self.heads().max(1);
+    }
+
+    pub(super) fn heads(&self) -> usize {
+        self.kinds.len()
+    }
+
+    /// Scores a block for `heads`; a bit of `mask` per key says whether it is searched. All heads of a block are added before
+    /// [`Table::end_block`].
+    pub(super) fn add(&mut self, view: &View<'_>, heads: Range<usize>, mask: &[u16]) {
+        let groups = mask.len();
+        let (slots, runs) = (groups * GROUP, groups.div_ceil(RUN_GROUPS));
+        grow(
+            &mut self.levels,
+            &mut self.slots_room,
+            self.kinds.len(),
+            self.slots,
+            slots,
+        );
+        grow(&mut self.sums, &mut self.runs_room, self.kinds.len(), self.runs, runs);
+        let all = mask.iter().all(|word| *word == u16::MAX);
+        let keys = CodedKeys {
+            codes: view.codes,
+            step: view.step,
+            mask: (!all).then_some(mask),
+        };
+        let searched: usize = mask.iter().map(|word| word.count_ones() as usize).sum();
+        for head in heads.clone() {
+            self.searched[head] += searched;
+            if self.kinds[head] == Kind::Sketched && !self.coded.fits(head, view.step) {
+                self.kinds[head] = Kind::Exact;
+            }
+        }
+        let mut out = Levels {
+            levels: &mut self.levels[heads.start * self.slots_room + self.slots..],
+            stride: self.slots_room,
+            sums: &mut self.sums[heads.start * self.runs_room + self.runs..],
+            sums_stride: self.runs_room,
+            run: RUN_GROUPS,
+        };
+        coded_scores(&self.coded, heads, keys, &mut out);
+    }
+
+    pub(super) fn end_block(&mut self, groups: usize) {
+        self.slots += groups * GROUP;
+        self.runs += groups.div_ceil(RUN_GROUPS);
+    }
+
+    pub(super) fn levels(&self, head: usize) -> &[u16] {
+        &self.levels[head * self.slots_room..][..self.slots]
+    }
+
+    /// Sums of weights per run.
+    pub(super) fn sums(&self, head: usize) -> &[f32] {
+        &self.sums[head * self.runs_room..][..self.runs]
+    }
+
+    /// Weight of all keys by their sketches; 0 for a dead head.
+    pub(super) fn total(&self, head: usize) -> f64 {
+        match self.kinds[head] {
+            Kind::Dead => 0.0,
+            _ => self.sums(head).iter().map(|sum| f64::from(*sum)).sum(),
+        }
+    }
+
+    /// Puts the best at most `count` slots by sketch into `out`, rising; fewer where about half as many hold `target_mass` of
+    /// the mass by sketch. Ties go to the lower slot.
+    pub(super) fn candidates(&mut self, head: usize, count: usize, target_mass: f32, out: &mut Vec<u32>) {
+        out.clear();
+        let searched = self.searched[head];
+        if self.kinds[head] == Kind::Dead || count == 0 || searched == 0 {
+            return;
+        }
+        let levels = &self.levels[head * self.slots_room..][..self.slots];
+        if self.kinds[head] == Kind::Exact || (count >= searched && target_mass >= 1.0) {
+            at_least(levels, 1, 0, out);
+            return;
+        }
+        let mut lowest = guess(levels, count.min(searched), searched, &mut self.sample);
+        let mut down = 2 * BUCKET;
+        loop {
+            out.clear();
+            at_least(levels, lowest, 0, out);
+            if lowest <= 1 || out.len() * 4 >= count.min(searched) * 3 {
+                break;
+            }
+            lowest = lowest.saturating_sub(down).max(1);
+            down = down.saturating_mul(2);
+        }
+        let wanted = if target_mass < 1.0 {
+            let total: f64 = self.sums[head * self.runs_room..][..self.runs]
+                .iter()
+                .map(|sum| f64::from(*sum))
+                .sum();
+            count.min(enough(levels, out, total * f64::from(target_mass)))
+        } else {
+            count
+        };
+        if out.len() > wanted {
+            self.order.clear();
+            self.order
+                .extend(out.iter().map(|slot| (levels[*slot as usize], *slot)));
+            self.order
+                .select_nth_unstable_by(wanted - 1, |a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
+            out.clear();
+            out.extend(self.order[..wanted].iter().map(|(_, slot)| *slot));
+            out.sort_unstable();
+        }
+    }
+}
+
+/// Makes room for `more` elements behind the first `used` of each of `rows` rows.
+fn grow<T: Copy + Default>(table: &mut Vec<T>, room: &mut usize, rows: usize, used: usize, more: usize) {
+    if used + more <= *room {
+        return;
+    }
+    // A little more than a power of two: rows then do not fall on the same lines of the cache.
+    let wider = (used + more).next_power_of_two().max(1024) + 2 * GROUP;
+    let mut moved = vec![T::default(); wider * rows];
+    for row in 0..rows {
+        moved[row * wider..][..used].copy_from_slice(&table[row * *room..][..used]);
+    }
+    (*table, *room) = (moved, wider);
+}
+
+/// The level of about the `count`-th best of `searched` keys, from a sample of whole groups.
+fn guess(levels: &[u16], count: usize, searched: usize, sample: &mut Vec<u16>) -> u16 {
+    if count >= searched {
+        return 1;
+    }
+    sample.clear();
+    let groups = levels.as_chunks::<GROUP>().0;
+    let every = (levels.len() / SAMPLE).max(1);
+    sample.extend(groups.iter().step_by(every).flatten().filter(|level| **level > 0));
+    if sample.is_empty() {
+        return 1;
+    }
+    // A few more than wanted: too many cost less than another pass.
+    let rank = (sample.len() * count).div_ceil(searched) * 9 / 8;
+    let rank = rank.min(sample.len() - 1);
+    let (_, level, _) = sample.select_nth_unstable_by(rank, |a, b| b.cmp(a));
+    (*level).max(1)
+}
+
+/// How many candidates to re-score for a mass by sketch of `wanted`: twice as many as hold it, since sketches misjudge ranks.
+fn enough(levels: &[u16], slots: &[u32], wanted: f64) -> usize {
+    /// Twice the fewest keys that hold the mass, and never fewer than these.
+    const LEAST: usize = 32;
+    let mut mass = [(0.0_f64, 0_usize); (u16::MAX / BUCKET) as usize + 1];
+    for slot in slots {
+        let level = levels[*slot as usize];
+        let bucket = &mut mass[usize::from(level / BUCKET)];
+        bucket.0 += f64::from(Level(level).weight());
+        bucket.1 += 1;
+    }
+    let (mut sum, mut keys) = (0.0, 0);
+    for (weight, count) in mass.iter().rev() {
+        sum += weight;
+        keys += count;
+        if sum >= wanted {
+            return (2 * keys).max(LEAST);
+        }
+    }
+    usize::MAX
+}
