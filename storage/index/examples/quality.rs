@@ -10,6 +10,7 @@ use std::{env, error::Error, fs, io::Write as _, path::Path};
 
 use half::f16;
 use kvasir_index::{Attend, Excluded, FlatScan, HeadBasis, Segment, SketchFormat, SketchScan, encode_block};
+use kvasir_simd::{Partial, attend, merge};
 
 const ASKED: usize = 256;
 const EVERY: usize = 8;
@@ -112,6 +113,28 @@ fn main() -> Result<(), Box<dyn Error>> {
                         scan.scan(segment, sketch, &excluded)?;
                     }
                     let (truth, best) = (flat.attend(1.0, None), flat.rows(100));
+                    // What the worker attends to by itself: errors are those of the merged output.
+                    let all = head * tokens * d;
+                    let own = [0..4, prompt - 64..prompt + at + 1].map(|rows| Segment {
+                        keys: &k[all + rows.start * d..all + rows.end * d],
+                        values: &v[all + rows.start * d..all + rows.end * d],
+                        position: rows.start,
+                    });
+                    let mut fixed = Partial::default();
+                    attend(asked, &[usize::MAX], d, scale, &own, &mut fixed);
+                    let merged = |o: &[f32], lse: f32| {
+                        let mut into = fixed.clone();
+                        merge(
+                            &mut into,
+                            &Partial {
+                                o: o.to_vec(),
+                                lse: vec![lse],
+                            },
+                            d,
+                        );
+                        into
+                    };
+                    let whole = merged(&truth.o, truth.lse[0]);
                     let hit = |found: &[u32]| {
                         found
                             .iter()
@@ -135,8 +158,9 @@ fn main() -> Result<(), Box<dyn Error>> {
                             let found = scan.attend(how);
                             let norm =
                                 |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x * x)).sum::<f64>().sqrt();
-                            *error += norm(&mut found.o.iter().zip(&truth.o).map(|(a, b)| a - b))
-                                / norm(&mut truth.o.iter().copied());
+                            let joined = merged(&found.o, found.lse[0]);
+                            *error += norm(&mut joined.o.iter().zip(&whole.o).map(|(a, b)| a - b))
+                                / norm(&mut whole.o.iter().copied());
                             if tail && share == 0.02 {
                                 let chosen = f64::from(found.mass[0]) * f64::from(found.lse[0] - truth.lse[0]).exp2();
                                 let (bound, missed) = (f64::from(found.missed_max[0]), (1.0 - chosen).max(0.0));

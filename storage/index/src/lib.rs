@@ -1,9 +1,14 @@
-//! Finding the keys that queries attend to. So far one way: the exact flat scan, which is also the oracle for any other.
+//! Finding the keys that queries attend to: by sketches of 16 bytes a key, and exactly.
+//!
+//! A [`SketchScan`] reads a few bytes per key that say where it lies as queries see it ([`encode_block`], in a calibrated
+//! [`HeadBasis`]), scores the best on their real keys, estimates the rest, and bounds what it missed. The flat scan is the
+//! oracle and the way of short contexts. [`Sketch`] and [`Flat`] are the same behind [`KeyIndex`], over keys alone.
 //!
 //! A [`FlatScan`] takes the query rows of one KV head's group and the keys and values of that head, run after run, scores
 //! every key that is not [`Excluded`], and then answers in one of two forms: [`FlatScan::rows`] (the union of each query
 //! head's `k` best keys) or [`FlatScan::attend`] (partial attention over the fewest best keys that cover a wanted share of
-//! the softmax mass). Because every key is scored, the mass that an answer covers is computed, not estimated.
+//! the softmax mass). Because every key is scored, the mass that an answer covers is computed, not estimated. A
+//! [`SketchScan`] has the same shape.
 //!
 //! It knows slices and shapes. It does not know blocks, layers, tiers, leases or deadlines: the owner feeds runs one by one
 //! and stops when it likes; the answer is then about what was fed. It keeps nothing between queries but its buffers.
