@@ -196,6 +196,11 @@ impl<'a> Fields<'a> {
         self.many(count, f16::from_le_bytes)
     }
 
+    /// All bytes that are left.
+    pub fn rest(self) -> &'a [u8] {
+        self.rest
+    }
+
     fn many<T, const N: usize>(&mut self, count: usize, from: fn([u8; N]) -> T) -> Result<Vec<T>, IndexError> {
         let bytes = count.checked_mul(N).filter(|bytes| *bytes <= self.rest.len());
         let (taken, rest) = self.rest.split_at(bytes.ok_or_else(cut_off)?);

@@ -3,43 +3,53 @@
 use half::f16;
 use kvasir_simd::{scores, top_k};
 
-use crate::{Hits, IndexError, KeyIndex, Search, file};
+use crate::{
+    Hits, IndexError, KeyIndex, Search,
+    file::{self, Fields, Kind, Origin},
+    search::check,
+};
 
-const MAGIC: &[u8; 8] = b"KVFLAT\0\0";
+const VERSION: u16 = 1;
 
 /// The exact scan; the oracle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flat {
     head_dim: usize,
     keys: usize,
+    origin: Origin,
 }
 
 impl Flat {
-    /// For keys of `head_dim` elements.
+    /// For keys of `head_dim` elements; `origin` names them in its file.
     ///
     /// # Errors
     /// [`IndexError::Invalid`] if `head_dim` is 0.
-    pub fn new(head_dim: usize) -> Result<Self, IndexError> {
+    pub fn new(head_dim: usize, origin: Origin) -> Result<Self, IndexError> {
         if head_dim == 0 {
             return Err(IndexError::Invalid {
                 argument: "head_dim",
                 problem: "keys have at least 1 element".into(),
             });
         }
-        Ok(Self { head_dim, keys: 0 })
+        Ok(Self {
+            head_dim,
+            keys: 0,
+            origin,
+        })
     }
 
     /// Reads [`KeyIndex::encode`]'s file.
     ///
     /// # Errors
-    /// [`IndexError::Unusable`] if it is not one.
-    pub fn decode(bytes: &[u8]) -> Result<Self, IndexError> {
-        let mut reader = file::Reader::open(MAGIC, bytes)?;
-        let (head_dim, keys) = (reader.number()?, reader.number()?);
-        if head_dim == 0 || !reader.rest().is_empty() {
-            return Err(IndexError::Unusable("flat: a shape that cannot be".into()));
-        }
-        Ok(Self { head_dim, keys })
+    /// [`IndexError::Unusable`] if it is not one, is damaged, or is of other keys.
+    pub fn decode(bytes: &[u8], origin: Origin) -> Result<Self, IndexError> {
+        let frame = file::open(bytes, Kind::Flat, VERSION, origin)?;
+        Fields::new(frame.payload).finish()?;
+        Ok(Self {
+            head_dim: frame.head_dim,
+            keys: frame.keys,
+            origin,
+        })
     }
 }
 
@@ -70,8 +80,7 @@ impl KeyIndex for Flat {
     /// Whatever the effort, every key is scored.
     fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError> {
         let d = self.head_dim;
-        file::check_search(search, d, self.keys)?;
-        let heads = search.q.len() / d;
+        let heads = check(search, d, self.keys)?;
         let mut all = vec![Vec::with_capacity(self.keys); heads];
         let (mut part, mut start) = (Vec::new(), 0_u32);
         for block in search.keys.blocks() {
@@ -108,9 +117,6 @@ impl KeyIndex for Flat {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut writer = file::Writer::new(MAGIC);
-        writer.number(self.head_dim);
-        writer.number(self.keys);
-        writer.finish()
+        file::seal(Kind::Flat, VERSION, self.head_dim, self.keys, self.origin, &[])
     }
 }

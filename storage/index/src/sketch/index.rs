@@ -7,19 +7,24 @@ use super::{
     format::{SketchFormat, View, Width, encode_block, invalid},
     search::{Kind, Table},
 };
-use crate::{Cost, HeadBasis, Hits, IndexError, KeyIndex, Search, file};
+use crate::{
+    Cost, HeadBasis, Hits, IndexError, KeyIndex, Search,
+    file::{self, Fields, Origin},
+    search::check,
+};
 
 /// Keys of a block.
 const BLOCK: usize = 64;
-const MAGIC: &[u8; 8] = b"KVSKETCH";
+/// Of the payload.
+const VERSION: u16 = 1;
 
 /// Sketches of the keys of one KV head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sketch {
     format: SketchFormat,
     basis: HeadBasis,
-    /// Name of the basis: files made with another are refused.
-    basis_id: [u8; 32],
+    /// Names keys and basis in files.
+    origin: Origin,
     keys: usize,
     /// Whole blocks, then the sketch of the open one.
     blocks: Vec<u8>,
@@ -28,11 +33,11 @@ pub struct Sketch {
 }
 
 impl Sketch {
-    /// An index without keys; `basis_id` names the basis in files.
+    /// An index without keys; `origin` names keys and basis in its file.
     ///
     /// # Errors
     /// [`IndexError::Invalid`] if `basis` is not one for keys of `head_dim`.
-    pub fn new(head_dim: usize, width: Width, basis: HeadBasis, basis_id: [u8; 32]) -> Result<Self, IndexError> {
+    pub fn new(head_dim: usize, width: Width, basis: HeadBasis, origin: Origin) -> Result<Self, IndexError> {
         let format = SketchFormat {
             head_dim,
             width,
@@ -42,7 +47,7 @@ impl Sketch {
         Ok(Self {
             format,
             basis,
-            basis_id,
+            origin,
             keys: 0,
             blocks: Vec::new(),
             open: Vec::new(),
@@ -52,33 +57,22 @@ impl Sketch {
     /// Reads [`KeyIndex::encode`]'s file.
     ///
     /// # Errors
-    /// [`IndexError::Unusable`] if it is not one, is damaged, or was made with another basis.
-    pub fn decode(bytes: &[u8], basis: HeadBasis, basis_id: [u8; 32]) -> Result<Self, IndexError> {
+    /// [`IndexError::Unusable`] if it is not one, is damaged, or was made of other keys or with another basis.
+    pub fn decode(bytes: &[u8], basis: HeadBasis, origin: Origin) -> Result<Self, IndexError> {
         let unusable = |what: &str| IndexError::Unusable(format!("sketch: {what}"));
-        let mut reader = file::Reader::open(MAGIC, bytes)?;
-        let width = match reader.number()? {
+        let frame = file::open(bytes, file::Kind::Sketch, VERSION, origin)?;
+        let (head_dim, keys) = (frame.head_dim, frame.keys);
+        let mut fields = Fields::new(frame.payload);
+        let width = match fields.u32()? {
             4 => Width::Four,
             8 => Width::Eight,
             other => return Err(unusable(&format!("{other} bits per direction"))),
         };
-        let (head_dim, keys) = (reader.number()?, reader.number()?);
-        if reader.take(32)? != basis_id {
-            return Err(unusable("made with another basis"));
-        }
-        if head_dim == 0 || head_dim > 1 << 16 || keys > u32::MAX as usize {
-            return Err(unusable("a shape that cannot be"));
-        }
-        let mut index = Self::new(head_dim, width, basis, basis_id)?;
+        let mut index = Self::new(head_dim, width, basis, origin)?;
         index.keys = keys;
         let tail = keys % BLOCK;
-        index.open = reader
-            .take(tail * head_dim * 2)?
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f16::from_le_bytes(*b))
-            .collect();
-        index.blocks = reader.rest().to_vec();
+        index.open = fields.halves(tail * head_dim)?;
+        index.blocks = fields.rest().to_vec();
         let open = if tail > 0 { index.format.bytes(tail) } else { 0 };
         if index.blocks.len() != keys / BLOCK * index.format.bytes(BLOCK) + open {
             return Err(unusable("not as many blocks as keys"));
@@ -134,7 +128,7 @@ impl KeyIndex for Sketch {
 
     fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError> {
         let d = self.format.head_dim;
-        file::check_search(search, d, self.keys)?;
+        check(search, d, self.keys)?;
         let mut table = Table::default();
         table.begin(self.format, search.q, &self.basis, search.scale);
         let mut cost = Cost::default();
@@ -185,16 +179,15 @@ impl KeyIndex for Sketch {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut writer = file::Writer::new(MAGIC);
-        writer.number(match self.format.width {
+        let bits = match self.format.width {
             Width::Four => 4,
             Width::Eight => 8,
-        });
-        writer.number(self.format.head_dim);
-        writer.number(self.keys);
-        writer.bytes(&self.basis_id);
-        self.open.iter().for_each(|key| writer.bytes(&key.to_le_bytes()));
-        writer.bytes(&self.blocks);
-        writer.finish()
+        };
+        let mut payload = Vec::with_capacity(4 + self.bytes());
+        file::put_u32s(&mut payload, &[bits]);
+        file::put_halves(&mut payload, &self.open);
+        payload.extend_from_slice(&self.blocks);
+        let head_dim = self.format.head_dim;
+        file::seal(file::Kind::Sketch, VERSION, head_dim, self.keys, self.origin, &payload)
     }
 }
