@@ -65,7 +65,7 @@ impl Retrieval for RetrievalApi {
 
 /// What a message leads to.
 enum Turn {
-    Reply(v1::DecodeReply),
+    Reply(Box<v1::DecodeReply>),
     Silent,
     End,
 }
@@ -83,7 +83,7 @@ impl Call {
     async fn next(mut self) -> Result<Option<(v1::DecodeReply, Self)>, Status> {
         loop {
             match self.turn().await? {
-                Turn::Reply(reply) => return Ok(Some((reply, self))),
+                Turn::Reply(reply) => return Ok(Some((*reply, self))),
                 Turn::Silent => {}
                 Turn::End => return Ok(None),
             }
@@ -116,7 +116,7 @@ impl Call {
             }
             None => return Err(Status::invalid_argument("request: is empty, send open, query or hint")),
         };
-        Ok(Turn::Reply(reply))
+        Ok(Turn::Reply(Box::new(reply)))
     }
 
     async fn open(&mut self, open: v1::OpenContext) -> Result<v1::DecodeReply, Status> {
