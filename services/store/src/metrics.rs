@@ -112,6 +112,7 @@ fn cache(stats: &CacheStats) {
         ("kvasir_store_subscribers_lagged_total", stats.subscribers_lagged),
         ("kvasir_store_keys_scanned_total", stats.retrieve_keys_scanned),
         ("kvasir_store_retrieval_bytes_total", stats.retrieve_bytes),
+        ("kvasir_store_sketched_layer_blocks_total", stats.sketched_blocks),
         ("kvasir_store_queries_joined_total", stats.retrieve_joined),
         ("kvasir_store_queries_late_total", stats.retrieve_late),
         ("kvasir_store_context_blocks_missing_total", stats.retrieve_missing),

@@ -52,7 +52,7 @@ pub(crate) struct Shared {
     pub(crate) config: CacheConfig,
     pub(crate) epoch: u64,
     started: Instant,
-    namespaces: Namespaces,
+    pub(crate) namespaces: Namespaces,
     disk: DiskTier,
     pub(crate) state: Mutex<State>,
     pub(crate) counters: Counters,
@@ -269,6 +269,7 @@ impl BlockCache {
             retrieve_keys_scanned: counters.retrieve_keys_scanned.get(),
             retrieve_bytes: counters.retrieve_bytes.get(),
             retrieve_missing: counters.retrieve_missing.get(),
+            sketched_blocks: counters.sketched_blocks.get(),
             subscribers: state.events.subscribers() as u64,
             subscribers_lagged: state.events.lagged,
         }

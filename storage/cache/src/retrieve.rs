@@ -1,7 +1,8 @@
 //! Retrieve: find the keys that queries attend to, next to where they lie.
 //!
 //! [`BlockCache::open_context`] pins a chain of blocks; [`BlockCache::retrieve`] answers one layer's queries over it, as
-//! *rows* or *attend* ([`Form`]), and says what that covers ([`Report`]). The index is the exact flat scan of `kvasir-index`.
+//! *rows* or *attend* ([`Form`]), and says what that covers ([`Report`]). The index is the exact flat scan of
+//! `kvasir-index`, or its scan of sketches where the namespace has a basis.
 //!
 //! Invariants:
 //! - No byte is scanned that was not verified. A payload is verified when a context first wants it and then held by that
@@ -11,18 +12,20 @@
 //! - What a report counts was done; what was not scanned is not called covered.
 //! - A context pins its blocks from opening to drop, and gives back on drop all that it took. Contexts over one chain share
 //!   blocks: what they pin and hold is counted once.
-//! - An answer does not depend on which queries shared its scan, nor on how many threads worked on it.
+//! - An answer of the flat scan does not depend on which queries shared its scan, nor on how many threads worked on it. Through
+//!   sketches, sharing can only make more keys exact: candidates of one query are scored for all.
 
 mod blocks;
 mod context;
 mod query;
 mod report;
 mod search;
+mod sketches;
 
-use std::{ops::Range, time::Instant};
+use std::{ops::Range, sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use kvasir_block::{BlockHash, Dtype, NamespaceId};
+use kvasir_block::{BlockHash, Dtype, KvSchema, NamespaceId};
 use kvasir_index::Excluded;
 
 use self::query::InvalidQuery;
@@ -32,7 +35,12 @@ pub use self::{
     report::{Report, Shortfall},
     search::Search,
 };
-use crate::{BlockCache, CacheError, ErrorKind};
+use crate::{BlockCache, CacheError, ErrorKind, namespace::NamespaceBasis};
+
+/// Name of the exact scan.
+const FLAT: &str = "flat";
+/// Name of the scan of sketches.
+const SKETCH: &str = "sketch";
 
 /// How the keys that were found are used.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,9 +62,16 @@ pub enum Form {
 }
 
 /// What is wanted beside attending to the best keys. The flat scan scores every key: it has no tail to estimate, its output is
-/// not biased by sampling, and its bound is the mass that it left out, so both certificates are that.
+/// not biased by sampling, and its bound is the mass that it left out, so both certificates are that. What sketches cannot give,
+/// a deterministic certificate or an unbiased output, the flat scan gives.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AttendOptions {
+    /// Estimate what is not attended to; the output then includes the estimate.
+    pub tail: bool,
+    /// No bias in expectation.
+    pub unbiased: bool,
+    /// Share of the keys that may be scored exactly, (0, 1]; 0 for the default, 0.05.
+    pub effort: f32,
     /// Whether the missed mass is to be bounded, and how.
     pub certificate: Certificate,
     /// Largest acceptable bound, [0, 1]; 0 for no demand. Where it is larger, more keys are attended to than `target_mass` and
@@ -182,22 +197,44 @@ impl BlockCache {
             softmax_scale,
             self.shared.config.context_blocks_max,
         )?;
-        let serving = self.serving(namespace, index);
-        Context::open(&self.shared, schema, namespace, chain, q_heads, softmax_scale, serving)
+        let (serving, basis) = self.serving(namespace, &schema, index);
+        Context::open(
+            &self.shared,
+            schema,
+            namespace,
+            chain,
+            q_heads,
+            softmax_scale,
+            (serving, basis),
+        )
     }
 
-    /// The best index for a namespace that was asked for.
-    fn serving(&self, namespace: NamespaceId, wanted: IndexChoice) -> Serving {
-        let reason = match (wanted, self.basis_id(namespace)) {
-            (IndexChoice::Flat, _) => "",
-            (IndexChoice::Best | IndexChoice::Sketch, None) => {
-                "the namespace has no sketch basis: calibrate the model (kvasir calibrate) and open the namespace with it"
+    /// The index that serves a context, and the basis of its sketches.
+    fn serving(
+        &self,
+        namespace: NamespaceId,
+        schema: &KvSchema,
+        wanted: IndexChoice,
+    ) -> (Serving, Option<Arc<NamespaceBasis>>) {
+        let flat = |reason| (Serving { index: FLAT, reason }, None);
+        if wanted == IndexChoice::Flat {
+            return flat("");
+        }
+        match self.shared.namespaces.basis(namespace) {
+            None => flat(
+                "the namespace has no sketch basis: calibrate the model (kvasir calibrate) and open the namespace with it",
+            ),
+            Some(basis) if basis.basis().rank < sketches::RANK => {
+                flat("the namespace's sketch basis has less than the 32 directions that sketches take")
             }
-            (IndexChoice::Best | IndexChoice::Sketch, Some(_)) => {
-                "the basis is kept, but this version of the store scans every key"
+            Some(_) if usize::from(schema.block_tokens) > sketches::BLOCK_TOKENS_MAX => {
+                flat("its blocks have more than the 256 tokens that a sketch takes")
             }
-        };
-        Serving { index: "flat", reason }
+            Some(basis) => {
+                let (index, reason) = (SKETCH, "");
+                (Serving { index, reason }, Some(basis))
+            }
+        }
     }
 
     /// Answers one query. CPU work on the calling thread; reads the disk where a block is not in memory. See [`Self::search`]
@@ -250,7 +287,11 @@ impl BlockCache {
     /// memory. Nothing happens where the layer does not exist or memory for contexts is used up.
     pub fn warm(&self, context: &Context, layer: u16) {
         if layer < context.schema().layers && context.belongs_to(&self.shared) {
-            context.blocks().load(&self.shared, layer, &Excluded::none(), &|| false);
+            let blocks = context.blocks();
+            let payloads = blocks.load(&self.shared, layer, &Excluded::none(), &|| false);
+            if let Some(basis) = context.basis() {
+                blocks.sketch(&self.shared, layer, &payloads, basis.basis(), &|| false);
+            }
         }
     }
 }

@@ -90,6 +90,8 @@ pub struct CacheStats {
     pub retrieve_bytes: u64,
     /// Layer blocks that they wanted and did not get: vanished, corrupt, or too many disk reads were running.
     pub retrieve_missing: u64,
+    /// Layer blocks that were sketched, each for all its KV heads.
+    pub sketched_blocks: u64,
     /// Event subscribers.
     pub subscribers: u64,
     /// Subscribers that fell behind and were let go.
@@ -131,4 +133,5 @@ pub(crate) struct Counters {
     pub(crate) retrieve_keys_scanned: Counter,
     pub(crate) retrieve_bytes: Counter,
     pub(crate) retrieve_missing: Counter,
+    pub(crate) sketched_blocks: Counter,
 }

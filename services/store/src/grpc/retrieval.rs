@@ -140,8 +140,9 @@ impl Call {
             tokens: u32::try_from(context.tokens()).unwrap_or(u32::MAX),
             index: context.serving().index.to_owned(),
             index_reason: context.serving().reason.to_owned(),
-            // The scan that serves reads no sketches.
-            basis: Bytes::new(),
+            basis: context
+                .basis_id()
+                .map_or_else(Bytes::new, |id| Bytes::copy_from_slice(id.as_bytes())),
         };
         self.context = Some(Arc::new(context));
         Ok(v1::DecodeReply {
@@ -207,7 +208,6 @@ impl Call {
             layer: wire_layer,
             result: Some(self.result(layer, answer.found, &context)),
             report: Some(v1::RetrievalReport {
-                index: context.serving().index.to_owned(),
                 search_us: micros(answer.search),
                 waited_us: micros(answer.waited),
                 ..wire_report(answer.report)
@@ -345,20 +345,15 @@ fn attend_form(attend: &v1::Attend) -> Result<Form, InvalidMessage> {
             return Err(InvalidMessage::new("certificate", problem));
         }
     };
-    // The scan that serves scores every key, but a value that means nothing means nothing there either.
-    if !(0.0..=1.0).contains(&attend.effort) {
-        let problem = format!(
-            "{} is not a share of the keys: it is 0 (the store's default) to 1",
-            attend.effort
-        );
-        return Err(InvalidMessage::new("effort", problem));
-    }
     Ok(Form::Attend {
         target_mass: attend.target_mass,
         k_max: (attend.k_max > 0).then_some(attend.k_max as usize),
         options: AttendOptions {
+            tail: attend.tail,
             certificate,
             missed_mass_max: attend.missed_mass_max,
+            unbiased: attend.unbiased,
+            effort: attend.effort,
         },
     })
 }
@@ -383,6 +378,8 @@ fn wire_report(report: Report) -> v1::RetrievalReport {
         bytes_read,
         missed_mass_bound,
         escalated,
+        keys_rescored,
+        index,
     } = report;
     let shortfall = match shortfall {
         None => Wire::None,
@@ -399,6 +396,8 @@ fn wire_report(report: Report) -> v1::RetrievalReport {
         bytes_read,
         missed_mass_bound,
         escalated,
+        keys_rescored,
+        index: index.to_owned(),
         ..v1::RetrievalReport::default()
     }
 }

@@ -299,7 +299,7 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
         ),
         (
             vec![open(4), query(|q| attend_of(q).effort = f32::NAN)],
-            "query.attend.effort: NaN is not a share",
+            "effort: NaN is not a share",
         ),
         (
             vec![open(4), query(|q| attend_of(q).missed_mass_max = -0.1)],

@@ -19,6 +19,7 @@ pub struct BasisId([u8; 32]);
 pub(crate) struct NamespaceBasis {
     id: BasisId,
     file_bytes: u64,
+    basis: Basis,
 }
 
 impl BasisId {
@@ -52,11 +53,16 @@ impl NamespaceBasis {
         Ok(Self {
             id: BasisId(basis.id()),
             file_bytes: file.len() as u64,
+            basis,
         })
     }
 
     pub(crate) fn id(&self) -> BasisId {
         self.id
+    }
+
+    pub(crate) fn basis(&self) -> &Basis {
+        &self.basis
     }
 }
 

@@ -13,10 +13,10 @@ use std::{
 };
 
 use kvasir_block::{BlockHash, BlockKey, KvSchema, NamespaceId};
-use kvasir_index::Excluded;
+use kvasir_index::{Basis, Excluded};
 use parking_lot::Mutex;
 
-use super::context::Payload;
+use super::{context::Payload, sketches::BlockSketches};
 use crate::{CacheError, ErrorKind, GetOutcome, LeaseId, cache::Shared};
 
 /// Chains with open contexts, by the key of their last block. Not more than there are contexts.
@@ -32,7 +32,9 @@ pub(super) struct ContextBlocks {
     blocks: Vec<BlockKey>,
     /// Verified payloads, one list per layer, filled by the first query that wants them.
     layers: Vec<Mutex<Arc<[Option<Payload>]>>>,
-    /// Bytes of all payloads in `layers`, taken from the cache's budget.
+    /// Sketches of the blocks of a layer, filled likewise.
+    sketches: Vec<Mutex<Arc<[Option<BlockSketches>]>>>,
+    /// Bytes of all payloads in `layers` and of all `sketches`, taken from the cache's budget.
     held_bytes: AtomicU64,
 }
 
@@ -83,12 +85,15 @@ impl ContextBlocks {
         drop(state);
         let nothing: Arc<[Option<Payload>]> = Arc::new([]);
         let layers = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&nothing))).collect();
+        let none: Arc<[Option<BlockSketches>]> = Arc::new([]);
+        let sketches = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&none))).collect();
         let new = Arc::new(Self {
             cache: Arc::downgrade(shared),
             lease,
             schema,
             blocks,
             layers,
+            sketches,
             held_bytes: AtomicU64::new(0),
         });
         if open.is_none() {
@@ -122,6 +127,53 @@ impl ContextBlocks {
         // Who has the lock reads what is missing.
         held.try_lock()
             .is_none_or(|held| held.len() == self.blocks.len() && held.iter().all(Option::is_some))
+    }
+
+    /// Whether all blocks of a layer have sketches, or get them now.
+    pub(super) fn is_sketched(&self, layer: u16) -> bool {
+        let Some(held) = self.sketches.get(usize::from(layer)) else {
+            return false;
+        };
+        held.try_lock()
+            .is_none_or(|held| held.len() == self.blocks.len() && held.iter().all(Option::is_some))
+    }
+
+    /// The sketches of a layer, one per block whose payload is there: held already, or made now until it is late.
+    pub(super) fn sketch(
+        &self,
+        shared: &Shared,
+        layer: u16,
+        payloads: &[Option<Payload>],
+        basis: &Basis,
+        late: &dyn Fn() -> bool,
+    ) -> Arc<[Option<BlockSketches>]> {
+        // Held while sketching: a second query of the same layer would sketch the same blocks.
+        let mut held = self.sketches[usize::from(layer)].lock();
+        let is_missing = |at: usize| held.get(at).is_none_or(Option::is_none) && payloads[at].is_some();
+        let wanted: Vec<usize> = (0..payloads.len()).filter(|&at| is_missing(at)).collect();
+        if wanted.is_empty() && held.len() == payloads.len() {
+            return Arc::clone(&held);
+        }
+        let mut keep = held.to_vec();
+        keep.resize(payloads.len(), None);
+        let mut now = keep.clone();
+        for at in wanted {
+            if late() {
+                break;
+            }
+            let Some(payload) = &payloads[at] else { continue };
+            let Some(made) = BlockSketches::of(payload.halves(), &self.schema.layout(), basis, layer) else {
+                continue;
+            };
+            shared.counters.sketched_blocks.add(1);
+            if shared.contexts.take(made.bytes()) {
+                self.held_bytes.fetch_add(made.bytes(), Ordering::Relaxed);
+                keep[at] = Some(made.clone());
+            }
+            now[at] = Some(made);
+        }
+        *held = keep.into();
+        now.into()
     }
 
     /// The verified payloads of a layer, one per block: held already, or read now until it is late. What is excluded whole is

@@ -11,7 +11,7 @@ use kvasir_block::{BlockHash, KvSchema, NamespaceId};
 use kvasir_simd::cast_f16;
 
 use super::blocks::ContextBlocks;
-use crate::{CacheError, ErrorKind, cache::Shared};
+use crate::{BasisId, CacheError, ErrorKind, cache::Shared, namespace::NamespaceBasis};
 
 /// A chain of held blocks, pinned until dropped. It does not keep its cache alive: once that is closed, it is of no use.
 ///
@@ -23,6 +23,8 @@ pub struct Context {
     q_heads: usize,
     scale: f32,
     serving: Serving,
+    /// Of its sketches; `None` where the flat scan serves.
+    basis: Option<Arc<NamespaceBasis>>,
 }
 
 /// What serves a context, and why not something better.
@@ -60,7 +62,7 @@ impl Context {
         chain: &[BlockHash],
         q_heads: usize,
         scale: f32,
-        serving: Serving,
+        (serving, basis): (Serving, Option<Arc<NamespaceBasis>>),
     ) -> Result<Self, CacheError> {
         if !shared.contexts.open_one() {
             let message = format!(
@@ -76,12 +78,22 @@ impl Context {
                 q_heads,
                 scale,
                 serving,
+                basis,
             }),
             Err(error) => {
                 shared.contexts.close_one();
                 Err(error)
             }
         }
+    }
+
+    pub(super) fn basis(&self) -> Option<&Arc<NamespaceBasis>> {
+        self.basis.as_ref()
+    }
+
+    /// Id of the basis of the sketches that serve it; `None` where the flat scan serves.
+    pub fn basis_id(&self) -> Option<BasisId> {
+        self.basis.as_ref().map(|basis| basis.id())
     }
 
     /// Tokens of the context.
@@ -117,9 +129,9 @@ impl Context {
             && self.serving.index == other.serving.index
     }
 
-    /// Whether all blocks of a layer are in memory and verified, or on their way there; waits for nothing.
+    /// Whether all blocks of a layer are in memory, verified and sketched, or on their way there; waits for nothing.
     pub fn is_warm(&self, layer: u16) -> bool {
-        self.blocks.is_warm(layer)
+        self.blocks.is_warm(layer) && (self.basis.is_none() || self.blocks.is_sketched(layer))
     }
 
     /// Query heads per KV head.

@@ -91,6 +91,13 @@ pub(super) fn check(query: &Query<'_>, context: &Context) -> Result<(), InvalidQ
                 "0 keys per query head: leave it out for no bound",
             ));
         }
+        Form::Attend { options, .. } if !(0.0..=1.0).contains(&options.effort) => {
+            let problem = format!(
+                "{} is not a share of the keys: it is 0 (the default) to 1",
+                options.effort
+            );
+            return Err(InvalidQuery::new("effort", problem));
+        }
         Form::Attend { options, .. } if !(0.0..=1.0).contains(&options.missed_mass_max) => {
             let problem = format!(
                 "{} is not a share of the mass: it is 0 (no demand) to 1",

@@ -17,7 +17,7 @@ pub enum Shortfall {
 /// What a retrieval did.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Report {
-    /// Keys whose score was computed exactly, summed over KV heads.
+    /// Keys that were searched: scored exactly by the flat index, by their sketches first with `sketch`. Summed over KV heads.
     pub keys_scanned: u64,
     /// Keys that could have been searched (context minus exclusions), summed over KV heads.
     pub keys_total: u64,
@@ -37,6 +37,10 @@ pub struct Report {
     pub missed_mass_bound: Vec<f32>,
     /// More keys were attended to than `target_mass` and `k_max` ask for, since the bound was larger than `missed_mass_max`.
     pub escalated: bool,
+    /// Keys that were scored exactly after a scan of sketches, summed over KV heads; 0 with the flat index.
+    pub keys_rescored: u64,
+    /// Index that served: `"flat"`, also where sketches could not give what was asked for, or `"sketch"`.
+    pub index: &'static str,
 }
 
 /// A report in the making.
@@ -46,11 +50,22 @@ pub(super) struct Progress {
     /// Keys to search per KV head.
     keys: u64,
     row_bytes: u64,
+    /// Bounds by sampling, of the KV heads so far.
+    bounds: Vec<f32>,
+    /// The KV head that comes next was not searched on purpose, or through sketches that were counted already.
+    skip: Option<Skip>,
     /// Queries that share the scan.
     queries: u64,
     late: bool,
     missing: bool,
     cut_short: bool,
+}
+
+/// What [`Progress::head`] leaves out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Skip {
+    Search,
+    Bytes,
 }
 
 /// What was done for one KV head.
@@ -77,6 +92,8 @@ impl Progress {
             },
             keys,
             row_bytes: (layout.head_dim * layout.dtype.bytes()) as u64,
+            bounds: Vec::new(),
+            skip: None,
             queries: queries as u64,
             late: false,
             missing: false,
@@ -86,7 +103,8 @@ impl Progress {
 
     /// One KV head is done.
     pub(super) fn head(&mut self, head: HeadCount<'_>) {
-        let reached = if self.keys == 0 {
+        let skip = self.skip.take();
+        let reached = if self.keys == 0 || skip == Some(Skip::Search) {
             1.0
         } else {
             head.scanned as f32 / self.keys as f32
@@ -96,6 +114,10 @@ impl Progress {
             .extend(head.mass.iter().map(|mass| mass * reached));
         self.report.keys_scanned += head.scanned as u64;
         self.report.keys_attended += head.attended as u64;
+        if skip == Some(Skip::Bytes) {
+            return;
+        }
+        self.bounds.extend(std::iter::repeat_n(0.0, head.mass.len()));
         self.report.bytes_read += (head.scanned + head.value_rows) as u64 * self.row_bytes / self.queries;
     }
 
@@ -109,15 +131,40 @@ impl Progress {
         self.cut_short |= cut_short;
     }
 
+    /// The KV head that comes next attends to sink and window only: there is nothing to search.
+    pub(super) fn streaming(&mut self) {
+        self.report.keys_total -= self.keys;
+        self.skip = Some(Skip::Search);
+    }
+
+    /// The KV head that comes next was searched through sketches: keys scored exactly, bytes of all queries, bounds.
+    pub(super) fn sketched(&mut self, rescored: u64, bytes_read: u64, bounds: &[f32]) {
+        self.report.keys_rescored += rescored;
+        self.report.bytes_read += bytes_read / self.queries;
+        self.bounds.extend_from_slice(bounds);
+        self.skip = Some(Skip::Bytes);
+    }
+
+    pub(super) fn index(&mut self, index: &'static str) {
+        self.report.index = index;
+    }
+
     pub(super) fn escalated(&mut self, escalated: bool) {
         self.report.escalated |= escalated;
     }
 
     /// Gives the bounds that a certificate asks for. Of keys that were not scanned nothing is known.
-    pub(super) fn certify(&mut self) {
+    pub(super) fn certify(&mut self, sampled: bool) {
         let whole = !self.late && !self.missing;
-        let bound = |mass: &f32| if whole { (1.0 - mass).max(0.0) } else { 1.0 };
-        self.report.missed_mass_bound = self.report.mass_covered.iter().map(bound).collect();
+        let exact = self.report.mass_covered.iter().map(|mass| (1.0 - mass).max(0.0));
+        self.report.missed_mass_bound = if sampled {
+            std::mem::take(&mut self.bounds)
+        } else {
+            exact.collect()
+        };
+        if !whole {
+            self.report.missed_mass_bound.fill(1.0);
+        }
     }
 
     pub(super) fn finish(mut self) -> Report {

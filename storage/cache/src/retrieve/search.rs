@@ -11,16 +11,17 @@ use std::{
 use bytes::{BufMut, BytesMut};
 use half::f16;
 use kvasir_block::{Dtype, LayerBlockLayout};
-use kvasir_index::{Attended, Excluded, FlatScan, Rows, Segment};
+use kvasir_index::{Attended, Excluded, FlatScan, Rows, Segment, SketchFormat, SketchScan};
 use parking_lot::{Condvar, Mutex};
 
 use super::{
-    AttendOptions, Certificate, Context, Form, Found, HeadRows, Query, Report, Shortfall,
+    AttendOptions, Certificate, Context, FLAT, Form, Found, HeadRows, Query, Report, SKETCH, Shortfall,
     blocks::ContextBlocks,
     context::Payload,
     report::{HeadCount, Progress},
+    sketches::{self, BlockSketches, Extra, rows_effort},
 };
-use crate::cache::Shared;
+use crate::{cache::Shared, namespace::NamespaceBasis};
 
 /// A search that has its blocks. Threads [work](Self::work) on it, each on one KV head after another; one [waits](Self::wait)
 /// for the answers.
@@ -33,6 +34,8 @@ pub struct Search {
     group: usize,
     scale: f32,
     form: Form,
+    /// Where sketches serve: their basis, the layer in it, and the sketches.
+    sketched: Option<Sketched>,
     excluded: Excluded,
     /// Latest deadline of the queries; `None` if one has none.
     deadline: Option<Instant>,
@@ -43,6 +46,13 @@ pub struct Search {
     next: AtomicUsize,
     heads: Mutex<Heads>,
     changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Sketched {
+    basis: Arc<NamespaceBasis>,
+    layer: u16,
+    blocks: Arc<[Option<BlockSketches>]>,
 }
 
 #[derive(Debug)]
@@ -58,6 +68,10 @@ struct Head {
     scanned: usize,
     late: bool,
     missing: bool,
+    /// Of a search through sketches.
+    sketch: Option<Extra>,
+    /// It attends to sink and window only: nothing was searched.
+    streaming: bool,
     found: HeadFound,
 }
 
@@ -78,6 +92,14 @@ impl Search {
         let deadline = deadlines.reduce(|a, b| Some(a?.max(b?))).flatten();
         let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
         let payloads = context.blocks().load(shared, first.layer, &excluded, &late);
+        let sketched = context
+            .basis()
+            .filter(|_| !wants_exact(first.form))
+            .map(|basis| Sketched {
+                basis: Arc::clone(basis),
+                layer: first.layer,
+                blocks: (context.blocks()).sketch(shared, first.layer, &payloads, basis.basis(), &late),
+            });
         let per_head = group * layout.head_dim;
         let mut q = Vec::with_capacity(kv_heads * queries.len() * per_head);
         for kv_head in 0..kv_heads {
@@ -93,6 +115,7 @@ impl Search {
             group,
             scale: context.scale(),
             form: first.form,
+            sketched,
             excluded,
             deadline,
             q,
@@ -130,7 +153,10 @@ impl Search {
                 kv_head,
                 found: None,
             };
-            taken.found = Some(self.head(kv_head, &halves, &mut scan));
+            taken.found = Some(match &self.sketched {
+                Some(sketched) => self.sketched_head(kv_head, &halves, sketched),
+                None => self.head(kv_head, &halves, &mut scan),
+            });
         }
     }
 
@@ -177,7 +203,8 @@ impl Search {
         let found = match self.form {
             Form::Rows { k } => {
                 let rows = scan.rows(k);
-                HeadFound::Rows(gather(scan, &rows, layout.head_dim), rows)
+                let gathered = gather(rows.positions(), layout.head_dim, |take| scan.each_row(&rows, take));
+                HeadFound::Rows(gathered, rows)
             }
             Form::Attend {
                 target_mass,
@@ -189,6 +216,77 @@ impl Search {
             scanned: scan.keys_scanned(),
             late,
             missing,
+            sketch: None,
+            streaming: false,
+            found,
+        }
+    }
+
+    fn sketched_head<'a>(&'a self, kv_head: usize, halves: &[Option<&'a [f16]>], sketched: &'a Sketched) -> Head {
+        let layout = &self.layout;
+        let basis = sketched.basis.basis().head(sketched.layer.into(), kv_head);
+        if basis.streaming {
+            return Head {
+                streaming: true,
+                ..self.head(kv_head, &[], &mut FlatScan::new(layout.head_dim, self.scale))
+            };
+        }
+        let format = SketchFormat::new(layout.head_dim);
+        let mut scan = SketchScan::new(format, self.scale);
+        let per_head = self.queries * self.group * layout.head_dim;
+        let q = &self.q[kv_head * per_head..][..per_head];
+        let (mut late, mut missing) = (false, scan.begin(q, basis).is_err());
+        for (at, (halves, sketches)) in halves.iter().zip(&*sketched.blocks).enumerate() {
+            if missing && at == 0 {
+                break;
+            }
+            if self.blocks.is_excluded(at, &self.excluded) {
+                continue;
+            }
+            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                late = true;
+                break;
+            }
+            let scanned = halves.zip(sketches.as_ref()).is_some_and(|(halves, sketches)| {
+                let segment = Segment {
+                    keys: &halves[layout.keys(kv_head)],
+                    values: &halves[layout.values(kv_head)],
+                    position: at * layout.block_tokens,
+                };
+                let sketch = sketches.head(kv_head, format, layout.block_tokens);
+                scan.scan(segment, sketch, &self.excluded).is_ok()
+            });
+            missing |= !scanned;
+        }
+        let scanned = scan.keys_scanned();
+        let (found, extra) = match self.form {
+            Form::Rows { k } => {
+                let before = scan.cost();
+                let rows = scan.rows(k, rows_effort(k, scanned));
+                let extra = Extra {
+                    rescored: (scan.cost().keys_scored - before.keys_scored) / (self.queries * self.group) as u64,
+                    bytes_read: scan.cost().bytes_read,
+                    ..Extra::default()
+                };
+                let gathered = gather(rows.positions(), layout.head_dim, |take| scan.each_row(&rows, take));
+                (HeadFound::Rows(gathered, rows), extra)
+            }
+            Form::Attend {
+                target_mass,
+                k_max,
+                options,
+            } => {
+                let (attended, extra) = sketches::attend(&mut scan, target_mass, k_max, options);
+                let escalated = extra.escalated;
+                (HeadFound::Attend(attended, escalated), extra)
+            }
+        };
+        Head {
+            scanned,
+            late,
+            missing,
+            sketch: Some(extra),
+            streaming: false,
             found,
         }
     }
@@ -216,6 +314,13 @@ impl Search {
         let (mut rows, mut o, mut lse) = (Vec::new(), Vec::new(), Vec::new());
         for head in heads {
             progress.stopped(head.late, head.missing);
+            if head.streaming {
+                progress.streaming();
+            }
+            if let Some(extra) = &head.sketch {
+                let bounds = extra.bounds.get(group.clone()).unwrap_or_default();
+                progress.sketched(extra.rescored, extra.bytes_read, bounds);
+            }
             match &head.found {
                 HeadFound::Rows(head_rows, found) => {
                     let positions = found.positions().len();
@@ -242,11 +347,12 @@ impl Search {
                 }
             }
         }
+        progress.index(if self.sketched.is_some() { SKETCH } else { FLAT });
         let found = match self.form {
             Form::Rows { .. } => Found::Rows(rows),
             Form::Attend { options, .. } => {
                 if options.certificate != Certificate::None {
-                    progress.certify();
+                    progress.certify(self.sketched.is_some());
                 }
                 Found::Attend { o, lse }
             }
@@ -276,6 +382,11 @@ impl Drop for Taken<'_> {
     }
 }
 
+/// Whether only a scan of every key gives what is asked for.
+fn wants_exact(form: Form) -> bool {
+    matches!(form, Form::Attend { options, .. } if options.unbiased || options.certificate == Certificate::Deterministic)
+}
+
 /// Attends to what is asked for, and to more where that leaves out more than is acceptable.
 fn attend(scan: &FlatScan<'_>, target_mass: f32, k_max: Option<usize>, options: AttendOptions) -> HeadFound {
     let found = scan.attend(target_mass, k_max);
@@ -291,15 +402,15 @@ fn attend(scan: &FlatScan<'_>, target_mass: f32, k_max: Option<usize>, options: 
 }
 
 /// Copies chosen rows out of their blocks: they travel, the blocks stay.
-fn gather(scan: &FlatScan<'_>, found: &Rows, head_dim: usize) -> HeadRows {
-    let bytes = found.positions().len() * head_dim * Dtype::F16.bytes();
+fn gather(positions: &[u32], head_dim: usize, each_row: impl FnOnce(&mut dyn FnMut(&[f16], &[f16]))) -> HeadRows {
+    let bytes = positions.len() * head_dim * Dtype::F16.bytes();
     let (mut keys, mut values) = (BytesMut::with_capacity(bytes), BytesMut::with_capacity(bytes));
-    scan.each_row(found, |key, value| {
+    each_row(&mut |key, value| {
         key.iter().for_each(|half| keys.put_u16_le(half.to_bits()));
         value.iter().for_each(|half| values.put_u16_le(half.to_bits()));
     });
     HeadRows {
-        positions: found.positions().to_vec(),
+        positions: positions.to_vec(),
         keys: keys.freeze(),
         values: values.freeze(),
     }

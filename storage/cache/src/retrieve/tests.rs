@@ -302,6 +302,7 @@ fn nothing_left_to_search_is_an_empty_answer() {
         report,
         Report {
             mass_covered: vec![1.0; 3],
+            index: FLAT,
             ..Report::default()
         }
     );
@@ -606,3 +607,4 @@ fn a_deadline_that_passed_says_so() {
 }
 
 mod shared;
+mod sketch;

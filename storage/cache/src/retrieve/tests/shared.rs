@@ -143,6 +143,7 @@ fn a_certificate_holds_and_a_demand_is_met() {
             options: AttendOptions {
                 certificate: Certificate::Deterministic,
                 missed_mass_max,
+                ..AttendOptions::default()
             },
         };
         let query = Query {

@@ -1,0 +1,190 @@
+//! Retrieval through sketches, judged by the oracle and by the flat scan.
+
+use kvasir_index::{Basis, HeadBasis};
+
+use super::*;
+
+/// Three KV heads of 32 elements, four tokens a block.
+fn wide() -> KvSchema {
+    KvSchema {
+        head_dim: 32,
+        rope_dims: 32,
+        ..small()
+    }
+}
+
+/// The axes as directions. KV head 2 is a streaming one.
+fn basis(schema: &KvSchema) -> Basis {
+    let head_dim = usize::from(schema.head_dim);
+    let axes = || -> Vec<f32> {
+        let row = |at: usize| (0..head_dim).map(move |d| f32::from(u8::from(d == at)));
+        (0..32).flat_map(row).collect()
+    };
+    let head = |at: usize| HeadBasis {
+        mean: vec![0.0; head_dim],
+        keys: axes(),
+        queries: axes(),
+        streaming: at % 3 == 2,
+    };
+    Basis {
+        model: schema.model_fingerprint(),
+        layers: schema.layers.into(),
+        kv_heads: schema.kv_heads.into(),
+        head_dim,
+        rank: 32,
+        heads: (0..usize::from(schema.layers * schema.kv_heads)).map(head).collect(),
+    }
+}
+
+fn sketched(dir: &Path, blocks: usize) -> (BlockCache, NamespaceId) {
+    let (cache, namespace) = open(config(dir), &wide());
+    cache.set_basis(namespace, &basis(&wide()).encode()).unwrap();
+    fill(&cache, namespace, &wide(), blocks);
+    (cache, namespace)
+}
+
+fn attend(target_mass: f32, options: AttendOptions) -> Form {
+    Form::Attend {
+        target_mass,
+        k_max: None,
+        options,
+    }
+}
+
+#[test]
+fn everything_attended_is_the_oracle_and_streaming_heads_search_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, namespace) = sketched(dir.path(), 40);
+    let context = cache
+        .open_context(namespace, &chain(40), 6, 0.35, IndexChoice::Best)
+        .unwrap();
+    let serving = context.serving();
+    assert_eq!((serving.index, serving.reason), ("sketch", ""));
+    assert_eq!(context.basis_id(), cache.basis_id(namespace));
+    let q = queries(&wide(), 6, 1);
+    let (o, lse, report) = attended(&cache, &context, &ask(&q, 1, 1.0, &[0..2]));
+    let positions: Vec<u32> = (2..160).collect();
+    let expected = oracle(&wide(), &q, 1, 0.35, &positions);
+    // Two of the three KV heads, two query heads each.
+    assert_near(&o[..4 * 32], &expected.0[..4 * 32], "o");
+    assert_near(&lse[..4], &expected.1[..4], "lse");
+    assert!(o[4 * 32..].iter().all(|o| *o == 0.0) && lse[4..].iter().all(|lse| *lse == f32::NEG_INFINITY));
+    assert_eq!((report.index, report.shortfall), ("sketch", None));
+    assert_eq!(
+        (report.keys_total, report.keys_scanned, report.keys_rescored),
+        (316, 316, 316)
+    );
+    assert!(
+        report.mass_covered.iter().all(|mass| (mass - 1.0).abs() < 1e-4),
+        "{report:?}"
+    );
+    // Sketched once, held, and counted.
+    let stats = cache.stats();
+    assert_eq!(stats.sketched_blocks, 40);
+    assert!(stats.context_bytes > 40 * 1536);
+    attended(&cache, &context, &ask(&q, 1, 1.0, &[]));
+    assert_eq!(cache.stats().sketched_blocks, 40);
+    drop(context);
+    assert_eq!(cache.stats().context_bytes, 0);
+}
+
+#[test]
+fn a_few_keys_and_a_tail_come_near_and_their_bound_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, namespace) = sketched(dir.path(), 100);
+    let open = |index| cache.open_context(namespace, &chain(100), 6, 0.35, index).unwrap();
+    let (context, flat) = (open(IndexChoice::Sketch), open(IndexChoice::Flat));
+    assert_eq!((flat.index(), flat.basis_id()), ("flat", None));
+    let mut held = 0;
+    for seed in 0..8 {
+        let q = queries(&wide(), 6, seed);
+        let exact = attended(&cache, &flat, &ask(&q, 0, 1.0, &[])).1;
+        let options = AttendOptions {
+            tail: true,
+            certificate: Certificate::Statistical,
+            effort: 0.2,
+            ..AttendOptions::default()
+        };
+        let query = Query {
+            form: attend(0.9, options),
+            ..ask(&q, 0, 1.0, &[])
+        };
+        let (_, lse, report) = attended(&cache, &context, &query);
+        assert!(
+            report.keys_rescored > 0 && report.keys_rescored < report.keys_scanned,
+            "{report:?}"
+        );
+        assert_eq!(report.missed_mass_bound.len(), 6);
+        for head in 0..4 {
+            assert!(
+                (lse[head] - exact[head]).abs() < 0.2,
+                "{} is not near {}",
+                lse[head],
+                exact[head]
+            );
+        }
+        let no_tail = Query {
+            form: attend(0.9, AttendOptions { tail: false, ..options }),
+            ..query.clone()
+        };
+        let (_, lse, report) = attended(&cache, &context, &no_tail);
+        for head in 0..4 {
+            let missed = 1.0 - (lse[head] - exact[head]).exp2();
+            held += usize::from(missed <= report.missed_mass_bound[head] + 1e-4);
+        }
+    }
+    assert!(held >= 31, "{held} of 32 bounds at three standard errors hold");
+}
+
+#[test]
+fn what_sketches_cannot_give_the_flat_scan_gives() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, namespace) = sketched(dir.path(), 10);
+    let open = |index| cache.open_context(namespace, &chain(10), 6, 0.35, index).unwrap();
+    let (context, flat) = (open(IndexChoice::Best), open(IndexChoice::Flat));
+    let q = queries(&wide(), 6, 3);
+    for options in [
+        AttendOptions {
+            unbiased: true,
+            ..AttendOptions::default()
+        },
+        AttendOptions {
+            certificate: Certificate::Deterministic,
+            ..AttendOptions::default()
+        },
+    ] {
+        let query = Query {
+            form: attend(0.8, options),
+            ..ask(&q, 0, 1.0, &[])
+        };
+        let answers = [&context, &flat].map(|context| attended(&cache, context, &query));
+        assert_eq!(answers[0], answers[1]);
+        assert_eq!(answers[0].2.index, "flat");
+    }
+}
+
+#[test]
+fn rows_are_among_the_best_and_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, namespace) = sketched(dir.path(), 40);
+    let open = |index| cache.open_context(namespace, &chain(40), 3, 0.35, index).unwrap();
+    let (context, flat) = (open(IndexChoice::Best), open(IndexChoice::Flat));
+    let mut same = 0;
+    for seed in 0..10 {
+        let q = queries(&wide(), 3, seed);
+        let rows = Query {
+            form: Form::Rows { k: 10 },
+            ..ask(&q, 0, 1.0, &[5..9])
+        };
+        let both = [&context, &flat].map(|context| match cache.retrieve(context, &rows).unwrap().0 {
+            Found::Rows(heads) => heads,
+            Found::Attend { .. } => panic!("rows were asked for"),
+        });
+        assert!(both[0][2].positions.is_empty(), "a streaming head");
+        for (found, exact) in both[0].iter().zip(&both[1]).take(2) {
+            assert_eq!((found.positions.len(), found.keys.len()), (10, 640));
+            same += found.positions.iter().filter(|at| exact.positions.contains(at)).count();
+        }
+    }
+    assert!(same >= 170, "{same} of 200 are the best");
+}
