@@ -25,6 +25,15 @@ __device__ __forceinline__ Word4 load_once(const void* address) {
     return out;
 }
 
+// Volatile, so that the compiler loads where this stands instead of keeping the value in registers.
+__device__ __forceinline__ Word4 load_shared(u32 address) {
+    Word4 out;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                 : "r"(address));
+    return out;
+}
+
 __device__ __forceinline__ float bf16_to_f32(u16 bits) { return __int_as_float(int(u32(bits) << 16)); }
 
 __device__ __forceinline__ float f16_to_f32(u16 bits) {

@@ -31,7 +31,9 @@ pub enum BuildError {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// No driver library: most often simply a machine without a GPU.
-    #[error("no NVIDIA driver: libcuda was not found; run on a machine with an NVIDIA GPU and its driver, or on the CPU")]
+    #[error(
+        "no NVIDIA driver: libcuda was not found; run on a machine with an NVIDIA GPU and its driver, or on the CPU"
+    )]
     NoDriver,
     /// The driver is there but does not answer.
     #[error("the NVIDIA driver did not start: {0}; check nvidia-smi")]

@@ -107,7 +107,10 @@ impl Gpu {
     /// # Errors
     /// If the driver failed.
     pub fn memory(&self) -> Result<(usize, usize), GpuError> {
-        self.shared.context.mem_get_info().map_err(GpuError::driver("asking for free memory"))
+        self.shared
+            .context
+            .mem_get_info()
+            .map_err(GpuError::driver("asking for free memory"))
     }
 
     /// A buffer of `len` zeros.
@@ -134,6 +137,22 @@ impl Gpu {
     /// If the host has no room.
     pub fn pinned(&self, len: usize) -> Result<PinnedBuffer, GpuError> {
         PinnedBuffer::zeroed(&self.shared, len)
+    }
+
+    /// Copies a buffer's first `bytes` to another, in the order of the stream.
+    ///
+    /// # Errors
+    /// If either is too short.
+    pub fn copy<T: Plain>(&self, from: &Buffer<T>, to: &mut Buffer<T>, bytes: usize) -> Result<(), GpuError> {
+        if bytes > from.bytes() || bytes > to.bytes() {
+            let why = format!("{bytes} bytes from {} to {}", from.bytes(), to.bytes());
+            return Err(GpuError::shape("copy", why));
+        }
+        self.shared.bind("copying")?;
+        // SAFETY: the lengths were checked, and both buffers wait for the stream before they are released.
+        unsafe { sys::cuMemcpyDtoDAsync_v2(to.pointer, from.pointer, bytes, self.shared.stream.cu_stream()) }
+            .result()
+            .map_err(GpuError::driver("copying"))
     }
 
     /// Copies a buffer's first `bytes` to page-locked memory at `at`, in the order of the stream.
@@ -291,9 +310,9 @@ impl Graph<'_> {
     /// If the driver failed.
     pub fn replay(&self) -> Result<(), GpuError> {
         self.shared.bind("replaying a graph")?;
-        self.graph
-            .as_ref()
-            .map_or(Ok(()), |graph| graph.launch().map_err(GpuError::driver("replaying a graph")))
+        self.graph.as_ref().map_or(Ok(()), |graph| {
+            graph.launch().map_err(GpuError::driver("replaying a graph"))
+        })
     }
 }
 
@@ -320,7 +339,10 @@ impl Stopwatch {
     pub fn stop(self) -> Result<f64, GpuError> {
         let end = self.shared.event()?;
         end.synchronize().map_err(GpuError::driver("measuring time"))?;
-        let milliseconds = self.start.elapsed_ms(&end).map_err(GpuError::driver("measuring time"))?;
+        let milliseconds = self
+            .start
+            .elapsed_ms(&end)
+            .map_err(GpuError::driver("measuring time"))?;
         Ok(f64::from(milliseconds) * 1e3)
     }
 }

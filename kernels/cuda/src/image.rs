@@ -79,7 +79,12 @@ impl Kernels {
     /// File of a family in the folder.
     pub fn path(&self, family: Family) -> Option<PathBuf> {
         let (major, minor) = self.compiler.version();
-        let name = format!("{}-{}-nvrtc{major}.{minor}-{}.cubin", family.name(), self.arch, family.digest());
+        let name = format!(
+            "{}-{}-nvrtc{major}.{minor}-{}.cubin",
+            family.name(),
+            self.arch,
+            family.digest()
+        );
         Some(self.folder.as_ref()?.join(name))
     }
 
@@ -133,12 +138,21 @@ mod tests {
             fs::write(&path, damaged).expect("written");
             assert_eq!(read(&path), None, "{} bytes", damaged.len());
         }
-        assert_eq!(fs::read_dir(folder.path().join("new")).expect("listed").count(), 1, "nothing is left beside");
+        assert_eq!(
+            fs::read_dir(folder.path().join("new")).expect("listed").count(),
+            1,
+            "nothing is left beside"
+        );
     }
 
     #[test]
     fn architectures() {
-        for ((major, minor), name) in [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((12, 0), "sm_120")] {
+        for ((major, minor), name) in [
+            ((8, 0), "sm_80"),
+            ((8, 9), "sm_89"),
+            ((9, 0), "sm_90a"),
+            ((12, 0), "sm_120"),
+        ] {
             assert_eq!(Kernels::arch_of(major, minor), name);
         }
     }

@@ -26,17 +26,26 @@
 )]
 
 mod buffer;
+mod decode;
 mod error;
 mod gpu;
 mod image;
 mod nvrtc;
+mod pack;
+pub mod reference;
 mod resources;
+mod scores;
 mod source;
+mod view;
 
 pub use buffer::{Buffer, PinnedBuffer, Plain};
+pub use decode::{Decode, MAX_VIEWS, Partials, merge};
 pub use error::{BuildError, GpuError, OpenError};
 pub use gpu::{Gpu, Graph, Options, Stopwatch};
 pub use image::Kernels;
 pub use nvrtc::Compiler;
+pub use pack::copy_rows;
 pub use resources::Resources;
+pub use scores::{key_scores, top_k};
 pub use source::Family;
+pub use view::{Dtype, KvShape, KvView, KvViewMut, Layout, PageTable, Query};

@@ -46,7 +46,10 @@ impl Compiler {
             return Self::with(library, None);
         }
         for folder in &folders {
-            if let Some(library) = NAMES.iter().find_map(|name| Some(folder.join(name)).filter(|path| path.exists())) {
+            if let Some(library) = NAMES
+                .iter()
+                .find_map(|name| Some(folder.join(name)).filter(|path| path.exists()))
+            {
                 let builtins = builtins(folder).and_then(|path| load(&path));
                 if let Some(library) = load(&library) {
                     return Self::with(library, builtins);
@@ -74,7 +77,10 @@ impl Compiler {
             )
         };
         if code != 0 {
-            return Err(BuildError::UnusableCompiler("libnvrtc".into(), format!("nvrtcVersion answered {code}")));
+            return Err(BuildError::UnusableCompiler(
+                "libnvrtc".into(),
+                format!("nvrtcVersion answered {code}"),
+            ));
         }
         compiler.version = (major, minor);
         Ok(compiler)
@@ -98,8 +104,14 @@ impl Compiler {
         let text = |text: &str| CString::new(text).map_err(|_| rejected("a source holds a zero byte".into()));
         let source = text(family.source())?;
         let name = text(&format!("{}.cu", family.name()))?;
-        let names = HEADERS.iter().map(|(name, _)| text(name)).collect::<Result<Vec<_>, _>>()?;
-        let headers = HEADERS.iter().map(|(_, source)| text(source)).collect::<Result<Vec<_>, _>>()?;
+        let names = HEADERS
+            .iter()
+            .map(|(name, _)| text(name))
+            .collect::<Result<Vec<_>, _>>()?;
+        let headers = HEADERS
+            .iter()
+            .map(|(_, source)| text(source))
+            .collect::<Result<Vec<_>, _>>()?;
         let flags = std::iter::once(format!("--gpu-architecture={arch}"))
             .chain(FLAGS.iter().map(|&flag| flag.to_owned()))
             .map(|flag| text(&flag))
@@ -176,7 +188,10 @@ impl OpenProgram<'_> {
         };
         match code {
             0 => Ok(out),
-            _ => Err(BuildError::UnusableCompiler("libnvrtc".into(), format!("{get:?} answered {code}"))),
+            _ => Err(BuildError::UnusableCompiler(
+                "libnvrtc".into(),
+                format!("{get:?} answered {code}"),
+            )),
         }
     }
 }

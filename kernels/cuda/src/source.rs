@@ -24,6 +24,7 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("softmax.cuh", include_str!("../cuda/softmax.cuh")),
     ("hopper.cuh", include_str!("../cuda/hopper.cuh")),
     ("kv.cuh", include_str!("../cuda/kv.cuh")),
+    ("keys.cuh", include_str!("../cuda/keys.cuh")),
 ];
 
 impl Family {
