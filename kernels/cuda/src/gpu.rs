@@ -229,8 +229,7 @@ impl Gpu {
     /// Launches `kernel`, whose one argument is `params`, with static shared memory only.
     ///
     /// # Safety
-    /// `P` must be the C layout of the kernel's parameter, and every address in it must be good for what the kernel does
-    /// with it until the work has run: [`Buffer`] waits before it is released.
+    /// As [`Gpu::launch_with`].
     pub(crate) unsafe fn launch<P>(
         &self,
         family: Family,
@@ -239,8 +238,32 @@ impl Gpu {
         threads: u32,
         params: &P,
     ) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(family, kernel, grid, threads, 0, params) }
+    }
+
+    /// Launches `kernel`, whose one argument is `params`, with `shared` bytes of dynamic shared memory.
+    ///
+    /// # Safety
+    /// `P` must be the C layout of the kernel's parameter, and every address in it must be good for what the kernel does
+    /// with it until the work has run: [`Buffer`] waits before it is released.
+    pub(crate) unsafe fn launch_with<P>(
+        &self,
+        family: Family,
+        kernel: &'static str,
+        grid: (u32, u32, u32),
+        threads: u32,
+        shared: u32,
+        params: &P,
+    ) -> Result<(), GpuError> {
         let function = self.shared.function(family, kernel)?;
         self.shared.bind(kernel)?;
+        if shared > 0 {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(attribute, shared as i32)
+                .map_err(GpuError::driver(kernel))?;
+        }
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: the driver copies the parameter during the call; the rest is the caller's promise.
         unsafe {
@@ -248,7 +271,7 @@ impl Gpu {
                 function.cu_function(),
                 grid,
                 (threads, 1, 1),
-                0,
+                shared,
                 self.shared.stream.cu_stream(),
                 &mut arguments,
             )

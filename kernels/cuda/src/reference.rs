@@ -4,10 +4,12 @@
 //! a check compares with exactly what the device was given.
 
 mod e4m3;
+mod prefill;
 
 use half::{bf16, f16};
 
 pub use self::e4m3::{dequantize, e4m3_from_f32, e4m3_to_f32, quantize};
+pub use self::prefill::{prefill, vs_estimate};
 use crate::{Dtype, KvShape, Layout};
 
 /// Keys and values of `tokens` tokens, both `[kv_heads, tokens, head_dim]`.

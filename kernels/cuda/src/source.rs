@@ -15,6 +15,10 @@ pub enum Family {
     Scores,
     /// `top_k`: the largest scores of each row.
     TopK,
+    /// `prefill`: attention of a prompt over a list of tiles.
+    Prefill,
+    /// `vs_estimate` and `vs_build`: a Vertical-Slash list from the prompt itself.
+    Plan,
 }
 
 /// Headers that the families share.
@@ -29,7 +33,7 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
 
 impl Family {
     /// All families.
-    pub const ALL: &[Self] = &[Self::Decode, Self::Merge, Self::Pack, Self::Scores, Self::TopK];
+    pub const ALL: &[Self] = &[Self::Decode, Self::Merge, Self::Pack, Self::Scores, Self::TopK, Self::Prefill, Self::Plan];
 
     /// Name of the family and of its source file, without the ending.
     pub const fn name(self) -> &'static str {
@@ -39,6 +43,8 @@ impl Family {
             Self::Pack => "pack",
             Self::Scores => "scores",
             Self::TopK => "top_k",
+            Self::Prefill => "prefill",
+            Self::Plan => "plan",
         }
     }
 
@@ -50,6 +56,8 @@ impl Family {
             Self::Pack => include_str!("../cuda/pack.cu"),
             Self::Scores => include_str!("../cuda/scores.cu"),
             Self::TopK => include_str!("../cuda/top_k.cu"),
+            Self::Prefill => include_str!("../cuda/prefill.cu"),
+            Self::Plan => include_str!("../cuda/plan.cu"),
         }
     }
 

@@ -175,6 +175,11 @@ pub(crate) struct RawView {
 }
 
 impl RawView {
+    /// Whether the device says how many tokens there are.
+    pub(crate) const fn has_lengths(&self) -> bool {
+        self.lengths != 0
+    }
+
     fn new(layout: &Layout, k: u64, v: u64, tokens: usize) -> Result<Self, GpuError> {
         if tokens > MAX_TOKENS {
             let why = format!("{tokens} tokens; a view has at most {MAX_TOKENS}");
