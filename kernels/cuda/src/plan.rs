@@ -103,16 +103,20 @@ impl HeadTiles {
     /// always seen). A diagonal meets each row block in as many keys as the block has rows and one less again, so it
     /// covers `slash < u <= slash + ROWS`; what overlaps is joined, and tiles cover it from the near end on.
     pub fn vertical_slash(verticals: &[u32], slashes: &[u32]) -> Self {
-        let sorted = |numbers: &[u32]| {
-            let mut out: Vec<u32> = numbers.iter().map(|&number| number.min(MOST - 1)).collect();
-            out.sort_unstable();
-            out.dedup();
-            out
+        let mut with_diagonal = slashes.to_vec();
+        with_diagonal.push(0);
+        Self::slashes_alone(verticals.to_vec(), &with_diagonal)
+    }
+
+    /// As [`HeadTiles::vertical_slash`], but the query itself is seen only if diagonal 0 is among `slashes`.
+    pub fn slashes_alone(verticals: Vec<u32>, slashes: &[u32]) -> Self {
+        let sorted = |mut numbers: Vec<u32>| {
+            numbers.iter_mut().for_each(|number| *number = (*number).min(MOST - 1 - TILE as u32));
+            numbers.sort_unstable();
+            numbers.dedup();
+            numbers
         };
-        let mut slashes = sorted(slashes);
-        if slashes.first() != Some(&0) {
-            slashes.insert(0, 0);
-        }
+        let slashes = sorted(slashes.to_vec());
         let ranges = slashes.iter().map(|&slash| (slash as usize, slash as usize + ROWS));
         Self::cover(ranges, sorted(verticals))
     }

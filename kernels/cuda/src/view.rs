@@ -484,6 +484,14 @@ impl<'a> Query<'a> {
         Self::with(buffer, Dtype::Bf16.code())
     }
 
+    /// Queries as the bits of bf16 (`Dtype::Bf16`) or of f16.
+    pub fn bits(buffer: &'a Buffer<u16>, dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::Bf16 => Self::with(buffer, Dtype::Bf16.code()),
+            Dtype::F16 | Dtype::E4m3 => Self::with(buffer, Dtype::F16.code()),
+        }
+    }
+
     /// Queries in f16.
     pub fn f16(buffer: &'a Buffer<half::f16>) -> Self {
         Self::with(buffer, Dtype::F16.code())

@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use crate::cases::{Form, Held, PAGE_TOKENS, any_form, any_shape, length, numbers};
 
 #[derive(Default)]
-struct Tally {
+pub(crate) struct Tally {
     passed: usize,
     failed: usize,
     worst: f64,
@@ -19,7 +19,7 @@ struct Tally {
 
 impl Tally {
     /// Counts a case; prints it if its error is above the limit, or not a number.
-    fn count(&mut self, error: f64, limit: f64, case: impl FnOnce() -> String) {
+    pub(crate) fn count(&mut self, error: f64, limit: f64, case: impl FnOnce() -> String) {
         self.worst = if error.is_nan() { error } else { self.worst.max(error) };
         if error <= limit {
             self.passed += 1;
@@ -31,7 +31,7 @@ impl Tally {
 }
 
 /// `||a - b|| / ||b||`, with elements that are infinite in both taken as equal.
-fn distance(a: &[f32], b: &[f64]) -> f64 {
+pub(crate) fn distance(a: &[f32], b: &[f64]) -> f64 {
     if a.len() != b.len() {
         return f64::NAN;
     }
@@ -53,7 +53,7 @@ fn distance(a: &[f32], b: &[f64]) -> f64 {
 }
 
 /// The largest `|a - b|`, infinities of the same sign being equal; NaN if there is one.
-fn furthest(a: &[f32], b: &[f64]) -> f64 {
+pub(crate) fn furthest(a: &[f32], b: &[f64]) -> f64 {
     a.iter().zip(b).fold(0.0, |worst: f64, (&a, &b)| {
         let apart = if f64::from(a) == b {
             0.0
@@ -65,20 +65,22 @@ fn furthest(a: &[f32], b: &[f64]) -> f64 {
 }
 
 /// Limit of decode and of its lse, in bf16 or f16 arithmetic.
-fn limit(dtype: Dtype) -> f64 {
+pub(crate) fn limit(dtype: Dtype) -> f64 {
     if dtype == Dtype::Bf16 { 1e-2 } else { 2e-3 }
 }
 
 /// Runs all checks; whether all passed.
 pub(crate) fn run(gpu: &Gpu, seed: u64, cases: usize) -> Result<bool, GpuError> {
     type Check = fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
-    let checks: [(&str, Check); 7] = [
+    let checks: [(&str, Check); 9] = [
         ("decode", decode),
         ("decode in a graph", recorded),
         ("merge", merged),
         ("copy_rows", copied),
         ("key_scores", scored),
         ("top_k", selected),
+        ("prefill", crate::prefill::prefilled),
+        ("vertical-slash", crate::prefill::planned),
         ("refusals", refused),
     ];
     let (mut passed, mut failed) = (0, 0);

@@ -8,18 +8,20 @@
 mod bench;
 mod cases;
 mod check;
+mod prefill;
 
 use std::{path::PathBuf, process::ExitCode, time::SystemTime};
 
 use kvasir_cuda::{Gpu, Options};
 
 const USAGE: &str =
-    "usage: kvasir-gpu-check [bench] [--seed N] [--cases N] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
+    "usage: kvasir-gpu-check [bench | bench-prefill] [--seed N] [--cases N] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
   without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60)
-  bench: measures, and prints JSON";
+  bench, bench-prefill: measure, and print JSON";
 
 struct Arguments {
     bench: bool,
+    prefill: bool,
     seed: u64,
     cases: usize,
     gpu: usize,
@@ -32,6 +34,7 @@ fn arguments() -> Result<Arguments, String> {
         .unwrap_or_default();
     let mut out = Arguments {
         bench: false,
+        prefill: false,
         seed: u64::from(now.subsec_nanos()) ^ now.as_secs(),
         cases: 60,
         gpu: 0,
@@ -43,6 +46,7 @@ fn arguments() -> Result<Arguments, String> {
         let number = |text: String| text.parse::<u64>().map_err(|_| format!("{text} is not a number"));
         match name.as_str() {
             "bench" => out.bench = true,
+            "bench-prefill" => out.prefill = true,
             "--seed" => out.seed = number(value()?)?,
             "--cases" => out.cases = number(value()?)? as usize,
             "--gpu" => out.gpu = number(value()?)? as usize,
@@ -69,7 +73,13 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let outcome = if arguments.bench {
+    let outcome = if arguments.prefill {
+        let mut rng = rand::SeedableRng::seed_from_u64(arguments.seed);
+        prefill::bench(&gpu, &mut rng).map(|figures| {
+            println!("{figures:#}");
+            true
+        })
+    } else if arguments.bench {
         bench::run(&gpu, arguments.seed).map(|figures| {
             println!("{figures:#}");
             true
