@@ -328,12 +328,15 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
                 body.mask(s, i + 1, next, position);
                 body.soften(s, m, l, shrink);
             }
+            // Maxima settle after a few tiles, and then there is nothing to do here.
+            if (!WIDE || __any_sync(FULL_WARP, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
-            for (u32 n = 0; n < D / 8; ++n) {
-                o[n][0] *= shrink[0];
-                o[n][1] *= shrink[0];
-                o[n][2] *= shrink[1];
-                o[n][3] *= shrink[1];
+                for (u32 n = 0; n < D / 8; ++n) {
+                    o[n][0] *= shrink[0];
+                    o[n][1] *= shrink[0];
+                    o[n][2] *= shrink[1];
+                    o[n][3] *= shrink[1];
+                }
             }
             Body::round(p, s);
             stage = next;

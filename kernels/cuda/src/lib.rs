@@ -7,7 +7,7 @@
 //!
 //! Types to meet first: [`Gpu`] (a device and one stream on it), [`Buffer`] (its memory), [`KvView`] (where keys and
 //! values lie: a block, pages, records), [`Decode`] (attention of one token over several views). Every kernel has a CPU
-//! reference of the same semantics in [`reference`], and every launcher checks shapes and lengths and answers with an
+//! reference of the same semantics in [`mod@reference`], and every launcher checks shapes and lengths and answers with an
 //! error, never a panic.
 //!
 //! It deliberately does not know models, requests, stores or hashes: shapes, slices and strides are all it sees.

@@ -47,7 +47,8 @@ pub struct BadTiles {
 const MOST: u32 = 1 << 30;
 
 fn rises(numbers: &[u32], step: u32) -> bool {
-    numbers.iter().all(|&number| number < MOST) && numbers.windows(2).all(|pair| pair[1] >= pair[0].saturating_add(step))
+    numbers.iter().all(|&number| number < MOST)
+        && numbers.windows(2).all(|pair| pair[1] >= pair[0].saturating_add(step))
 }
 
 impl TileList {
@@ -111,7 +112,9 @@ impl HeadTiles {
     /// As [`HeadTiles::vertical_slash`], but the query itself is seen only if diagonal 0 is among `slashes`.
     pub fn slashes_alone(verticals: Vec<u32>, slashes: &[u32]) -> Self {
         let sorted = |mut numbers: Vec<u32>| {
-            numbers.iter_mut().for_each(|number| *number = (*number).min(MOST - 1 - TILE as u32));
+            numbers
+                .iter_mut()
+                .for_each(|number| *number = (*number).min(MOST - 1 - TILE as u32));
             numbers.sort_unstable();
             numbers.dedup();
             numbers
@@ -127,7 +130,11 @@ impl HeadTiles {
         let rows = rows.iter().enumerate().map(|(block, numbers)| {
             let first = offset + block * ROWS;
             let diagonal = (first / TILE) as u32..=((first + ROWS - 1) / TILE) as u32;
-            let mut tiles: Vec<u32> = numbers.iter().copied().filter(|&number| number < MOST / TILE as u32).collect();
+            let mut tiles: Vec<u32> = numbers
+                .iter()
+                .copied()
+                .filter(|&number| number < MOST / TILE as u32)
+                .collect();
             tiles.extend(diagonal);
             tiles.sort_unstable();
             tiles.dedup();

@@ -1,9 +1,7 @@
 //! Attention of a prompt's queries over a list of tiles.
 
 use crate::{
-    Buffer, Dtype, Family, Gpu, GpuError, HeadTiles, KvView, Plain, Query, TileList,
-    plan::ROWS,
-    view::RawView,
+    Buffer, Dtype, Family, Gpu, GpuError, HeadTiles, KvView, Plain, Query, TileList, plan::ROWS, view::RawView,
 };
 
 /// Which instructions multiply.
@@ -70,7 +68,10 @@ impl DeviceTiles {
             }
         }
         if u32::try_from(numbers.len()).is_err() || u32::try_from(lists.len()).is_err() {
-            return Err(GpuError::shape("tiles", format!("{} numbers; 2^32 are possible", numbers.len())));
+            return Err(GpuError::shape(
+                "tiles",
+                format!("{} numbers; 2^32 are possible", numbers.len()),
+            ));
         }
         Ok(Self {
             heads: gpu.upload(&heads)?,
@@ -142,12 +143,18 @@ impl Prefill {
         out_lse: &mut Buffer<f32>,
     ) -> Result<(), GpuError> {
         let (shape, refuse) = (view.shape, |why: String| Err(GpuError::shape("prefill", why)));
-        let elements = self.rows.checked_mul(self.q_heads).and_then(|rows| rows.checked_mul(shape.head_dim));
+        let elements = self
+            .rows
+            .checked_mul(self.q_heads)
+            .and_then(|rows| rows.checked_mul(shape.head_dim));
         if self.q_heads == 0 || !self.q_heads.is_multiple_of(shape.kv_heads) || self.q_heads > 65_535 {
             return refuse(format!("{} query heads over {} KV heads", self.q_heads, shape.kv_heads));
         }
         if shape.dtype == Dtype::E4m3 || q.dtype != shape.dtype.code() || size_of::<T>() != 2 {
-            return refuse(format!("queries, keys and output must be bf16 or f16 alike; keys are {:?}", shape.dtype));
+            return refuse(format!(
+                "queries, keys and output must be bf16 or f16 alike; keys are {:?}",
+                shape.dtype
+            ));
         }
         if elements != Some(q.elements) || elements != Some(out.len()) || out_lse.len() != self.rows * self.q_heads {
             return refuse(format!(
@@ -161,11 +168,18 @@ impl Prefill {
             ));
         }
         if self.rows > view.tokens() || view.raw.has_lengths() {
-            return refuse(format!("{} rows of {} tokens, whose number must be the host's", self.rows, view.tokens()));
+            return refuse(format!(
+                "{} rows of {} tokens, whose number must be the host's",
+                self.rows,
+                view.tokens()
+            ));
         }
         let blocks = self.rows.div_ceil(ROWS);
         if tiles.q_heads != self.q_heads || tiles.blocks < blocks {
-            return refuse(format!("tiles of {} heads and {} row blocks", tiles.q_heads, tiles.blocks));
+            return refuse(format!(
+                "tiles of {} heads and {} row blocks",
+                tiles.q_heads, tiles.blocks
+            ));
         }
         if !(self.scale > 0.0 && self.scale.is_finite()) {
             return refuse(format!("scale {}; it must be positive", self.scale));

@@ -33,7 +33,15 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
 
 impl Family {
     /// All families.
-    pub const ALL: &[Self] = &[Self::Decode, Self::Merge, Self::Pack, Self::Scores, Self::TopK, Self::Prefill, Self::Plan];
+    pub const ALL: &[Self] = &[
+        Self::Decode,
+        Self::Merge,
+        Self::Pack,
+        Self::Scores,
+        Self::TopK,
+        Self::Prefill,
+        Self::Plan,
+    ];
 
     /// Name of the family and of its source file, without the ending.
     pub const fn name(self) -> &'static str {

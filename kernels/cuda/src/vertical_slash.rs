@@ -82,10 +82,15 @@ impl Estimate {
     /// If the device has no room.
     pub fn new(gpu: &Gpu, q_heads: usize, tokens: usize) -> Result<Self, GpuError> {
         if q_heads == 0 || q_heads > 65_535 || tokens == 0 || tokens > 1 << 24 {
-            return Err(GpuError::shape("estimate", format!("{q_heads} heads of {tokens} tokens")));
+            return Err(GpuError::shape(
+                "estimate",
+                format!("{q_heads} heads of {tokens} tokens"),
+            ));
         }
         // Some CTAs for every multiprocessor, and not less than a few tiles for each.
-        let splits = (8 * gpu.multiprocessors()).div_ceil(q_heads).min(tokens.div_ceil(4 * TILE));
+        let splits = (8 * gpu.multiprocessors())
+            .div_ceil(q_heads)
+            .min(tokens.div_ceil(4 * TILE));
         Ok(Self {
             q_heads,
             tokens,
@@ -181,7 +186,10 @@ impl VerticalSlashTiles {
     /// If the device has no room.
     pub fn new(gpu: &Gpu, plan: VerticalSlash, q_heads: usize, tokens: usize) -> Result<Self, GpuError> {
         if q_heads == 0 || q_heads > 65_535 || tokens == 0 || tokens > 1 << 24 || plan.slashes == 0 {
-            return Err(GpuError::shape("vertical-slash", format!("{plan:?}, {q_heads} heads of {tokens} tokens")));
+            return Err(GpuError::shape(
+                "vertical-slash",
+                format!("{plan:?}, {q_heads} heads of {tokens} tokens"),
+            ));
         }
         let plan = VerticalSlash {
             verticals: plan.verticals.min(tokens),

@@ -12,7 +12,11 @@ fn dense_sees_all_that_came_before() {
         let list = list(HeadTiles::dense(offset + rows));
         for row in 0..rows {
             for key in 0..offset + rows {
-                assert_eq!(list.sees(0, offset, row, key), key <= offset + row, "{offset} {row} {key}");
+                assert_eq!(
+                    list.sees(0, offset, row, key),
+                    key <= offset + row,
+                    "{offset} {row} {key}"
+                );
             }
         }
     }
@@ -25,7 +29,9 @@ fn every_pair_that_was_asked_for_is_seen_and_tiles_do_not_overlap() {
         let (offset, rows) = (rng.random_range(0..300usize), rng.random_range(1..400usize));
         let tokens = offset + rows;
         let mut some = |most: usize| -> Vec<u32> {
-            (0..rng.random_range(0..most)).map(|_| rng.random_range(0..tokens as u32)).collect()
+            (0..rng.random_range(0..most))
+                .map(|_| rng.random_range(0..tokens as u32))
+                .collect()
         };
         let (verticals, slashes) = (some(20), some(12));
         let list = list(HeadTiles::vertical_slash(&verticals, &slashes));
@@ -33,10 +39,16 @@ fn every_pair_that_was_asked_for_is_seen_and_tiles_do_not_overlap() {
             let position = offset + row;
             assert!(list.sees(0, offset, row, position), "the query itself");
             for &column in verticals.iter().filter(|&&column| column as usize <= position) {
-                assert!(list.sees(0, offset, row, column as usize), "column {column} of row {row}");
+                assert!(
+                    list.sees(0, offset, row, column as usize),
+                    "column {column} of row {row}"
+                );
             }
             for &slash in slashes.iter().filter(|&&slash| slash as usize <= position) {
-                assert!(list.sees(0, offset, row, position - slash as usize), "slash {slash} of row {row}");
+                assert!(
+                    list.sees(0, offset, row, position - slash as usize),
+                    "slash {slash} of row {row}"
+                );
             }
         }
     }
@@ -46,12 +58,26 @@ fn every_pair_that_was_asked_for_is_seen_and_tiles_do_not_overlap() {
 fn shapes_see_no_more_than_their_tiles() {
     let a_shape = list(HeadTiles::a_shape(64, 128));
     // Row 1000 lies in the block that ends at 1024; its local window begins at 1024 - 256.
-    let cases = [(0, true), (63, true), (64, false), (767, false), (768, true), (1000, true), (1001, false)];
+    let cases = [
+        (0, true),
+        (63, true),
+        (64, false),
+        (767, false),
+        (768, true),
+        (1000, true),
+        (1001, false),
+    ];
     for (key, seen) in cases {
         assert_eq!(a_shape.sees(0, 0, 1000, key), seen, "{key}");
     }
     let blocks = list(HeadTiles::block_sparse(0, &[vec![], vec![], vec![1]]));
-    for (row, key, seen) in [(300, 63, false), (300, 64, true), (300, 128, false), (300, 256, true), (300, 301, false)] {
+    for (row, key, seen) in [
+        (300, 63, false),
+        (300, 64, true),
+        (300, 128, false),
+        (300, 256, true),
+        (300, 301, false),
+    ] {
         assert_eq!(blocks.sees(0, 0, row, key), seen, "{row} {key}");
     }
 }
@@ -78,7 +104,12 @@ fn what_is_out_of_order_is_refused() {
         (relative(&[64, 0], &[]), false),
         (relative(&[], &[2, 2]), false),
         (relative(&[u32::MAX], &[]), false),
-        (HeadTiles::Absolute { rows: vec![vec![0, 10]] }, false),
+        (
+            HeadTiles::Absolute {
+                rows: vec![vec![0, 10]],
+            },
+            false,
+        ),
     ] {
         assert_eq!(TileList::new(vec![head.clone()]).is_ok(), good, "{head:?}");
     }

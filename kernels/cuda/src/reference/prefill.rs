@@ -6,7 +6,14 @@ use crate::{KvShape, TileList};
 /// Attention of `q [rows, q_heads, head_dim]`, the last `rows` positions of `kv`, under `tiles`: outputs
 /// `[rows, q_heads, head_dim]` and base-2 logs of the sums of weights `[q_heads, rows]`, zeros and `-inf` where nothing is
 /// seen. This is also how the sparse modes run without a GPU.
-pub fn prefill(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, tiles: &TileList, scale: f32) -> (Vec<f64>, Vec<f64>) {
+pub fn prefill(
+    shape: KvShape,
+    q: &[f32],
+    q_heads: usize,
+    kv: &Rows,
+    tiles: &TileList,
+    scale: f32,
+) -> (Vec<f64>, Vec<f64>) {
     let d = shape.head_dim;
     let rows = q.len() / d / q_heads;
     let offset = kv.tokens - rows;
@@ -18,11 +25,17 @@ pub fn prefill(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, tiles: &Til
             let at = (row * q_heads + head) * d;
             let query = &q[at..at + d];
             scores.clear();
-            scores.extend((0..=offset + row).filter(|&key| tiles.sees(head, offset, row, key)).map(|key| {
-                let key_row = &kv.k[(kv_rows + key) * d..(kv_rows + key + 1) * d];
-                (key, dot(query, key_row) * f64::from(scale) * std::f64::consts::LOG2_E)
-            }));
-            let most = scores.iter().fold(f64::NEG_INFINITY, |most, &(_, score)| most.max(score));
+            scores.extend(
+                (0..=offset + row)
+                    .filter(|&key| tiles.sees(head, offset, row, key))
+                    .map(|key| {
+                        let key_row = &kv.k[(kv_rows + key) * d..(kv_rows + key + 1) * d];
+                        (key, dot(query, key_row) * f64::from(scale) * std::f64::consts::LOG2_E)
+                    }),
+            );
+            let most = scores
+                .iter()
+                .fold(f64::NEG_INFINITY, |most, &(_, score)| most.max(score));
             if most == f64::NEG_INFINITY {
                 continue;
             }

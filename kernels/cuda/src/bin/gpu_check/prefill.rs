@@ -1,10 +1,10 @@
 //! Prefill and its planners: against the references, and their speed.
 
-use kvasir_cuda::{
-    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, Prefill, Products, Query, TileList,
-    VerticalSlash, VerticalSlashTiles, reference,
-};
 use half::{bf16, f16};
+use kvasir_cuda::{
+    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, Prefill, Products, Query,
+    TileList, VerticalSlash, VerticalSlashTiles, reference,
+};
 use rand::{Rng, rngs::StdRng};
 use serde_json::{Value, json};
 
@@ -52,7 +52,11 @@ fn floats(dtype: Dtype, bits: &[u16]) -> Vec<f32> {
 
 fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
     let tokens = (offset + rows) as u32;
-    let mut some = |most: usize| -> Vec<u32> { (0..rng.random_range(0..most)).map(|_| rng.random_range(0..tokens)).collect() };
+    let mut some = |most: usize| -> Vec<u32> {
+        (0..rng.random_range(0..most))
+            .map(|_| rng.random_range(0..tokens))
+            .collect()
+    };
     let (columns, slashes) = (some(150), some(6));
     match rng.random_range(0..5) {
         0 => HeadTiles::dense(offset + rows),
@@ -66,7 +70,10 @@ fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
             let mut columns = columns;
             columns.sort_unstable();
             columns.dedup();
-            HeadTiles::Relative { tiles: Vec::new(), columns }
+            HeadTiles::Relative {
+                tiles: Vec::new(),
+                columns,
+            }
         }
         _ => HeadTiles::vertical_slash(&columns, &slashes),
     }
@@ -80,7 +87,11 @@ fn any_case(gpu: &Gpu, rng: &mut StdRng) -> Result<(Held, usize, usize), GpuErro
     };
     let most = [20, 200, 900][rng.random_range(0..3)];
     let tokens = rng.random_range(1..most);
-    let rows = if rng.random_bool(0.5) { tokens } else { rng.random_range(1..=tokens) };
+    let rows = if rng.random_bool(0.5) {
+        tokens
+    } else {
+        rng.random_range(1..=tokens)
+    };
     let form = [Form::Block, Form::Records, Form::Paged, Form::Fresh][rng.random_range(0..4)];
     let q_heads = shape.kv_heads * [1, 3, 4][rng.random_range(0..3)];
     Ok((Held::new(gpu, rng, shape, form, tokens, false)?, rows, q_heads))
@@ -108,7 +119,11 @@ fn compare(
     lse.fill(0xff)?;
     prefill.attend(gpu, q.query(), &held.view()?, tiles, &mut out, &mut lse)?;
     let case = || format!("{prefill:?} of {} {shape:?} {:?}", held.rows.tokens, held.form);
-    tally.count(distance(&floats(shape.dtype, &out.download()?), &expected.0), limit(shape.dtype), case);
+    tally.count(
+        distance(&floats(shape.dtype, &out.download()?), &expected.0),
+        limit(shape.dtype),
+        case,
+    );
     tally.count(furthest(&lse.download()?, &expected.1), 1e-3, case);
     Ok(())
 }
@@ -123,7 +138,12 @@ pub(crate) fn prefilled(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut T
         let expected = reference::prefill(held.shape, &q.numbers, q_heads, &held.rows, &list, scale);
         let tiles = DeviceTiles::upload(gpu, &list)?;
         for &products in products(gpu) {
-            let prefill = Prefill { rows, q_heads, scale, products };
+            let prefill = Prefill {
+                rows,
+                q_heads,
+                scale,
+                products,
+            };
             compare(gpu, &held, &q, prefill, &tiles, &expected, tally)?;
         }
     }
@@ -146,7 +166,12 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
         let mut estimate = Estimate::new(gpu, q_heads, tokens)?;
         estimate.run(gpu, q.query(), rows, &held.view()?, scale, plan)?;
         let (mut columns, mut diagonals) = reference::vs_estimate(shape, &q.numbers, q_heads, &held.rows, scale);
-        let case = || format!("estimate of {tokens} {shape:?} {:?}, {rows} rows, {q_heads} heads, {plan:?}", held.form);
+        let case = || {
+            format!(
+                "estimate of {tokens} {shape:?} {:?}, {rows} rows, {q_heads} heads, {plan:?}",
+                held.form
+            )
+        };
         for (expected, found, forced) in [
             (&mut columns, estimate.columns.download()?, plan.sink),
             (&mut diagonals, estimate.diagonals.download()?, plan.near),
@@ -177,7 +202,12 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
         let list = TileList::new(heads.collect()).expect("in order");
         let expected = reference::prefill(shape, &q.numbers, q_heads, &held.rows, &list, scale);
         let tiles = built.build(gpu, &estimate)?;
-        let prefill = Prefill { rows, q_heads, scale, products: Products::best(gpu) };
+        let prefill = Prefill {
+            rows,
+            q_heads,
+            scale,
+            products: Products::best(gpu),
+        };
         compare(gpu, &held, &q, prefill, tiles, &expected, tally)?;
     }
     Ok(())
@@ -189,11 +219,17 @@ const HEAD_DIM: usize = 128;
 
 /// Milliseconds of the kernels at the shape of a layer of Llama-3-8B, medians of nine.
 pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
-    let shape = KvShape { dtype: Dtype::Bf16, kv_heads: KV_HEADS, head_dim: HEAD_DIM };
+    let shape = KvShape {
+        dtype: Dtype::Bf16,
+        kv_heads: KV_HEADS,
+        head_dim: HEAD_DIM,
+    };
     let mut figures = serde_json::Map::new();
     for tokens in [4096usize, 16 * 1024, 32 * 1024, 128 * 1024] {
         let random = |rng: &mut StdRng, len: usize| {
-            let some: Vec<u16> = (0..1 << 20).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0)).to_bits()).collect();
+            let some: Vec<u16> = (0..1 << 20)
+                .map(|_| bf16::from_f32(rng.random_range(-1.0..1.0)).to_bits())
+                .collect();
             let all: Vec<u16> = some.iter().copied().cycle().take(len).collect();
             gpu.upload(&all)
         };
@@ -210,10 +246,19 @@ pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
             let work = TileList::new(vec![head.clone()]).expect("in order").work(0, 0, tokens);
             let list = TileList::new(vec![head; Q_HEADS]).expect("in order");
             let tiles = DeviceTiles::upload(gpu, &list)?;
-            let prefill = Prefill { rows: tokens, q_heads: Q_HEADS, scale: 0.088, products };
+            let prefill = Prefill {
+                rows: tokens,
+                q_heads: Q_HEADS,
+                scale: 0.088,
+                products,
+            };
             let ms = median(gpu, || prefill.attend(gpu, query, &view, &tiles, &mut out, &mut lse))?;
             // Of tiles, each 128 rows by 64 keys; for dense of the causal half.
-            let flops = if name == "dense" { dense_flops } else { (work * 4 * 128 * 64 * HEAD_DIM * Q_HEADS) as f64 };
+            let flops = if name == "dense" {
+                dense_flops
+            } else {
+                (work * 4 * 128 * 64 * HEAD_DIM * Q_HEADS) as f64
+            };
             entry.insert(
                 format!("{name}_{products:?}").to_lowercase(),
                 json!({ "ms": ms, "tflop_s": (flops / ms / 1e9).round(), "tiles": work }),
@@ -224,14 +269,28 @@ pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         let columns: Vec<u32> = (0..1000).map(|_| rng.random_range(0..tokens as u32)).collect();
         let near: Vec<u32> = (0..6096).collect();
         let runs: Vec<u32> = (0..95u32)
-            .map(|run| if run == 0 { 0 } else { rng.random_range(0..tokens as u32) })
+            .map(|run| {
+                if run == 0 {
+                    0
+                } else {
+                    rng.random_range(0..tokens as u32)
+                }
+            })
             .flat_map(|start| start..start + 64)
             .collect();
         for &products in products(gpu) {
             measure("dense", HeadTiles::dense(tokens), products)?;
             measure("a_shape_1024_4096", HeadTiles::a_shape(1024, 4096), products)?;
-            measure("vertical_slash_1000_6096_near", HeadTiles::vertical_slash(&columns, &near), products)?;
-            measure("vertical_slash_1000_6096_in_95_runs", HeadTiles::vertical_slash(&columns, &runs), products)?;
+            measure(
+                "vertical_slash_1000_6096_near",
+                HeadTiles::vertical_slash(&columns, &near),
+                products,
+            )?;
+            measure(
+                "vertical_slash_1000_6096_in_95_runs",
+                HeadTiles::vertical_slash(&columns, &runs),
+                products,
+            )?;
         }
         let plan = VerticalSlash::new(1000, 6096);
         let mut estimate = Estimate::new(gpu, Q_HEADS, tokens)?;
