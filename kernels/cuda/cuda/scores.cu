@@ -18,9 +18,7 @@ __device__ __forceinline__ void key_scores(const ScoresParams& params) {
     const u32 kv_head = blockIdx.y / params.groups_per_kv, part = blockIdx.y % params.groups_per_kv;
     const u32 first_head = kv_head * params.heads_per_kv + part * 8;
     const u32 heads = min(8u, params.heads_per_kv - part * 8);
-    if (threadIdx.x < 32)
-        Keys<DTYPE, D>::store_query(query, reinterpret_cast<const void*>(params.q), params.q_dtype, first_head + g,
-                                    g < heads);
+    Keys<DTYPE, D>::store_query(query, reinterpret_cast<const void*>(params.q), params.q_dtype, first_head + g, g < heads);
     __syncthreads();
 
     const View& view = params.view;

@@ -167,9 +167,9 @@ pub(crate) struct RawView {
     lengths: u64,
     page_stride: u64,
     head_stride: u64,
-    token_stride: u64,
     scale_head_stride: u64,
-    scale_token_stride: u64,
+    token_stride: u32,
+    scale_token_stride: u32,
     pub(crate) tokens: u32,
     page_tokens: u32,
 }
@@ -189,9 +189,9 @@ impl RawView {
             lengths: 0,
             page_stride: 0,
             head_stride: layout.head_stride as u64,
-            token_stride: layout.token_stride as u64,
+            token_stride: layout.token_stride as u32,
             scale_head_stride: layout.scale_head_stride as u64,
-            scale_token_stride: layout.scale_token_stride as u64,
+            scale_token_stride: layout.scale_token_stride as u32,
             tokens: tokens as u32,
             page_tokens: 16,
         })
