@@ -111,6 +111,19 @@ __device__ __forceinline__ void merge_splits(const DecodeParams& params, u32 fir
     float4* sums = reinterpret_cast<float4*>(shared + 8 * MAX_SPLITS);
 
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u;
+    const u32 items = heads * (D / 4), slices = WARPS * 32 / items; // 1 to 16 threads share an item
+    const u32 item = threadIdx.x % items, slice = threadIdx.x / items;
+    const u32 head = item / (D / 4), column = item % (D / 4);
+    const float4* own_o = part_o + (first_head + head) * (D / 4) + column;
+    const u32 stride = params.q_heads * (D / 4);
+
+    constexpr u32 EARLY = 8; // outputs that are on their way while the weights are computed
+    float4 early[EARLY];
+#pragma unroll
+    for (u32 i = 0; i < EARLY; ++i) {
+        const u32 split = slice + i * slices;
+        early[i] = slice < slices && split < splits ? __ldcg(own_o + u64(split) * stride) : float4{0, 0, 0, 0};
+    }
     if (warp < heads) {
         float own[MAX_SPLITS / 32];
         float m = NEGATIVE_INFINITY, sum = 0.0f;
@@ -137,20 +150,21 @@ __device__ __forceinline__ void merge_splits(const DecodeParams& params, u32 fir
     }
     __syncthreads();
 
-    const u32 items = heads * (D / 4), slices = WARPS * 32 / items; // 1 to 16 threads share an item
-    const u32 item = threadIdx.x % items, slice = threadIdx.x / items;
-    const u32 head = item / (D / 4), column = item % (D / 4);
     float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
+    auto add = [&](float4 x, u32 split) {
+        const float w = weights[head][split];
+        o.x += w * x.x;
+        o.y += w * x.y;
+        o.z += w * x.z;
+        o.w += w * x.w;
+    };
     if (slice < slices) {
+#pragma unroll
+        for (u32 i = 0; i < EARLY; ++i)
+            if (slice + i * slices < splits) add(early[i], slice + i * slices);
 #pragma unroll 8
-        for (u32 split = slice; split < splits; split += slices) {
-            const float4 x = __ldcg(part_o + (u64(split) * params.q_heads + first_head + head) * (D / 4) + column);
-            const float w = weights[head][split];
-            o.x += w * x.x;
-            o.y += w * x.y;
-            o.z += w * x.z;
-            o.w += w * x.w;
-        }
+        for (u32 split = slice + EARLY * slices; split < splits; split += slices)
+            add(__ldcg(own_o + u64(split) * stride), split);
     }
     sums[threadIdx.x] = o;
     __syncthreads();
@@ -334,19 +348,18 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     }
     if (direct || !params.merge_splits) return;
 
-    // The last CTA of the group to arrive sees what all wrote before they arrived.
-    __threadfence();
+    // The last CTA of the group to arrive sees what all wrote before they arrived: the barrier orders the CTA's writes
+    // before its first thread's fence, and that fence before the count.
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();
         u32* arrived = reinterpret_cast<u32*>(params.arrived) + blockIdx.y;
         last = atomicAdd(arrived, 1u) == gridDim.x - 1;
         if (last) *arrived = 0;
+        __threadfence();
     }
     __syncthreads();
-    if (last) {
-        __threadfence();
-        merge_splits<D>(params, first_head, heads, gridDim.x, &shared_o[0][0][0]);
-    }
+    if (last) merge_splits<D>(params, first_head, heads, gridDim.x, &shared_o[0][0][0]);
 }
 
 #define DECODE(NAME, DTYPE, D)                                                                                         \

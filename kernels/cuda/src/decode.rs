@@ -10,6 +10,8 @@ pub const MAX_VIEWS: usize = 8;
 
 const WARPS: u32 = 8;
 const TILE: usize = 16;
+/// Tiles that make a split worth its place in the merge.
+const SPLIT_TILES: usize = 8;
 /// What the kernel's last step has room for.
 const MAX_SPLITS: usize = 256;
 
@@ -167,7 +169,7 @@ impl Decode {
             return Err(GpuError::shape("decode", why));
         }
         let tiles: usize = views.iter().map(|view| view.tokens().div_ceil(TILE)).sum();
-        let splits = tiles.div_ceil(WARPS as usize).clamp(1, self.most_splits) as u32;
+        let splits = tiles.div_ceil(SPLIT_TILES).clamp(1, self.most_splits) as u32;
         let mut raw = [RawView::default(); MAX_VIEWS];
         for (raw, view) in raw.iter_mut().zip(views) {
             *raw = view.raw;
