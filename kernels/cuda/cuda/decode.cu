@@ -26,7 +26,6 @@ struct DecodeParams {
     u32 q_heads;
     u32 heads_per_kv;  // query heads of a KV head
     u32 groups_per_kv; // groups of at most 8 that they are cut into
-    u32 merge_splits;  // 0: leave the splits' partials as the result
 };
 
 template <u32 DTYPE, u32 D>
@@ -327,7 +326,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     }
     __syncthreads();
 
-    const bool direct = gridDim.x == 1 && params.merge_splits;
+    const bool direct = gridDim.x == 1;
     float* to_o = reinterpret_cast<float*>(direct ? params.out : params.splits_o);
     float* to_lse = reinterpret_cast<float*>(direct ? params.out_lse : params.splits_lse);
     for (u32 i = threadIdx.x; i < heads * D; i += blockDim.x) {
@@ -346,7 +345,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
         to_o[row * D + d] = sum > 0.0f ? x / sum : 0.0f;
         if (d == 0) to_lse[row] = log_sum(top, sum);
     }
-    if (direct || !params.merge_splits) return;
+    if (direct) return;
 
     // The last CTA of the group to arrive sees what all wrote before they arrived: the barrier orders the CTA's writes
     // before its first thread's fence, and that fence before the count.

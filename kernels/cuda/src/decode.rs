@@ -11,7 +11,7 @@ pub const MAX_VIEWS: usize = 8;
 const WARPS: u32 = 8;
 const TILE: usize = 16;
 /// Tiles that make a split worth its place in the merge.
-const SPLIT_TILES: usize = 8;
+const SPLIT_TILES: usize = 11;
 /// What the kernel's last step has room for.
 const MAX_SPLITS: usize = 256;
 
@@ -46,17 +46,18 @@ impl Partials {
         })
     }
 
-    /// Copies one set that was computed elsewhere, say by a store, to place `at`.
+    /// Takes a partial that was computed elsewhere, say by a store: the only set that this has room for.
     ///
     /// # Errors
-    /// If the lengths are not `heads * head_dim` and `heads`, or there is no such place.
-    pub fn upload(&mut self, at: usize, o: &[f32], lse: &[f32]) -> Result<(), GpuError> {
-        if self.count != 1 || at != 0 || o.len() != self.o.len() || lse.len() != self.heads {
+    /// If the lengths are not `heads * head_dim` and `heads`, or this has room for several sets.
+    pub fn upload(&mut self, o: &[f32], lse: &[f32]) -> Result<(), GpuError> {
+        if self.count != 1 || o.len() != self.o.len() || lse.len() != self.heads {
             let why = format!(
-                "set {at} of {} with {} outputs and {} lse",
-                self.count,
+                "{} outputs and {} lse for {} sets of {} heads",
                 o.len(),
-                lse.len()
+                lse.len(),
+                self.count,
+                self.heads
             );
             return Err(GpuError::shape("partials", why));
         }
@@ -113,7 +114,6 @@ struct DecodeParams {
     q_heads: u32,
     heads_per_kv: u32,
     groups_per_kv: u32,
-    merge_splits: u32,
 }
 
 impl Decode {
@@ -188,7 +188,6 @@ impl Decode {
             q_heads: self.q_heads as u32,
             heads_per_kv: self.groups.heads_per_kv,
             groups_per_kv: self.groups.groups_per_kv,
-            merge_splits: 1,
         };
         let kernel = match (self.shape.dtype, self.shape.head_dim) {
             (Dtype::Bf16, 64) => "decode_bf16_64",

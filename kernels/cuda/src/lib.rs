@@ -7,7 +7,7 @@
 //!
 //! Types to meet first: [`Gpu`] (a device and one stream on it), [`Buffer`] (its memory), [`KvView`] (where keys and
 //! values lie: a block, pages, records), [`Decode`] (attention of one token over several views). Every kernel has a CPU
-//! reference of the same semantics in [`reference`], and every launcher checks shapes and lengths and answers with an
+//! reference of the same semantics in [`mod@reference`], and every launcher checks shapes and lengths and answers with an
 //! error, never a panic.
 //!
 //! It deliberately does not know models, requests, stores or hashes: shapes, slices and strides are all it sees.
@@ -30,6 +30,7 @@ mod decode;
 mod error;
 mod gpu;
 mod image;
+mod layout;
 mod nvrtc;
 mod pack;
 pub mod reference;
@@ -43,9 +44,10 @@ pub use decode::{Decode, MAX_VIEWS, Partials, merge};
 pub use error::{BuildError, GpuError, OpenError};
 pub use gpu::{Gpu, Graph, Options, Stopwatch};
 pub use image::Kernels;
+pub use layout::{Dtype, KvShape, Layout};
 pub use nvrtc::Compiler;
 pub use pack::copy_rows;
 pub use resources::Resources;
 pub use scores::{key_scores, top_k};
 pub use source::Family;
-pub use view::{Dtype, KvShape, KvView, KvViewMut, Layout, PageTable, Query};
+pub use view::{KvView, KvViewMut, PageTable, Query};

@@ -43,7 +43,9 @@ fn explained(text: &str, code: &str, line: usize, column: usize) -> bool {
         .nth(line - 1)
         .map_or("", |l| l[column + "unsafe".len()..].trim_start());
     // In a function pointer type, or an attribute such as #[unsafe(..)], there is no body to explain.
-    if after.starts_with('(') || after.starts_with("extern \"C\" fn(") {
+    // The name of an ABI is a string, which the code without strings has as spaces.
+    let pointer = after.strip_prefix("extern").map_or(after, str::trim_start);
+    if after.starts_with('(') || pointer.starts_with("fn(") {
         return true;
     }
     let says = |line: &str| line.contains("SAFETY:") || line.contains("# Safety");
@@ -98,6 +100,13 @@ mod tests {
                 &[],
             ),
             ("kernels/simd/src/b.rs", "fn f() {\n    unsafe { g() }\n}\n", &[2]),
+            ("kernels/cuda/src/b.rs", "fn f() {\n    unsafe { g() }\n}\n", &[2]),
+            (
+                "kernels/cuda/src/b.rs",
+                "type F = unsafe extern \"C\" fn(u32) -> u32;\n",
+                &[],
+            ),
+            ("kernels/cuda/src/b.rs", "unsafe extern \"C\" {\n    fn g();\n}\n", &[1]),
             (
                 "kernels/simd/src/b.rs",
                 "/// G.\n///\n/// # Safety\n/// The CPU has AVX2.\n#[target_feature(enable = \"avx2\")]\nunsafe fn g() {}\n",

@@ -198,7 +198,7 @@ fn merged(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally) -> Resul
         let mut held = Vec::new();
         for (o, lse) in &sets {
             let mut set = Partials::empty(gpu, 1, heads, head_dim)?;
-            set.upload(0, o, lse)?;
+            set.upload(o, lse)?;
             held.push(set);
         }
         let mut out = Partials::empty(gpu, 1, heads, head_dim)?;
