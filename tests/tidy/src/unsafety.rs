@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn unsafe_is_found_where_it_must_not_be() {
-        let table: [(&str, &str, &[usize]); 8] = [
+        let table: [(&str, &str, &[usize]); 11] = [
             (
                 "storage/a/src/b.rs",
                 "fn f() {\n    // SAFETY: no\n    unsafe { g() }\n}\n",
