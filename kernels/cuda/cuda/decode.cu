@@ -26,7 +26,6 @@ struct DecodeParams {
     u32 q_heads;
     u32 heads_per_kv;  // query heads of a KV head
     u32 groups_per_kv; // groups of at most 8 that they are cut into
-    u32 merge_splits;  // 0: leave the splits' partials as the result
 };
 
 template <u32 DTYPE, u32 D>
@@ -98,34 +97,92 @@ struct Values {
     }
 };
 
-// Splits of one group, joined; a thread takes elements of one head at a time.
+constexpr u32 MAX_SPLITS = 256; // what `merge_splits` has room for
+
+// Splits of one group, joined by a whole CTA. Weights first, in shared memory; then the outputs, four elements a thread
+// with many loads in flight, since nothing but latency stands between here and the end.
 template <u32 D>
-__device__ __forceinline__ void merge_splits(const DecodeParams& params, u32 first_head, u32 heads, u32 splits) {
-    const float* part_o = reinterpret_cast<const float*>(params.splits_o);
+__device__ __forceinline__ void merge_splits(const DecodeParams& params, u32 first_head, u32 heads, u32 splits,
+                                             float* shared) {
     const float* part_lse = reinterpret_cast<const float*>(params.splits_lse);
-    float* out = reinterpret_cast<float*>(params.out);
-    float* out_lse = reinterpret_cast<float*>(params.out_lse);
-    for (u32 i = threadIdx.x; i < heads * D; i += blockDim.x) {
-        const u32 head = first_head + i / D, d = i % D;
-        float m = NEGATIVE_INFINITY;
-        for (u32 s = 0; s < splits; ++s) m = fmaxf(m, __ldcg(part_lse + s * params.q_heads + head));
-        float sum = 0.0f, o = 0.0f;
-        for (u32 s = 0; s < splits; ++s) {
-            const float w = weight(__ldcg(part_lse + s * params.q_heads + head), m);
-            if (w > 0.0f) {
-                sum += w;
-                o += w * __ldcg(part_o + (u64(s) * params.q_heads + head) * D + d);
-            }
+    const float4* part_o = reinterpret_cast<const float4*>(params.splits_o);
+    float(*weights)[MAX_SPLITS] = reinterpret_cast<float(*)[MAX_SPLITS]>(shared);
+    float4* sums = reinterpret_cast<float4*>(shared + 8 * MAX_SPLITS);
+
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u;
+    const u32 items = heads * (D / 4), slices = WARPS * 32 / items; // 1 to 16 threads share an item
+    const u32 item = threadIdx.x % items, slice = threadIdx.x / items;
+    const u32 head = item / (D / 4), column = item % (D / 4);
+    const float4* own_o = part_o + (first_head + head) * (D / 4) + column;
+    const u32 stride = params.q_heads * (D / 4);
+
+    constexpr u32 EARLY = 8; // outputs that are on their way while the weights are computed
+    float4 early[EARLY];
+#pragma unroll
+    for (u32 i = 0; i < EARLY; ++i) {
+        const u32 split = slice + i * slices;
+        early[i] = slice < slices && split < splits ? __ldcg(own_o + u64(split) * stride) : float4{0, 0, 0, 0};
+    }
+    if (warp < heads) {
+        float own[MAX_SPLITS / 32];
+        float m = NEGATIVE_INFINITY, sum = 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < MAX_SPLITS / 32; ++i) {
+            const u32 split = i * 32 + lane;
+            own[i] = split < splits ? __ldcg(part_lse + split * params.q_heads + first_head + warp) : NEGATIVE_INFINITY;
         }
-        out[head * D + d] = sum > 0.0f ? o / sum : 0.0f;
-        if (d == 0) out_lse[head] = log_sum(m, sum);
+#pragma unroll
+        for (u32 i = 0; i < MAX_SPLITS / 32; ++i) m = fmaxf(m, own[i]);
+#pragma unroll
+        for (u32 step = 16; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, step));
+#pragma unroll
+        for (u32 i = 0; i < MAX_SPLITS / 32; ++i) {
+            own[i] = weight(own[i], m);
+            sum += own[i];
+        }
+#pragma unroll
+        for (u32 step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < MAX_SPLITS / 32; ++i) weights[warp][i * 32 + lane] = own[i] * inverse;
+        if (lane == 0) reinterpret_cast<float*>(params.out_lse)[first_head + warp] = log_sum(m, sum);
+    }
+    __syncthreads();
+
+    float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
+    auto add = [&](float4 x, u32 split) {
+        const float w = weights[head][split];
+        o.x += w * x.x;
+        o.y += w * x.y;
+        o.z += w * x.z;
+        o.w += w * x.w;
+    };
+    if (slice < slices) {
+#pragma unroll
+        for (u32 i = 0; i < EARLY; ++i)
+            if (slice + i * slices < splits) add(early[i], slice + i * slices);
+#pragma unroll 8
+        for (u32 split = slice + EARLY * slices; split < splits; split += slices)
+            add(__ldcg(own_o + u64(split) * stride), split);
+    }
+    sums[threadIdx.x] = o;
+    __syncthreads();
+    if (slice == 0) {
+        for (u32 other = 1; other < slices; ++other) {
+            const float4 x = sums[other * items + item];
+            o.x += x.x;
+            o.y += x.y;
+            o.z += x.z;
+            o.w += x.w;
+        }
+        reinterpret_cast<float4*>(params.out)[(first_head + head) * (D / 4) + column] = o;
     }
 }
 
 template <u32 DTYPE, u32 D>
 __device__ __forceinline__ void decode(const DecodeParams& params) {
     constexpr u32 TILES = D / 16;
-    __shared__ float shared_o[WARPS][8][D];
+    __shared__ alignas(16) float shared_o[WARPS][8][D]; // then the weights and sums of `merge_splits`
     __shared__ float shared_m[WARPS][8], shared_l[WARPS][8];
     __shared__ u32 ends[MAX_VIEWS], lengths[MAX_VIEWS]; // last tile number + 1, and tokens, of each view
     __shared__ Word4 query[Keys<DTYPE, D>::QUERY_WORDS * 32];
@@ -136,9 +193,6 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     const u32 first_head = kv_head * params.heads_per_kv + part * 8;
     const u32 heads = min(8u, params.heads_per_kv - part * 8);
 
-    if (warp == 0)
-        Keys<DTYPE, D>::store_query(query, reinterpret_cast<const void*>(params.q), params.q_dtype, first_head + g,
-                                    g < heads);
     if (threadIdx.x < params.view_count) lengths[threadIdx.x] = tokens_of(params.views[threadIdx.x], kv_head);
     __syncthreads();
     u32 total = 0;
@@ -160,23 +214,24 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     float m[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, l[2] = {0.0f, 0.0f};
 
     u32 index = 0; // view of the tile at hand; tile numbers only grow
-    u32 next_index = 0;
     Place at;
     u32 count = 0; // keys of the tile at hand
     auto find = [&](u32 tile, Place& where, u32& there) {
-        while (tile >= ends[next_index]) ++next_index;
-        const u32 first = (tile - (next_index == 0 ? 0u : ends[next_index - 1])) * TILE;
-        where = place(params.views[next_index], kv_head, first);
-        there = lengths[next_index] - first;
+        while (tile >= ends[index]) ++index;
+        const u32 first = (tile - (index == 0 ? 0u : ends[index - 1])) * TILE;
+        where = place(params.views[index], kv_head, first);
+        there = lengths[index] - first;
     };
 
     u32 tile = begin + warp;
     if (tile < end) {
         find(tile, at, count);
-        index = next_index;
         keys.load(params.views[index], at.offset, count);
         values.load(params.views[index], at.offset, count);
     }
+    // The queries come while the first rows are on their way.
+    Keys<DTYPE, D>::store_query(query, reinterpret_cast<const void*>(params.q), params.q_dtype, first_head + g, g < heads);
+    __syncthreads();
     while (tile < end) {
         float s[4];
         float v_scale[2] = {1.0f, 1.0f};
@@ -202,7 +257,6 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
         const u32 here = count;
         if (next < end) {
             find(next, at, count);
-            index = next_index;
             keys.load(params.views[index], at.offset, count);
         }
 
@@ -272,7 +326,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     }
     __syncthreads();
 
-    const bool direct = gridDim.x == 1 && params.merge_splits;
+    const bool direct = gridDim.x == 1;
     float* to_o = reinterpret_cast<float*>(direct ? params.out : params.splits_o);
     float* to_lse = reinterpret_cast<float*>(direct ? params.out_lse : params.splits_lse);
     for (u32 i = threadIdx.x; i < heads * D; i += blockDim.x) {
@@ -291,21 +345,20 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
         to_o[row * D + d] = sum > 0.0f ? x / sum : 0.0f;
         if (d == 0) to_lse[row] = log_sum(top, sum);
     }
-    if (direct || !params.merge_splits) return;
+    if (direct) return;
 
-    // The last CTA of the group to arrive sees what all wrote before they arrived.
-    __threadfence();
+    // The last CTA of the group to arrive sees what all wrote before they arrived: the barrier orders the CTA's writes
+    // before its first thread's fence, and that fence before the count.
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();
         u32* arrived = reinterpret_cast<u32*>(params.arrived) + blockIdx.y;
         last = atomicAdd(arrived, 1u) == gridDim.x - 1;
         if (last) *arrived = 0;
+        __threadfence();
     }
     __syncthreads();
-    if (last) {
-        __threadfence();
-        merge_splits<D>(params, first_head, heads, gridDim.x);
-    }
+    if (last) merge_splits<D>(params, first_head, heads, gridDim.x, &shared_o[0][0][0]);
 }
 
 #define DECODE(NAME, DTYPE, D)                                                                                         \

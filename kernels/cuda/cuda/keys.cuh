@@ -17,23 +17,21 @@ struct Keys {
     static constexpr u32 QUERY_WORDS = D / 32; // 16-byte words per thread: the b operands of two steps each
 
     // The b operands stay in shared memory, which all warps read and registers are too few for: `[QUERY_WORDS][32]`.
-    // One warp writes them; the caller synchronises. Queries are [heads, D]; the thread's head g is `row`, or there is none.
+    // The CTA's warps share the work; the caller synchronises. Queries are [heads, D]; the lane's head g is `row`, or there
+    // is none.
     static __device__ __forceinline__ void store_query(Word4* shared, const void* base, u32 dtype, u64 row, bool there) {
         const u32 lane = threadIdx.x & 31u, t = lane & 3u;
-#pragma unroll
-        for (u32 word = 0; word < WORDS; ++word) {
-            u32 pairs[PER_WORD / 2];
-#pragma unroll
-            for (u32 i = 0; i < PER_WORD / 2; ++i) {
-                const u64 at = row * D + word * PER_WORD * 4 + t * PER_WORD + 2 * i;
-                const float low = there ? load_scalar(base, dtype, at) : 0.0f;
-                const float high = there ? load_scalar(base, dtype, at + 1) : 0.0f;
-                pairs[i] = IS_BF16 ? pack_bf16(low, high) : pack_f16(low, high);
-            }
-#pragma unroll
-            for (u32 i = 0; i < PER_WORD / 8; ++i)
-                shared[(word * (PER_WORD / 8) + i) * 32 + lane] =
-                    Word4{pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
+        for (u32 index = threadIdx.x / 32; index < QUERY_WORDS; index += blockDim.x / 32) {
+            constexpr u32 PARTS = PER_WORD / 8;
+            const u64 at = row * D + index / PARTS * PER_WORD * 4 + t * PER_WORD + index % PARTS * 8;
+            float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+            if (there) load_scalars(x, base, dtype, at);
+            Word4 out;
+            out.x = IS_BF16 ? pack_bf16(x[0], x[1]) : pack_f16(x[0], x[1]);
+            out.y = IS_BF16 ? pack_bf16(x[2], x[3]) : pack_f16(x[2], x[3]);
+            out.z = IS_BF16 ? pack_bf16(x[4], x[5]) : pack_f16(x[4], x[5]);
+            out.w = IS_BF16 ? pack_bf16(x[6], x[7]) : pack_f16(x[6], x[7]);
+            shared[index * 32 + lane] = out;
         }
     }
 
@@ -54,7 +52,6 @@ struct Keys {
     // out: keys g, g, g+8, g+8 against heads 2t, 2t+1, 2t, 2t+1.
     __device__ __forceinline__ void dot(float (&out)[4], const Word4* query) const {
         const u32 base = shared_address(query) + (threadIdx.x & 31u) * 16;
-        float odd[4] = {0, 0, 0, 0}; // two chains of products hide each other's latency
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) out[i] = 0.0f;
 #pragma unroll
@@ -67,16 +64,14 @@ struct Keys {
                     const Word4 q = load_shared(base + (word * 2 + i / 2) * 512);
                     mma<false>(out, e4m3_to_f16(a[i] & 0xffffu), e4m3_to_f16(b[i] & 0xffffu), e4m3_to_f16(a[i] >> 16),
                                e4m3_to_f16(b[i] >> 16), q.x, q.y);
-                    mma<false>(odd, e4m3_to_f16(a[i + 1] & 0xffffu), e4m3_to_f16(b[i + 1] & 0xffffu),
+                    mma<false>(out, e4m3_to_f16(a[i + 1] & 0xffffu), e4m3_to_f16(b[i + 1] & 0xffffu),
                                e4m3_to_f16(a[i + 1] >> 16), e4m3_to_f16(b[i + 1] >> 16), q.z, q.w);
                 }
             } else {
                 const Word4 q = load_shared(base + word * 512);
                 mma<IS_BF16>(out, a[0], b[0], a[1], b[1], q.x, q.y);
-                mma<IS_BF16>(odd, a[2], b[2], a[3], b[3], q.z, q.w);
+                mma<IS_BF16>(out, a[2], b[2], a[3], b[3], q.z, q.w);
             }
         }
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) out[i] += odd[i];
     }
 };

@@ -10,8 +10,8 @@ struct View {
     u64 pages;            // u32 page numbers, or 0
     u64 lengths;          // u32 tokens that are there, per KV head, or 0: then `tokens` are
     u64 page_stride;
-    u64 head_stride, token_stride;
-    u64 scale_head_stride, scale_token_stride;
+    u64 head_stride, scale_head_stride;
+    u32 token_stride, scale_token_stride;
     u32 tokens;      // never more than this, whatever `lengths` says
     u32 page_tokens; // a multiple of 16
 };
@@ -37,7 +37,7 @@ __device__ __forceinline__ Place place(const View& view, u32 head, u32 first) {
         page = reinterpret_cast<const u32*>(view.pages)[index];
     }
     Place out;
-    out.offset = page * view.page_stride + head * view.head_stride + inside * view.token_stride;
-    out.scale_offset = page * view.page_stride + head * view.scale_head_stride + inside * view.scale_token_stride;
+    out.offset = page * view.page_stride + head * view.head_stride + u64(inside) * view.token_stride;
+    out.scale_offset = page * view.page_stride + head * view.scale_head_stride + u64(inside) * view.scale_token_stride;
     return out;
 }

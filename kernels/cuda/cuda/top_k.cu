@@ -13,10 +13,43 @@ struct TopKParams {
 
 constexpr u32 THREADS = 1024, BINS = 2048, COPIES = 4;
 
-// A total order: -NaN < -inf < ... < -0 = +0 < ... < inf < NaN.
-__device__ __forceinline__ u32 ordered(float score) {
-    const u32 bits = u32(__float_as_int(score + 0.0f));
+// A total order of f32's bits: -NaN < -inf < ... < -0 = +0 < ... < inf < NaN.
+__device__ __forceinline__ u32 ordered(u32 bits) {
+    if (bits == 0x80000000u) bits = 0;
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Calls `visit(key)` for scores [begin, end), in any order, by `step` threads of which this is `thread`: a row takes five
+// passes, so all that counts is how many loads are in flight.
+template <class Visit>
+__device__ __forceinline__ void each(const u32* scores, u32 begin, u32 end, u32 thread, u32 step, Visit visit) {
+    constexpr u32 WORDS = 4;
+    const u32 head = min(end, begin + u32((16 - (u64(scores + begin) & 15u)) % 16 / 4)); // first 16-byte border
+    if (begin + thread < head) visit(ordered(scores[begin + thread]));
+    const Word4* words = reinterpret_cast<const Word4*>(scores + head);
+    const u32 count = (end - head) / 4;
+    u32 i = thread;
+    for (; i + (WORDS - 1) * step < count; i += WORDS * step) {
+        Word4 x[WORDS];
+#pragma unroll
+        for (u32 j = 0; j < WORDS; ++j) x[j] = words[i + j * step];
+#pragma unroll
+        for (u32 j = 0; j < WORDS; ++j) {
+            visit(ordered(x[j].x));
+            visit(ordered(x[j].y));
+            visit(ordered(x[j].z));
+            visit(ordered(x[j].w));
+        }
+    }
+    for (; i < count; i += step) {
+        const Word4 x = words[i];
+        visit(ordered(x.x));
+        visit(ordered(x.y));
+        visit(ordered(x.z));
+        visit(ordered(x.w));
+    }
+    const u32 tail = head + 4 * count + thread;
+    if (tail < end) visit(ordered(scores[tail]));
 }
 
 struct Selected {
@@ -52,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
     __shared__ u32 bins[COPIES][BINS];
     __shared__ Selected selected;
     __shared__ u32 above_of[THREADS / 32], equal_of[THREADS / 32];
-    const float* scores = reinterpret_cast<const float*>(params.scores) + u64(blockIdx.x) * params.n;
+    const u32* scores = reinterpret_cast<const u32*>(params.scores) + u64(blockIdx.x) * params.n;
     u32* out = reinterpret_cast<u32*>(params.out) + u64(blockIdx.x) * params.k;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, n = params.n;
 
@@ -63,12 +96,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
         const u32 shift = shifts[pass], width = widths[pass];
         for (u32 i = threadIdx.x; i < COPIES * BINS; i += THREADS) (&bins[0][0])[i] = 0;
         __syncthreads();
-#pragma unroll 4
-        for (u32 i = threadIdx.x; i < n; i += THREADS) {
-            const u32 key = ordered(scores[i]);
+        each(scores, 0, n, threadIdx.x, THREADS, [&](u32 key) {
             const bool alike = pass == 0 || (key >> (shift + width)) == prefix;
             if (alike) atomicAdd(&bins[warp % COPIES][(key >> shift) & ((1u << width) - 1u)], 1u);
-        }
+        });
         __syncthreads();
         for (u32 i = threadIdx.x; i < BINS; i += THREADS) {
             u32 sum = 0;
@@ -87,14 +118,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
     }
 
     // Now `prefix` is the k-th largest key, and `wanted` of the keys equal to it are among the k largest.
-    const u32 stretch = (n + THREADS - 1) / THREADS * 32;
+    constexpr u32 BATCH = 8;
+    const u32 stretch = (n + BATCH * THREADS - 1) / (BATCH * THREADS) * 32 * BATCH;
     const u32 begin = min(warp * stretch, n), end = min(begin + stretch, n);
     u32 above = 0, equal = 0;
-    for (u32 i = begin + lane; i < end; i += 32) {
-        const u32 key = ordered(scores[i]);
+    each(scores, begin, end, lane, 32, [&](u32 key) {
         above += key > prefix;
         equal += key == prefix;
-    }
+    });
 #pragma unroll
     for (u32 step = 16; step > 0; step /= 2) {
         above += __shfl_xor_sync(FULL_WARP, above, step);
@@ -111,15 +142,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
         equal += equal_of[i];
     }
     const u32 below_lane = (1u << lane) - 1u;
-    for (u32 i = begin; i < end; i += 32) {
-        const u32 key = i + lane < end ? ordered(scores[i + lane]) : 0;
-        const bool in = i + lane < end;
-        const u32 ups = __ballot_sync(FULL_WARP, in && key > prefix);
-        const u32 ties = __ballot_sync(FULL_WARP, in && key == prefix);
-        const u32 tie_rank = equal + __popc(ties & below_lane);
-        const bool take = (ups >> lane & 1u) || ((ties >> lane & 1u) && tie_rank < wanted);
-        if (take) out[above + __popc(ups & below_lane) + min(tie_rank, wanted)] = i + lane;
-        above += __popc(ups);
-        equal += __popc(ties);
+    for (u32 i = begin + lane; i < begin + stretch; i += 32 * BATCH) {
+        u32 keys[BATCH];
+#pragma unroll
+        for (u32 j = 0; j < BATCH; ++j) keys[j] = i + 32 * j < end ? ordered(scores[i + 32 * j]) : 0;
+#pragma unroll
+        for (u32 j = 0; j < BATCH; ++j) {
+            const bool there = i + 32 * j < end;
+            const u32 ups = __ballot_sync(FULL_WARP, there && keys[j] > prefix);
+            const u32 ties = __ballot_sync(FULL_WARP, there && keys[j] == prefix);
+            const u32 tie_rank = equal + __popc(ties & below_lane);
+            const bool take = (ups >> lane & 1u) || ((ties >> lane & 1u) && tie_rank < wanted);
+            if (take) out[above + __popc(ups & below_lane) + min(tie_rank, wanted)] = i + 32 * j;
+            above += __popc(ups);
+            equal += __popc(ties);
+        }
     }
 }

@@ -94,9 +94,21 @@ __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
 #endif
 }
 
-// q may come as f32, bf16 or f16.
-__device__ __forceinline__ float load_scalar(const void* base, u32 dtype, u64 index) {
-    if (dtype == F32) return static_cast<const float*>(base)[index];
-    u16 bits = static_cast<const u16*>(base)[index];
-    return dtype == BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
+// Eight numbers from element `index`, a multiple of 8, of f32, bf16 or f16.
+__device__ __forceinline__ void load_scalars(float (&x)[8], const void* base, u32 dtype, u64 index) {
+    if (dtype == F32) {
+        const Word4* from = reinterpret_cast<const Word4*>(static_cast<const float*>(base) + index);
+        const Word4 a = from[0], b = from[1];
+        const u32 bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) x[i] = __int_as_float(int(bits[i]));
+    } else {
+        const Word4 a = *reinterpret_cast<const Word4*>(static_cast<const u16*>(base) + index);
+        const u32 bits[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) {
+            const u16 half = u16(bits[i / 2] >> (16 * (i & 1)));
+            x[i] = dtype == BF16 ? bf16_to_f32(half) : f16_to_f32(half);
+        }
+    }
 }

@@ -133,8 +133,8 @@ impl<T: Plain> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        // Work that was given to the stream may still use the memory; the driver would wait too, but does not promise it.
-        let waited = self.shared.synchronize("releasing a buffer");
+        // Work that was given to any stream may still use the memory; the driver would wait too, but does not promise it.
+        let waited = self.shared.wait_for_all("releasing a buffer");
         // SAFETY: allocated by `zeroed`, freed once, and no work uses it any more.
         let freed = unsafe { result::free_sync(self.pointer) };
         if waited.is_err() || freed.is_err() {
@@ -146,7 +146,7 @@ impl<T> Drop for Buffer<T> {
 /// Page-locked bytes of the host: copies to and from the device run at the bus's speed and beside other work.
 #[derive(Debug)]
 pub struct PinnedBuffer {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     pub(crate) pointer: *mut u8,
     len: usize,
 }
@@ -205,7 +205,7 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        let waited = self.shared.synchronize("releasing page-locked memory");
+        let waited = self.shared.wait_for_all("releasing page-locked memory");
         // SAFETY: allocated by `zeroed`, freed once, and no copy is in flight.
         let freed = unsafe { result::free_host(self.pointer.cast()) };
         if waited.is_err() || freed.is_err() {

@@ -20,7 +20,8 @@ pub struct Options {
 }
 
 /// An open GPU. All work goes to one stream and runs in the order in which it was given; the calls return before it has
-/// run, except those that say they wait.
+/// run, except those that say they wait. Buffers are for the [`Gpu`] that made them (and its clones): between two that were
+/// opened apart nothing orders the work.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     pub(crate) shared: Arc<Shared>,
@@ -170,6 +171,12 @@ impl Gpu {
             let why = format!("{bytes} bytes from {} to {at} of {}", from.bytes(), to.len());
             return Err(GpuError::shape("copy_to_host", why));
         }
+        if !Arc::ptr_eq(&self.shared, &to.shared) {
+            return Err(GpuError::shape(
+                "copy_to_host",
+                "the page-locked memory belongs to another open GPU",
+            ));
+        }
         self.shared.bind("copying to the host")?;
         // SAFETY: the lengths were checked; both sides wait for the stream before they are read or released.
         unsafe {
@@ -289,6 +296,12 @@ impl Shared {
     pub(crate) fn synchronize(&self, doing: &'static str) -> Result<(), GpuError> {
         self.bind(doing)?;
         self.stream.synchronize().map_err(GpuError::driver(doing))
+    }
+
+    /// Waits for every stream of the device that this process uses.
+    pub(crate) fn wait_for_all(&self, doing: &'static str) -> Result<(), GpuError> {
+        self.bind(doing)?;
+        self.context.synchronize().map_err(GpuError::driver(doing))
     }
 
     fn function(&self, family: Family, kernel: &'static str) -> Result<CudaFunction, GpuError> {

@@ -103,8 +103,14 @@ pub fn key_scores(shape: KvShape, q: &[f32], scale: f32, rows: &Rows, lengths: &
 /// Indices of the `k` largest of one row, ties by lower index, in rising order of index.
 pub fn top_k(scores: &[f32], k: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
-    // Stable; adding 0 makes the two zeros one.
-    order.sort_by(|&a, &b| (scores[b as usize] + 0.0).total_cmp(&(scores[a as usize] + 0.0)));
+    let key = |&i: &u32| {
+        if scores[i as usize] == 0.0 {
+            0.0
+        } else {
+            scores[i as usize]
+        }
+    };
+    order.sort_by(|a, b| key(b).total_cmp(&key(a))); // stable: equals stay in order of index
     order.truncate(k);
     order.sort_unstable();
     order

@@ -63,9 +63,10 @@ fn random(gpu: &Gpu, rng: &mut StdRng, shape: KvShape, layout: &Layout, count: u
     gpu.upload(&host)
 }
 
+/// A paged pool, and its pages in random order: dealt out to as many sequences as there is room for.
 struct Pool {
     bytes: Buffer<u8>,
-    table: PageTable,
+    numbers: Vec<u32>,
 }
 
 impl Pool {
@@ -75,12 +76,18 @@ impl Pool {
         numbers.shuffle(rng);
         Ok(Self {
             bytes: random(gpu, rng, shape, &Layout::block(shape, PAGE_TOKENS), pages)?,
-            table: PageTable::upload(gpu, &numbers)?,
+            numbers,
         })
     }
 
-    fn view(&self, shape: KvShape, tokens: usize) -> Result<KvView<'_>, GpuError> {
-        KvView::paged(shape, &self.bytes, PAGE_TOKENS, &self.table, tokens)
+    /// At most 16 sequences of `tokens` tokens that share no page.
+    fn tables(&self, gpu: &Gpu, tokens: usize) -> Result<Vec<PageTable>, GpuError> {
+        let sequences = self.numbers.chunks_exact(tokens.div_ceil(PAGE_TOKENS)).take(16);
+        sequences.map(|numbers| PageTable::upload(gpu, numbers)).collect()
+    }
+
+    fn view<'a>(&'a self, shape: KvShape, table: &'a PageTable, tokens: usize) -> Result<KvView<'a>, GpuError> {
+        KvView::paged(shape, &self.bytes, PAGE_TOKENS, table, tokens)
     }
 }
 
@@ -133,19 +140,18 @@ fn pinned_ceiling(gpu: &Gpu) -> Result<f64, GpuError> {
 
 fn full_cache(gpu: &Gpu, rng: &mut StdRng, dtype: Dtype, q: &Buffer<f32>, copy: f64) -> Result<Value, GpuError> {
     let shape = shape(dtype);
-    let pools = (0..2)
-        .map(|_| Pool::new(gpu, rng, shape, TOKENS))
-        .collect::<Result<Vec<_>, _>>()?;
+    let pool = Pool::new(gpu, rng, shape, 2 * TOKENS)?;
     let layout = Layout::block(shape, TOKENS);
     let block = random(gpu, rng, shape, &layout, 1)?;
     let mut decode = Decode::new(gpu, shape, Q_HEADS)?;
     let mut out = Partials::empty(gpu, 1, Q_HEADS, HEAD_DIM)?;
     let mut figures = serde_json::Map::new();
     for tokens in [4096, 32 * 1024, TOKENS] {
+        let tables = pool.tables(gpu, tokens)?;
         let mut measure = |decode: &mut Decode, name: &str| {
             let time = median(gpu, |i| {
                 let view = match name {
-                    "paged" => pools[i % 2].view(shape, tokens)?,
+                    "paged" => pool.view(shape, &tables[i % tables.len()], tokens)?,
                     _ => KvView::block(shape, &block, TOKENS, tokens)?,
                 };
                 decode.attend(gpu, Query::f32(q), &[view], 0.088, &mut out)
@@ -173,6 +179,10 @@ fn retrieval_set(gpu: &Gpu, rng: &mut StdRng, q: &Buffer<f32>) -> Result<Value, 
     let fixed = (0..LAYERS)
         .map(|_| Pool::new(gpu, rng, shape, 640))
         .collect::<Result<Vec<_>, _>>()?;
+    let tables = fixed
+        .iter()
+        .map(|pool| PageTable::upload(gpu, &pool.numbers))
+        .collect::<Result<Vec<_>, _>>()?;
     let layout = Layout::records(shape, 2048);
     let rows = (0..LAYERS)
         .map(|_| random(gpu, rng, shape, &layout, 1))
@@ -185,7 +195,7 @@ fn retrieval_set(gpu: &Gpu, rng: &mut StdRng, q: &Buffer<f32>) -> Result<Value, 
     for merged in [false, true] {
         let mut layer = |i: usize| {
             let views = [
-                fixed[i].view(shape, 640)?,
+                fixed[i].view(shape, &tables[i], 640)?,
                 KvView::records(shape, &rows[i], 2048, 2048)?,
             ];
             decode.attend(gpu, Query::f32(q), &views, 0.088, &mut out)?;
@@ -211,6 +221,7 @@ fn push(gpu: &Gpu, rng: &mut StdRng, copy: f64) -> Result<Value, GpuError> {
     let mut figures = serde_json::Map::new();
     let shape = shape(Dtype::Bf16);
     let pool = Pool::new(gpu, rng, shape, TOKENS)?;
+    let table = PageTable::upload(gpu, &pool.numbers)?;
     for dtype in [Dtype::Bf16, Dtype::E4m3] {
         let target = KvShape { dtype, ..shape };
         let layout = Layout::block(target, TOKENS);
@@ -218,7 +229,7 @@ fn push(gpu: &Gpu, rng: &mut StdRng, copy: f64) -> Result<Value, GpuError> {
         let mut host = gpu.pinned(layout.bytes)?;
         let pack = |packed: &mut Buffer<u8>| {
             let mut to = KvViewMut::block(target, packed, TOKENS, TOKENS)?;
-            copy_rows(gpu, &pool.view(shape, TOKENS)?, &mut to)
+            copy_rows(gpu, &pool.view(shape, &table, TOKENS)?, &mut to)
         };
         let alone = median(gpu, |_| pack(&mut packed))?;
         let whole = median(gpu, |_| {
@@ -241,9 +252,8 @@ fn push(gpu: &Gpu, rng: &mut StdRng, copy: f64) -> Result<Value, GpuError> {
 
 fn scan(gpu: &Gpu, rng: &mut StdRng, q: &Buffer<f32>) -> Result<Value, GpuError> {
     let shape = shape(Dtype::Bf16);
-    let pools = (0..2)
-        .map(|_| Pool::new(gpu, rng, shape, TOKENS))
-        .collect::<Result<Vec<_>, _>>()?;
+    let pool = Pool::new(gpu, rng, shape, 2 * TOKENS)?;
+    let tables = pool.tables(gpu, TOKENS)?;
     let mut scores = gpu.zeros::<f32>(Q_HEADS * TOKENS)?;
     let mut best = gpu.zeros::<u32>(Q_HEADS * 2048)?;
     let scored = median(gpu, |i| {
@@ -251,7 +261,7 @@ fn scan(gpu: &Gpu, rng: &mut StdRng, q: &Buffer<f32>) -> Result<Value, GpuError>
             gpu,
             Query::f32(q),
             Q_HEADS,
-            &pools[i % 2].view(shape, TOKENS)?,
+            &pool.view(shape, &tables[i % 2], TOKENS)?,
             0.088,
             &mut scores,
         )
