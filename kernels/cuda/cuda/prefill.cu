@@ -91,7 +91,7 @@ struct Prefill {
         const bool gathered = index >= tile_count;
         const u32 first_column = gathered ? (index - tile_count) * TILE : 0;
         const int first = gathered ? 0 : tile_first(index);
-#pragma unroll
+#pragma unroll (WIDE ? 4 : 2)
         for (u32 row = threadIdx.x / WORDS; row < TILE; row += THREADS / WORDS) {
             int key = first + int(row);
             if (gathered) {
