@@ -119,8 +119,7 @@ pub(crate) fn run(gpu: &Gpu, seed: u64) -> Result<Value, GpuError> {
     }))
 }
 
-/// GB/s, read and written, of a large copy on the device. Ours, of whole words: the driver's own is measured beside it by
-/// whoever wants to; a kernel cannot be asked to beat it.
+/// GB/s, read and written, of a large copy on the device by the driver.
 fn copy_ceiling(gpu: &Gpu) -> Result<f64, GpuError> {
     let shape = shape(Dtype::Bf16);
     let tokens = 2 * TOKENS;
