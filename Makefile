@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench calibrate system rust tools model openai peers clean-cache
+.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench calibrate system rust tools model openai nvrtc peers clean-cache
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvasir
 CARGO_HOME_BIN := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -27,7 +27,7 @@ demo: build model ## a real model and document: cold, warm, after a restart, aft
 up: build model ## store, worker and router in one process, until Ctrl-C
 	$(KVASIR) up
 
-test: tools model openai fmt-check clippy doc deny nextest doctest ## everything that is checked
+test: tools model openai nvrtc fmt-check clippy doc deny nextest doctest ## everything that is checked
 	@echo "make test: format, clippy, docs, licences, tests and doc tests passed"
 
 fmt: rust ## formats the code
@@ -45,7 +45,7 @@ doc: rust
 deny: rust tools
 	$(CARGO) deny --locked check licenses bans sources
 
-nextest: rust tools model openai
+nextest: rust tools model openai nvrtc
 	$(CARGO) nextest run $(FLAGS)
 
 doctest: rust
@@ -57,7 +57,7 @@ bench: build model peers ## prefill and decode speed beside llama.cpp, same mode
 calibrate: build model ## the basis that the model's keys are sketched in, learnt from two windows of text (minutes)
 	$(KVASIR) calibrate
 
-system rust tools model openai peers:
+system rust tools model openai nvrtc peers:
 	@$(BOOTSTRAP) $@
 
 # Cargo needs a compiler before it can build anything.

@@ -6,6 +6,7 @@
 #   deploy/bootstrap.sh tools    cargo-nextest and cargo-deny, for `make test`
 #   deploy/bootstrap.sh model    SmolLM2-135M-Instruct (98 MB, Apache-2.0), checked by SHA-256
 #   deploy/bootstrap.sh openai   a Python environment with the `openai` package, for the tests of the HTTP front
+#   deploy/bootstrap.sh nvrtc    CUDA's run-time compiler (90 MB, from PyPI), for the tests that compile the GPU kernels
 #   deploy/bootstrap.sh peers    a Python environment with llama.cpp, for `make bench` (builds it from source, minutes)
 #   deploy/bootstrap.sh all      all of these
 #
@@ -21,6 +22,7 @@ nextest_version=0.9.143
 deny_version=0.20.2
 openai_version=3.54.0
 llama_cpp_version=0.3.36
+nvrtc_version=13.0.88
 numpy_version=2.4.6
 gguf_version=0.19.0
 
@@ -157,6 +159,8 @@ install_venv() {
 
 install_openai() { install_venv openai "openai==$openai_version"; }
 
+install_nvrtc() { install_venv nvrtc "nvidia-cuda-nvrtc==$nvrtc_version"; }
+
 install_peers() {
     [ -x "$cache/peers/bin/python" ] ||
         say "llama.cpp comes as source and is compiled for this machine's CPU: several minutes, once"
@@ -215,6 +219,7 @@ for part in "$@"; do
     tools) install_tools ;;
     model) install_model ;;
     openai) install_openai ;;
+    nvrtc) install_nvrtc ;;
     peers) install_peers ;;
     all)
         install_system
@@ -222,9 +227,10 @@ for part in "$@"; do
         install_tools
         install_model
         install_openai
+        install_nvrtc
         install_peers
         ;;
     help | -h | --help) usage ;;
-    *) die "there is no part called '$part': system, rust, tools, model, openai, peers or all" ;;
+    *) die "there is no part called '$part': system, rust, tools, model, openai, nvrtc, peers or all" ;;
     esac
 done

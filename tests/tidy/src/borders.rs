@@ -17,7 +17,7 @@ const TRANSPORTS: [&str; 10] = [
 ];
 
 /// What the router must not see: it chooses workers and never touches bytes.
-const BYTES: [&str; 3] = ["kvasir-tier", "kvasir-index", "kvasir-cache"];
+const BYTES: [&str; 4] = ["kvasir-tier", "kvasir-index", "kvasir-cache", "kvasir-cuda"];
 
 /// The floor of the services; below it code takes values, and does not look around for them.
 const SERVICES_FLOOR: u32 = 4;
@@ -72,6 +72,7 @@ fn forbidden_dependencies(member: &Crate) -> Vec<Violation> {
             "storage" | "kernels" if TRANSPORTS.contains(&used) => Some("storage and kernels know no transport"),
             "storage" | "kernels" if used == FRAME => Some("storage and kernels know nothing of services"),
             "kernels" if used == "kvasir-block" => Some("kernels know shapes and slices, not blocks"),
+            _ if used == "cudarc" && member.name != "kvasir-cuda" => Some("only kvasir-cuda speaks to the driver"),
             _ if member.name == "kvasir-router" && BYTES.contains(&used) => Some("the router sees no bytes"),
             _ => None,
         }
@@ -157,6 +158,8 @@ mod tests {
             ("storage/tier", "[dependencies]\nbytes = \"1\"", 0),
             ("kernels/simd", "[dependencies]\nprost = \"1\"", 1),
             ("kernels/simd", "[dependencies]\nkvasir-block = \"1\"", 1),
+            ("kernels/simd", "[dependencies]\ncudarc = \"1\"", 1),
+            ("kernels/cuda", "[dependencies]\ncudarc = \"1\"", 0),
             ("services/router", "[dependencies]\nkvasir-cache = \"1\"", 1),
             ("services/router", "[dependencies]\ntonic = \"1\"\nanyhow = \"1\"", 0),
             ("services/runtime", "[dependencies]\ntonic = \"1\"", 0),

@@ -1,0 +1,297 @@
+// plan: a Vertical-Slash list from the prompt itself. The attention of its last 64 queries, summed by key and by diagonal,
+// without the 64 x N matrix ever being in memory; then a head's tiles from its best diagonals.
+//
+// Both passes over the keys give a warp 16 of the 64 queries and all of a CTA's keys, 64 at a time.
+#include "kv.cuh"
+#include "softmax.cuh"
+#include "tile.cuh"
+
+struct EstimateParams {
+    View view;
+    u64 q;         // [rows, q_heads, D], of the keys' type
+    u64 stats;     // f32 [q_heads, splits, 64, 2]: maximum and sum of each query over a split's keys
+    u64 columns;   // f32 [q_heads, tokens], zeros before
+    u64 diagonals; // f32 [q_heads, tokens], zeros before
+    float scale;   // of the scores, times log2(e); positive
+    u32 rows, q_heads, heads_per_kv;
+    u32 splits; // gridDim.x
+    u32 sink, near; // the first columns and diagonals, which are always chosen
+};
+
+constexpr float LARGEST = 3.0e38f;
+constexpr u32 QUERIES = 64, TILE = 64, THREADS = 128;
+
+template <bool IS_BF16, u32 D>
+struct Estimate {
+    static constexpr u32 STEPS = D / 16, WORDS = D / 8, BYTES = D * 2;
+    u32 q[STEPS][4];
+
+    __device__ __forceinline__ void load_query(const EstimateParams& params, u32 head) {
+        const u32 lane = threadIdx.x & 31u, g = lane >> 2, t = lane & 3u;
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const int row = int(params.rows) - int(QUERIES) + int(threadIdx.x / 32 * 16 + g + 8 * i);
+            const u32* from =
+                reinterpret_cast<const u32*>(params.q) + (u64(row < 0 ? 0 : row) * params.q_heads + head) * (D / 2) + t;
+#pragma unroll
+            for (u32 step = 0; step < STEPS; ++step) {
+                q[step][i] = row >= 0 ? __ldg(from + step * 8) : 0;
+                q[step][i + 2] = row >= 0 ? __ldg(from + step * 8 + 4) : 0;
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void load(const EstimateParams& params, u32 kv_head, u32 first, u32 to) {
+#pragma unroll
+        for (u32 i = 0; i < TILE * WORDS / THREADS; ++i) {
+            const u32 row = (threadIdx.x + i * THREADS) / WORDS, word = threadIdx.x % WORDS;
+            const bool there = first + row < params.view.tokens;
+            u64 from = 0;
+            if (there) {
+                const Place at = place(params.view, kv_head, (first + row) & ~15u);
+                from = at.offset + (row & 15u) * params.view.token_stride;
+            }
+            copy_async(to + swizzle<BYTES>(row, word), reinterpret_cast<const void*>(params.view.k + from + word * 16),
+                       there);
+        }
+        commit_copies();
+    }
+
+    // Scores of rows g and g + 8 with keys 8n + 2t, + 1, times the scale; -inf where a query does not see the key.
+    __device__ __forceinline__ void scores(float (&s)[8][4], const EstimateParams& params, u32 base, u32 first) const {
+        const u32 lane = threadIdx.x & 31u, g = lane >> 2, t = lane & 3u;
+        const int position = int(params.view.tokens) - int(QUERIES) + int(threadIdx.x / 32 * 16 + g);
+        const int begin = int(params.view.tokens) - int(params.rows); // the first query's position
+#pragma unroll
+        for (u32 n = 0; n < 8; ++n) {
+            s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+#pragma unroll
+            for (u32 i = 0; i < STEPS; i += 2) {
+                u32 b[4];
+                load_matrices(b, base + swizzle<BYTES>(8 * n + (lane & 7u), 2 * i + (lane >> 3)));
+                mma<IS_BF16>(s[n], q[i][0], q[i][1], q[i][2], q[i][3], b[0], b[1]);
+                mma<IS_BF16>(s[n], q[i + 1][0], q[i + 1][1], q[i + 1][2], q[i + 1][3], b[2], b[3]);
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const int at = position + int(8 * (i >> 1)), key = int(first + 8 * n + 2 * t + (i & 1u));
+                s[n][i] = at >= begin && key <= at ? s[n][i] * params.scale : NEGATIVE_INFINITY;
+            }
+        }
+    }
+};
+
+// The keys of this CTA: whole tiles.
+__device__ __forceinline__ void stretch(const EstimateParams& params, u32& begin, u32& end) {
+    const u32 tiles = (params.view.tokens + TILE - 1) / TILE;
+    begin = u32(u64(tiles) * blockIdx.x / params.splits);
+    end = u32(u64(tiles) * (blockIdx.x + 1) / params.splits);
+}
+
+template <bool IS_BF16, u32 D>
+__device__ __forceinline__ void estimate_stats(const EstimateParams& params) {
+    __shared__ alignas(128) u8 tiles[2][TILE * D * 2];
+    Estimate<IS_BF16, D> body;
+    const u32 head = blockIdx.y, kv_head = head / params.heads_per_kv, g = (threadIdx.x & 31u) >> 2;
+    body.load_query(params, head);
+    u32 begin, end;
+    stretch(params, begin, end);
+    float m[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, l[2] = {0.0f, 0.0f};
+    if (begin < end) body.load(params, kv_head, begin * TILE, shared_address(tiles[begin & 1u]));
+    for (u32 tile = begin; tile < end; ++tile) {
+        if (tile + 1 < end) {
+            body.load(params, kv_head, (tile + 1) * TILE, shared_address(tiles[(tile + 1) & 1u]));
+        } else {
+            commit_copies();
+        }
+        wait_copies<1>();
+        __syncthreads();
+        float s[8][4];
+        body.scores(s, params, shared_address(tiles[tile & 1u]), tile * TILE);
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            float top = m[i];
+#pragma unroll
+            for (u32 n = 0; n < 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+            float sum = l[i] * weight(m[i], top);
+#pragma unroll
+            for (u32 n = 0; n < 8; ++n) sum += weight(s[n][2 * i], top) + weight(s[n][2 * i + 1], top);
+            m[i] = top;
+            l[i] = sum;
+        }
+        __syncthreads();
+    }
+    float* stats = reinterpret_cast<float*>(params.stats) + (u64(head) * params.splits + blockIdx.x) * QUERIES * 2;
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+#pragma unroll
+        for (u32 step = 1; step < 4; step *= 2) {
+            const float other_m = __shfl_xor_sync(FULL_WARP, m[i], step), other_l = __shfl_xor_sync(FULL_WARP, l[i], step);
+            const float top = fmaxf(m[i], other_m);
+            l[i] = l[i] * weight(m[i], top) + other_l * weight(other_m, top);
+            m[i] = top;
+        }
+        if ((threadIdx.x & 3u) == 0) {
+            stats[(threadIdx.x / 32 * 16 + g + 8 * i) * 2] = m[i];
+            stats[(threadIdx.x / 32 * 16 + g + 8 * i) * 2 + 1] = l[i];
+        }
+    }
+}
+
+constexpr u32 WEIGHT_STRIDE = TILE + 8; // floats; the eight rows that a warp writes at once lie in different banks
+
+template <bool IS_BF16, u32 D>
+__device__ __forceinline__ void estimate_sums(const EstimateParams& params) {
+    extern __shared__ Word4 dynamic[]; // two tiles of keys, then weights [QUERIES, WEIGHT_STRIDE]
+    __shared__ float lse[QUERIES];
+    constexpr u32 TILE_BYTES = TILE * D * 2;
+    const u32 tiles = shared_address(dynamic);
+    float* weights = reinterpret_cast<float*>(dynamic + 2 * TILE_BYTES / 16);
+    Estimate<IS_BF16, D> body;
+    const u32 head = blockIdx.y, kv_head = head / params.heads_per_kv;
+    const u32 row = threadIdx.x / 32 * 16 + ((threadIdx.x & 31u) >> 2), t = threadIdx.x & 3u;
+    body.load_query(params, head);
+    const float* stats = reinterpret_cast<const float*>(params.stats) + u64(head) * params.splits * QUERIES * 2;
+    if (threadIdx.x < QUERIES) {
+        float m = NEGATIVE_INFINITY, l = 0.0f;
+        for (u32 i = 0; i < params.splits; ++i) {
+            const float part_m = stats[(i * QUERIES + threadIdx.x) * 2], part_l = stats[(i * QUERIES + threadIdx.x) * 2 + 1];
+            const float top = fmaxf(m, part_m);
+            l = l * weight(m, top) + part_l * weight(part_m, top);
+            m = top;
+        }
+        lse[threadIdx.x] = l > 0.0f ? m + __log2f(l) : 0.0f;
+    }
+    u32 begin, end;
+    stretch(params, begin, end);
+    if (begin < end) body.load(params, kv_head, begin * TILE, tiles + (begin & 1u) * TILE_BYTES);
+    float* columns = reinterpret_cast<float*>(params.columns) + u64(head) * params.view.tokens;
+    float* diagonals = reinterpret_cast<float*>(params.diagonals) + u64(head) * params.view.tokens;
+    for (u32 tile = begin; tile < end; ++tile) {
+        if (tile + 1 < end) {
+            body.load(params, kv_head, (tile + 1) * TILE, tiles + ((tile + 1) & 1u) * TILE_BYTES);
+        } else {
+            commit_copies();
+        }
+        wait_copies<1>();
+        __syncthreads();
+        float s[8][4];
+        body.scores(s, params, tiles + (tile & 1u) * TILE_BYTES, tile * TILE);
+        const float low = lse[row], high = lse[row + 8];
+#pragma unroll
+        for (u32 n = 0; n < 8; ++n) {
+            float* at = weights + row * WEIGHT_STRIDE + 8 * n + 2 * t;
+            at[0] = exp2_fast(s[n][0] - low);
+            at[1] = exp2_fast(s[n][1] - low);
+            at[8 * WEIGHT_STRIDE] = exp2_fast(s[n][2] - high);
+            at[8 * WEIGHT_STRIDE + 1] = exp2_fast(s[n][3] - high);
+        }
+        __syncthreads();
+        const u32 first = tile * TILE;
+        if (threadIdx.x < TILE && first + threadIdx.x < params.view.tokens) {
+            float sum = 0.0f;
+#pragma unroll 8
+            for (u32 r = 0; r < QUERIES; ++r) sum += weights[r * WEIGHT_STRIDE + threadIdx.x];
+            columns[first + threadIdx.x] = first + threadIdx.x < params.sink ? LARGEST : sum;
+        }
+        // Diagonal i of the tile has query r and key r + TILE - 1 - i: their distance is the same for all r.
+        const int shift = int(TILE - 1) - int(threadIdx.x);
+        const int distance = int(params.view.tokens) - int(QUERIES) - int(first) - shift;
+        if (threadIdx.x < QUERIES + TILE - 1 && distance >= 0 && distance < int(params.view.tokens)) {
+            float sum = 0.0f;
+            const int from = max(0, -shift), to = min(int(QUERIES), int(TILE) - shift);
+#pragma unroll 4
+            for (int r = from; r < to; ++r) sum += weights[r * int(WEIGHT_STRIDE) + r + shift];
+            if (sum > 0.0f) atomicAdd(diagonals + distance, sum);
+        }
+    }
+}
+
+// The nearest diagonals are chosen whatever their sums are.
+extern "C" __global__ void favour(const __grid_constant__ EstimateParams params) {
+    float* diagonals = reinterpret_cast<float*>(params.diagonals) + u64(blockIdx.x) * params.view.tokens;
+    for (u32 i = threadIdx.x; i < min(params.near, params.view.tokens); i += blockDim.x) diagonals[i] = LARGEST;
+}
+
+#define ESTIMATE(NAME, IS_BF16, D)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS) estimate_stats_##NAME(                                       \
+        const __grid_constant__ EstimateParams params) {                                                               \
+        estimate_stats<IS_BF16, D>(params);                                                                            \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS) estimate_sums_##NAME(                                        \
+        const __grid_constant__ EstimateParams params) {                                                               \
+        estimate_sums<IS_BF16, D>(params);                                                                             \
+    }
+
+ESTIMATE(bf16_64, true, 64)
+ESTIMATE(bf16_128, true, 128)
+ESTIMATE(f16_64, false, 64)
+ESTIMATE(f16_128, false, 128)
+
+struct BuildParams {
+    u64 columns;  // u32 [heads, column_count], rising
+    u64 slashes;  // u32 [heads, slash_count], rising
+    u64 heads;    // [heads] of {first list, step}
+    u64 lists;    // [heads] of seven numbers: see prefill.cu
+    u64 numbers;  // per head: room for tiles, columns, cover
+    u32 column_count, slash_count;
+    u32 tile_room;  // tiles that fit: what all slashes apart would need, or the whole prompt
+    u32 cover_words;
+};
+
+constexpr u32 ROWS = 128;
+
+// One CTA per head. A slash covers (slash, slash + ROWS]; tiles cover the union from the near end on, which one thread
+// finds while the others bring the next slashes; then each tile marks what it covers.
+extern "C" __global__ void __launch_bounds__(1024) vs_build(const __grid_constant__ BuildParams params) {
+    constexpr u32 BATCH = 4096;
+    __shared__ u32 tile_count, batch[BATCH];
+    const u32 head = blockIdx.x;
+    const u32 stride = params.tile_room + params.column_count + params.cover_words;
+    u32* tiles = reinterpret_cast<u32*>(params.numbers) + u64(head) * stride;
+    u32* columns = tiles + params.tile_room;
+    u32* cover = columns + params.column_count;
+    const u32* slashes = reinterpret_cast<const u32*>(params.slashes) + u64(head) * params.slash_count;
+    const u32* chosen = reinterpret_cast<const u32*>(params.columns) + u64(head) * params.column_count;
+    for (u32 i = threadIdx.x; i < params.column_count; i += blockDim.x) columns[i] = chosen[i];
+    for (u32 i = threadIdx.x; i < params.cover_words; i += blockDim.x) cover[i] = 0;
+    u32 count = 0, covered = 0;
+    for (u32 begin = 0; begin < params.slash_count; begin += BATCH) {
+        const u32 here = min(BATCH, params.slash_count - begin);
+        for (u32 i = threadIdx.x; i < here; i += blockDim.x) batch[i] = slashes[begin + i];
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (u32 i = 0; i < here; ++i) {
+                const u32 slash = batch[i];
+                covered = max(covered, slash);
+                while (covered < slash + ROWS && count < params.tile_room) {
+                    tiles[count++] = covered;
+                    covered += TILE;
+                }
+            }
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+        tile_count = count;
+        const u32 first = u32(u64(head) * stride);
+        u32* list = reinterpret_cast<u32*>(params.lists) + head * 7;
+        list[0] = first;
+        list[1] = count;
+        list[2] = first + params.tile_room;
+        list[3] = params.column_count;
+        list[4] = first + params.tile_room + params.column_count;
+        list[5] = params.cover_words * 32;
+        list[6] = 0;
+        u32* entry = reinterpret_cast<u32*>(params.heads) + head * 2;
+        entry[0] = head;
+        entry[1] = 0;
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < tile_count; i += blockDim.x) {
+        const u32 word = tiles[i] / 32, bit = tiles[i] & 31u;
+        if (word < params.cover_words) atomicOr(cover + word, 0xffffffffu << bit);
+        if (word + 1 < params.cover_words) atomicOr(cover + word + 1, 0xffffffffu);
+        if (bit != 0 && word + 2 < params.cover_words) atomicOr(cover + word + 2, (1u << bit) - 1u);
+    }
+}

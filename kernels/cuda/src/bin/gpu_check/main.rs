@@ -1,0 +1,99 @@
+//! `kvasir-gpu-check`: every kernel on the GPU that is there against its CPU reference with fresh random inputs, and
+//! `kvasir-gpu-check bench`: the kernels' speed beside the ceilings of the machine, as JSON.
+//!
+//! Needs a driver and NVRTC, no toolkit. Exit status 0 if all passed.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
+#![forbid(unsafe_code)]
+
+mod bench;
+mod cases;
+mod check;
+mod prefill;
+
+use std::{path::PathBuf, process::ExitCode, time::SystemTime};
+
+use kvasir_cuda::{Gpu, Options};
+
+const USAGE: &str =
+    "usage: kvasir-gpu-check [bench | bench-prefill] [--seed N] [--cases N] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
+  without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60)
+  bench, bench-prefill: measure, and print JSON";
+
+struct Arguments {
+    bench: bool,
+    prefill: bool,
+    seed: u64,
+    cases: usize,
+    gpu: usize,
+    options: Options,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let mut out = Arguments {
+        bench: false,
+        prefill: false,
+        seed: u64::from(now.subsec_nanos()) ^ now.as_secs(),
+        cases: 60,
+        gpu: 0,
+        options: Options::default(),
+    };
+    let mut rest = std::env::args().skip(1);
+    while let Some(name) = rest.next() {
+        let mut value = || rest.next().ok_or(format!("{name} needs a value"));
+        let number = |text: String| text.parse::<u64>().map_err(|_| format!("{text} is not a number"));
+        match name.as_str() {
+            "bench" => out.bench = true,
+            "bench-prefill" => out.prefill = true,
+            "--seed" => out.seed = number(value()?)?,
+            "--cases" => out.cases = number(value()?)? as usize,
+            "--gpu" => out.gpu = number(value()?)? as usize,
+            "--nvrtc" => out.options.nvrtc = Some(PathBuf::from(value()?)),
+            "--cache" => out.options.cache = Some(PathBuf::from(value()?)),
+            _ => return Err(format!("unknown argument {name}")),
+        }
+    }
+    Ok(out)
+}
+
+fn main() -> ExitCode {
+    let arguments = match arguments() {
+        Ok(arguments) => arguments,
+        Err(why) => {
+            eprintln!("kvasir-gpu-check: {why}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let gpu = match Gpu::open(arguments.gpu, &arguments.options) {
+        Ok(gpu) => gpu,
+        Err(error) => {
+            eprintln!("kvasir-gpu-check: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let outcome = if arguments.prefill {
+        let mut rng = rand::SeedableRng::seed_from_u64(arguments.seed);
+        prefill::bench(&gpu, &mut rng).map(|figures| {
+            println!("{figures:#}");
+            true
+        })
+    } else if arguments.bench {
+        bench::run(&gpu, arguments.seed).map(|figures| {
+            println!("{figures:#}");
+            true
+        })
+    } else {
+        println!("{}, seed {}", gpu.name(), arguments.seed);
+        check::run(&gpu, arguments.seed, arguments.cases)
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("kvasir-gpu-check: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

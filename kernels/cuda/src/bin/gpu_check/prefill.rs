@@ -1,0 +1,328 @@
+//! Prefill and its planners: against the references, and their speed.
+
+use half::{bf16, f16};
+use kvasir_cuda::{
+    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, Prefill, Products, Query,
+    TileList, VerticalSlash, VerticalSlashTiles, reference,
+};
+use rand::{Rng, rngs::StdRng};
+use serde_json::{Value, json};
+
+use crate::{
+    cases::{Form, Held, numbers},
+    check::{Tally, distance, furthest},
+};
+
+/// Queries in the keys' type: the numbers after rounding, and the device's copy.
+struct Queries {
+    numbers: Vec<f32>,
+    bits: Buffer<u16>,
+    dtype: Dtype,
+}
+
+impl Queries {
+    fn new(gpu: &Gpu, rng: &mut StdRng, dtype: Dtype, len: usize) -> Result<Self, GpuError> {
+        let bits: Vec<u16> = numbers(rng, len)
+            .into_iter()
+            .map(|x| match dtype {
+                Dtype::Bf16 => bf16::from_f32(x).to_bits(),
+                _ => f16::from_f32(x).to_bits(),
+            })
+            .collect();
+        Ok(Self {
+            numbers: floats(dtype, &bits),
+            bits: gpu.upload(&bits)?,
+            dtype,
+        })
+    }
+
+    fn query(&self) -> Query<'_> {
+        Query::bits(&self.bits, self.dtype)
+    }
+}
+
+fn floats(dtype: Dtype, bits: &[u16]) -> Vec<f32> {
+    bits.iter()
+        .map(|&bits| match dtype {
+            Dtype::Bf16 => bf16::from_bits(bits).to_f32(),
+            _ => f16::from_bits(bits).to_f32(),
+        })
+        .collect()
+}
+
+/// Limit of the output, which is itself rounded to bf16 or f16.
+fn limit(dtype: Dtype) -> f64 {
+    if dtype == Dtype::Bf16 { 1e-2 } else { 2e-3 }
+}
+
+fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
+    let tokens = (offset + rows) as u32;
+    let mut some = |most: usize| -> Vec<u32> {
+        (0..rng.random_range(0..most))
+            .map(|_| rng.random_range(0..tokens))
+            .collect()
+    };
+    let (columns, slashes) = (some(150), some(6));
+    match rng.random_range(0..5) {
+        0 => HeadTiles::dense(offset + rows),
+        1 => HeadTiles::a_shape(rng.random_range(0..100), rng.random_range(0..200)),
+        2 => {
+            let blocks = (0..rows.div_ceil(128)).map(|_| (0..3).map(|_| rng.random_range(0..=tokens / 64)).collect());
+            HeadTiles::block_sparse(offset, &blocks.collect::<Vec<_>>())
+        }
+        // No tile at all: only columns, so that some rows see nothing.
+        3 if rng.random_bool(0.3) => {
+            let mut columns = columns;
+            columns.sort_unstable();
+            columns.dedup();
+            HeadTiles::Relative {
+                tiles: Vec::new(),
+                columns,
+            }
+        }
+        _ => HeadTiles::vertical_slash(&columns, &slashes),
+    }
+}
+
+fn any_case(gpu: &Gpu, rng: &mut StdRng) -> Result<(Held, usize, usize), GpuError> {
+    let shape = KvShape {
+        dtype: [Dtype::Bf16, Dtype::F16][rng.random_range(0..2)],
+        kv_heads: rng.random_range(1..4),
+        head_dim: [64, 128][rng.random_range(0..2)],
+    };
+    let most = [20, 200, 900][rng.random_range(0..3)];
+    let tokens = rng.random_range(1..most);
+    let rows = if rng.random_bool(0.5) {
+        tokens
+    } else {
+        rng.random_range(1..=tokens)
+    };
+    let form = [Form::Block, Form::Records, Form::Paged, Form::Fresh][rng.random_range(0..4)];
+    let q_heads = shape.kv_heads * [1, 3, 4][rng.random_range(0..3)];
+    Ok((Held::new(gpu, rng, shape, form, tokens, false)?, rows, q_heads))
+}
+
+fn products(gpu: &Gpu) -> &'static [Products] {
+    match Products::best(gpu) {
+        Products::Mma => &[Products::Mma],
+        Products::Wgmma => &[Products::Mma, Products::Wgmma],
+    }
+}
+
+fn compare(
+    gpu: &Gpu,
+    held: &Held,
+    q: &Queries,
+    prefill: Prefill,
+    tiles: &DeviceTiles,
+    expected: &(Vec<f64>, Vec<f64>),
+    tally: &mut Tally,
+) -> Result<(), GpuError> {
+    let shape = held.shape;
+    let mut out = gpu.upload(&vec![0xffffu16; q.numbers.len()])?;
+    let mut lse = gpu.zeros::<f32>(prefill.q_heads * prefill.rows)?;
+    lse.fill(0xff)?;
+    prefill.attend(gpu, q.query(), &held.view()?, tiles, &mut out, &mut lse)?;
+    let case = || format!("{prefill:?} of {} {shape:?} {:?}", held.rows.tokens, held.form);
+    tally.count(
+        distance(&floats(shape.dtype, &out.download()?), &expected.0),
+        limit(shape.dtype),
+        case,
+    );
+    tally.count(furthest(&lse.download()?, &expected.1), 1e-3, case);
+    Ok(())
+}
+
+pub(crate) fn prefilled(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally) -> Result<(), GpuError> {
+    for _ in 0..cases {
+        let (held, rows, q_heads) = any_case(gpu, rng)?;
+        let offset = held.rows.tokens - rows;
+        let list = TileList::new((0..q_heads).map(|_| any_head(rng, offset, rows)).collect()).expect("in order");
+        let q = Queries::new(gpu, rng, held.shape.dtype, rows * q_heads * held.shape.head_dim)?;
+        let scale = 0.1;
+        let expected = reference::prefill(held.shape, &q.numbers, q_heads, &held.rows, &list, scale);
+        let tiles = DeviceTiles::upload(gpu, &list)?;
+        for &products in products(gpu) {
+            let prefill = Prefill {
+                rows,
+                q_heads,
+                scale,
+                products,
+            };
+            compare(gpu, &held, &q, prefill, &tiles, &expected, tally)?;
+        }
+    }
+    Ok(())
+}
+
+/// The estimate against its reference, and attention over the list that was built on the device against attention over the
+/// same columns and diagonals on the CPU.
+pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally) -> Result<(), GpuError> {
+    for _ in 0..cases {
+        let (held, rows, q_heads) = any_case(gpu, rng)?;
+        let (shape, tokens, scale) = (held.shape, held.rows.tokens, 0.1);
+        let q = Queries::new(gpu, rng, shape.dtype, rows * q_heads * shape.head_dim)?;
+        let plan = VerticalSlash {
+            verticals: rng.random_range(0..80),
+            slashes: rng.random_range(1..20),
+            sink: rng.random_range(0..5),
+            near: rng.random_range(0..5),
+        };
+        let mut estimate = Estimate::new(gpu, q_heads, tokens)?;
+        estimate.run(gpu, q.query(), rows, &held.view()?, scale, plan)?;
+        let (mut columns, mut diagonals) = reference::vs_estimate(shape, &q.numbers, q_heads, &held.rows, scale);
+        let case = || {
+            format!(
+                "estimate of {tokens} {shape:?} {:?}, {rows} rows, {q_heads} heads, {plan:?}",
+                held.form
+            )
+        };
+        for (expected, found, forced) in [
+            (&mut columns, estimate.columns.download()?, plan.sink),
+            (&mut diagonals, estimate.diagonals.download()?, plan.near),
+        ] {
+            // What is forced is far above all else: compared by itself, then left out.
+            let (mut found, mut wrong) = (found, 0);
+            for head in 0..q_heads {
+                for i in head * tokens..head * tokens + forced.min(tokens) {
+                    wrong += usize::from(found[i] < 1e38);
+                    (found[i], expected[i]) = (0.0, 0.0);
+                }
+            }
+            tally.count(wrong as f64, 0.0, case);
+            tally.count(distance(&found, expected), 1e-2, case);
+        }
+        let mut built = VerticalSlashTiles::new(gpu, plan, q_heads, tokens)?;
+        built.build(gpu, &estimate)?;
+        let (verticals, slashes) = built.chosen()?;
+        let (k_v, k_s) = (verticals.len() / q_heads, slashes.len() / q_heads);
+        let heads = (0..q_heads).map(|head| {
+            let slashes = &slashes[head * k_s..(head + 1) * k_s];
+            match HeadTiles::vertical_slash(&verticals[head * k_v..(head + 1) * k_v], slashes) {
+                // The constructor adds the diagonal that the device is told to choose.
+                HeadTiles::Relative { columns, .. } if slashes[0] != 0 => HeadTiles::slashes_alone(columns, slashes),
+                with_diagonal => with_diagonal,
+            }
+        });
+        let list = TileList::new(heads.collect()).expect("in order");
+        let expected = reference::prefill(shape, &q.numbers, q_heads, &held.rows, &list, scale);
+        let tiles = built.build(gpu, &estimate)?;
+        let prefill = Prefill {
+            rows,
+            q_heads,
+            scale,
+            products: Products::best(gpu),
+        };
+        compare(gpu, &held, &q, prefill, tiles, &expected, tally)?;
+    }
+    Ok(())
+}
+
+const Q_HEADS: usize = 32;
+const KV_HEADS: usize = 8;
+const HEAD_DIM: usize = 128;
+
+/// Milliseconds of the kernels at the shape of a layer of Llama-3-8B, medians of five.
+pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
+    let shape = KvShape {
+        dtype: Dtype::Bf16,
+        kv_heads: KV_HEADS,
+        head_dim: HEAD_DIM,
+    };
+    let mut figures = serde_json::Map::new();
+    for tokens in [4096usize, 16 * 1024, 32 * 1024, 128 * 1024] {
+        let random = |rng: &mut StdRng, len: usize| {
+            let some: Vec<u16> = (0..1 << 20)
+                .map(|_| bf16::from_f32(rng.random_range(-1.0..1.0)).to_bits())
+                .collect();
+            let all: Vec<u16> = some.iter().copied().cycle().take(len).collect();
+            gpu.upload(&all)
+        };
+        let q = random(rng, tokens * Q_HEADS * HEAD_DIM)?;
+        let k = random(rng, tokens * KV_HEADS * HEAD_DIM + 8)?;
+        let v = random(rng, tokens * KV_HEADS * HEAD_DIM + 8)?;
+        let view = KvView::fresh(shape, &k, &v, tokens)?;
+        let mut out = gpu.zeros::<u16>(q.len())?;
+        let mut lse = gpu.zeros::<f32>(Q_HEADS * tokens)?;
+        let query = Query::bits(&q, Dtype::Bf16);
+        let dense_flops = 2.0 * (tokens * tokens * HEAD_DIM * Q_HEADS) as f64;
+        let mut entry = serde_json::Map::new();
+        let mut measure = |name: &str, head: HeadTiles, products: Products| {
+            let work = TileList::new(vec![head.clone()]).expect("in order").work(0, 0, tokens);
+            let list = TileList::new(vec![head; Q_HEADS]).expect("in order");
+            let tiles = DeviceTiles::upload(gpu, &list)?;
+            let prefill = Prefill {
+                rows: tokens,
+                q_heads: Q_HEADS,
+                scale: 0.088,
+                products,
+            };
+            let ms = median(gpu, || prefill.attend(gpu, query, &view, &tiles, &mut out, &mut lse))?;
+            // Of tiles, each 128 rows by 64 keys; for dense of the causal half.
+            let flops = if name == "dense" {
+                dense_flops
+            } else {
+                (work * 4 * 128 * 64 * HEAD_DIM * Q_HEADS) as f64
+            };
+            entry.insert(
+                format!("{name}_{products:?}").to_lowercase(),
+                json!({ "ms": ms, "tflop_s": (flops / ms / 1e9).round(), "tiles": work }),
+            );
+            Ok::<(), GpuError>(())
+        };
+        // 1,000 columns at random; 6,096 diagonals: side by side, or as 95 runs of 64.
+        let columns: Vec<u32> = (0..1000).map(|_| rng.random_range(0..tokens as u32)).collect();
+        let near: Vec<u32> = (0..6096).collect();
+        let runs: Vec<u32> = (0..95u32)
+            .map(|run| {
+                if run == 0 {
+                    0
+                } else {
+                    rng.random_range(0..tokens as u32)
+                }
+            })
+            .flat_map(|start| start..start + 64)
+            .collect();
+        for &products in products(gpu) {
+            measure("dense", HeadTiles::dense(tokens), products)?;
+            measure("a_shape_1024_4096", HeadTiles::a_shape(1024, 4096), products)?;
+            measure(
+                "vertical_slash_1000_6096_near",
+                HeadTiles::vertical_slash(&columns, &near),
+                products,
+            )?;
+            measure(
+                "vertical_slash_1000_6096_in_95_runs",
+                HeadTiles::vertical_slash(&columns, &runs),
+                products,
+            )?;
+        }
+        let plan = VerticalSlash::new(1000, 6096);
+        let mut estimate = Estimate::new(gpu, Q_HEADS, tokens)?;
+        let mut built = VerticalSlashTiles::new(gpu, plan, Q_HEADS, tokens)?;
+        let estimated = median(gpu, || estimate.run(gpu, query, tokens, &view, 0.088, plan))?;
+        let chosen = median(gpu, || built.build(gpu, &estimate).map(|_| ()))?;
+        entry.insert("vs_estimate_ms".into(), estimated.into());
+        entry.insert("top_k_and_vs_build_ms".into(), chosen.into());
+        figures.insert(tokens.to_string(), entry.into());
+    }
+    Ok(json!({
+        "gpu": gpu.name(),
+        "shape": format!("{Q_HEADS} query heads, {KV_HEADS} KV heads, d {HEAD_DIM}, bf16, batch 1"),
+        "by_tokens": figures,
+    }))
+}
+
+fn median(gpu: &Gpu, mut work: impl FnMut() -> Result<(), GpuError>) -> Result<f64, GpuError> {
+    let mut times = Vec::new();
+    for i in 0..6 {
+        let watch = gpu.stopwatch()?;
+        work()?;
+        let time = watch.stop()?;
+        if i > 0 {
+            times.push(time);
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    Ok((times[2] * 1e-3 * 1e4).round() / 1e4)
+}

@@ -1,0 +1,384 @@
+//! A device, the one stream that all work on it is given to, and its kernels.
+
+use std::{collections::HashMap, ffi::c_void, marker::PhantomData, path::PathBuf, sync::Arc};
+
+use cudarc::{
+    driver::{CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, result, sys},
+    nvrtc::Ptx,
+};
+use parking_lot::Mutex;
+
+use crate::{Buffer, Compiler, Family, GpuError, Kernels, OpenError, PinnedBuffer, Plain};
+
+/// Where to find the compiler and where to keep what it makes.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Folder of NVRTC's libraries; by default the system's loader is asked.
+    pub nvrtc: Option<PathBuf>,
+    /// Folder for compiled kernels; without one they are compiled at each start (some seconds).
+    pub cache: Option<PathBuf>,
+}
+
+/// An open GPU. All work goes to one stream and runs in the order in which it was given; the calls return before it has
+/// run, except those that say they wait. Buffers are for the [`Gpu`] that made them (and its clones): between two that were
+/// opened apart nothing orders the work.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    context: Arc<CudaContext>,
+    pub(crate) stream: Arc<CudaStream>,
+    name: String,
+    capability: (i32, i32),
+    multiprocessors: usize,
+    kernels: Kernels,
+    modules: Mutex<HashMap<Family, Arc<CudaModule>>>,
+    functions: Mutex<HashMap<&'static str, CudaFunction>>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.name, self.kernels.arch())
+    }
+}
+
+impl Gpu {
+    /// Opens GPU `index`. Looks before it leaps: without a driver this is an error that says so.
+    ///
+    /// # Errors
+    /// If there is no driver, no such GPU, no NVRTC, or the GPU is older than Ampere.
+    pub fn open(index: usize, options: &Options) -> Result<Self, OpenError> {
+        let driver = |error: cudarc::driver::DriverError| OpenError::Driver(error.to_string());
+        // SAFETY: opens the driver's library, whose initialisers are made for that.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(OpenError::NoDriver);
+        }
+        result::init().map_err(driver)?;
+        let count = usize::try_from(CudaContext::device_count().map_err(driver)?).unwrap_or(0);
+        if index >= count {
+            return Err(OpenError::NoSuchGpu { index, count });
+        }
+        let context = CudaContext::new(index).map_err(driver)?;
+        // SAFETY: events order work between streams, and there is one stream; releases wait (`Buffer::drop`).
+        unsafe { context.disable_event_tracking() };
+        let name = context.name().map_err(driver)?;
+        let (major, minor) = context.compute_capability().map_err(driver)?;
+        if major < 8 {
+            return Err(OpenError::TooOld { name, major, minor });
+        }
+        let multiprocessors = context
+            .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(driver)?;
+        let compiler = Compiler::open(options.nvrtc.as_deref())?;
+        let kernels = Kernels::new(compiler, &Kernels::arch_of(major, minor), options.cache.clone());
+        let stream = context.new_stream().map_err(driver)?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                context,
+                stream,
+                name,
+                capability: (major, minor),
+                multiprocessors: usize::try_from(multiprocessors).unwrap_or(1).max(1),
+                kernels,
+                modules: Mutex::default(),
+                functions: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Name, as the driver gives it.
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Compute capability, `(9, 0)` for Hopper.
+    pub fn capability(&self) -> (i32, i32) {
+        self.shared.capability
+    }
+
+    /// Multiprocessors.
+    pub fn multiprocessors(&self) -> usize {
+        self.shared.multiprocessors
+    }
+
+    /// Bytes of memory: free now, and in all.
+    ///
+    /// # Errors
+    /// If the driver failed.
+    pub fn memory(&self) -> Result<(usize, usize), GpuError> {
+        self.shared
+            .context
+            .mem_get_info()
+            .map_err(GpuError::driver("asking for free memory"))
+    }
+
+    /// A buffer of `len` zeros.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn zeros<T: Plain>(&self, len: usize) -> Result<Buffer<T>, GpuError> {
+        Buffer::zeroed(&self.shared, len)
+    }
+
+    /// A buffer that holds a copy of `from`.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn upload<T: Plain>(&self, from: &[T]) -> Result<Buffer<T>, GpuError> {
+        let mut out = self.zeros(from.len())?;
+        out.upload(from)?;
+        Ok(out)
+    }
+
+    /// `len` zero bytes of page-locked host memory.
+    ///
+    /// # Errors
+    /// If the host has no room.
+    pub fn pinned(&self, len: usize) -> Result<PinnedBuffer, GpuError> {
+        PinnedBuffer::zeroed(&self.shared, len)
+    }
+
+    /// Copies a buffer's first `bytes` to another, in the order of the stream.
+    ///
+    /// # Errors
+    /// If either is too short.
+    pub fn copy<T: Plain>(&self, from: &Buffer<T>, to: &mut Buffer<T>, bytes: usize) -> Result<(), GpuError> {
+        if bytes > from.bytes() || bytes > to.bytes() {
+            let why = format!("{bytes} bytes from {} to {}", from.bytes(), to.bytes());
+            return Err(GpuError::shape("copy", why));
+        }
+        self.shared.bind("copying")?;
+        // SAFETY: the lengths were checked, and both buffers wait for the stream before they are released.
+        unsafe { sys::cuMemcpyDtoDAsync_v2(to.pointer, from.pointer, bytes, self.shared.stream.cu_stream()) }
+            .result()
+            .map_err(GpuError::driver("copying"))
+    }
+
+    /// Copies a buffer's first `bytes` to page-locked memory at `at`, in the order of the stream.
+    ///
+    /// # Errors
+    /// If either is too short.
+    pub fn copy_to_host<T: Plain>(
+        &self,
+        from: &Buffer<T>,
+        to: &mut PinnedBuffer,
+        at: usize,
+        bytes: usize,
+    ) -> Result<(), GpuError> {
+        if bytes > from.bytes() || at.checked_add(bytes).is_none_or(|end| end > to.len()) {
+            let why = format!("{bytes} bytes from {} to {at} of {}", from.bytes(), to.len());
+            return Err(GpuError::shape("copy_to_host", why));
+        }
+        if !Arc::ptr_eq(&self.shared, &to.shared) {
+            return Err(GpuError::shape(
+                "copy_to_host",
+                "the page-locked memory belongs to another open GPU",
+            ));
+        }
+        self.shared.bind("copying to the host")?;
+        // SAFETY: the lengths were checked; both sides wait for the stream before they are read or released.
+        unsafe {
+            sys::cuMemcpyDtoHAsync_v2(
+                to.pointer.add(at).cast(),
+                from.pointer,
+                bytes,
+                self.shared.stream.cu_stream(),
+            )
+        }
+        .result()
+        .map_err(GpuError::driver("copying to the host"))
+    }
+
+    /// Waits until all work that was given has run.
+    ///
+    /// # Errors
+    /// If any of it failed.
+    pub fn synchronize(&self) -> Result<(), GpuError> {
+        self.shared.synchronize("waiting")
+    }
+
+    /// Records what `work` launches, to be replayed at the price of one launch. What `work` borrows stays borrowed as long
+    /// as the graph lives, so a replay never meets memory that is gone. Kernels must have been launched once before:
+    /// loading code, allocating and copying from plain host memory are refused while recording.
+    ///
+    /// # Errors
+    /// If `work` fails or does what cannot be recorded.
+    pub fn record<'a>(&self, work: impl FnOnce(&Self) -> Result<(), GpuError> + 'a) -> Result<Graph<'a>, GpuError> {
+        let stream = &self.shared.stream;
+        stream
+            .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            .map_err(GpuError::driver("starting to record"))?;
+        let worked = work(self);
+        let graph = stream
+            .end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
+            .map_err(GpuError::driver("recording"));
+        worked?;
+        Ok(Graph {
+            graph: graph?,
+            shared: Arc::clone(&self.shared),
+            borrowed: PhantomData,
+        })
+    }
+
+    /// Starts to measure time on the device.
+    ///
+    /// # Errors
+    /// If the driver failed.
+    pub fn stopwatch(&self) -> Result<Stopwatch, GpuError> {
+        Ok(Stopwatch {
+            start: self.shared.event()?,
+            shared: Arc::clone(&self.shared),
+        })
+    }
+
+    /// Launches `kernel`, whose one argument is `params`, with static shared memory only.
+    ///
+    /// # Safety
+    /// As [`Gpu::launch_with`].
+    pub(crate) unsafe fn launch<P>(
+        &self,
+        family: Family,
+        kernel: &'static str,
+        grid: (u32, u32, u32),
+        threads: u32,
+        params: &P,
+    ) -> Result<(), GpuError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(family, kernel, grid, threads, 0, params) }
+    }
+
+    /// Launches `kernel`, whose one argument is `params`, with `shared` bytes of dynamic shared memory.
+    ///
+    /// # Safety
+    /// `P` must be the C layout of the kernel's parameter, and every address in it must be good for what the kernel does
+    /// with it until the work has run: [`Buffer`] waits before it is released.
+    pub(crate) unsafe fn launch_with<P>(
+        &self,
+        family: Family,
+        kernel: &'static str,
+        grid: (u32, u32, u32),
+        threads: u32,
+        shared: u32,
+        params: &P,
+    ) -> Result<(), GpuError> {
+        let function = self.shared.function(family, kernel)?;
+        self.shared.bind(kernel)?;
+        if shared > 0 {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(attribute, shared as i32)
+                .map_err(GpuError::driver(kernel))?;
+        }
+        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        // SAFETY: the driver copies the parameter during the call; the rest is the caller's promise.
+        unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                grid,
+                (threads, 1, 1),
+                shared,
+                self.shared.stream.cu_stream(),
+                &mut arguments,
+            )
+        }
+        .map_err(GpuError::driver(kernel))
+    }
+}
+
+impl Shared {
+    /// Makes the context the calling thread's; the driver's calls need one.
+    pub(crate) fn bind(&self, doing: &'static str) -> Result<(), GpuError> {
+        self.context.bind_to_thread().map_err(GpuError::driver(doing))
+    }
+
+    pub(crate) fn synchronize(&self, doing: &'static str) -> Result<(), GpuError> {
+        self.bind(doing)?;
+        self.stream.synchronize().map_err(GpuError::driver(doing))
+    }
+
+    /// Waits for every stream of the device that this process uses.
+    pub(crate) fn wait_for_all(&self, doing: &'static str) -> Result<(), GpuError> {
+        self.bind(doing)?;
+        self.context.synchronize().map_err(GpuError::driver(doing))
+    }
+
+    fn function(&self, family: Family, kernel: &'static str) -> Result<CudaFunction, GpuError> {
+        if let Some(function) = self.functions.lock().get(kernel) {
+            return Ok(function.clone());
+        }
+        let known = self.modules.lock().get(&family).cloned();
+        let module = match known {
+            Some(module) => module,
+            None => {
+                let cubin = self.kernels.cubin(family)?;
+                let module = self
+                    .context
+                    .load_module(Ptx::from_binary(cubin))
+                    .map_err(GpuError::driver("loading kernels"))?;
+                self.modules.lock().entry(family).or_insert(module).clone()
+            }
+        };
+        let function = module.load_function(kernel).map_err(GpuError::driver(kernel))?;
+        self.functions.lock().insert(kernel, function.clone());
+        Ok(function)
+    }
+
+    fn event(&self) -> Result<CudaEvent, GpuError> {
+        self.stream
+            .record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT))
+            .map_err(GpuError::driver("recording an event"))
+    }
+}
+
+/// Recorded launches.
+pub struct Graph<'a> {
+    graph: Option<CudaGraph>,
+    shared: Arc<Shared>,
+    borrowed: PhantomData<&'a mut ()>,
+}
+
+impl Graph<'_> {
+    /// Gives the recorded work to the stream again.
+    ///
+    /// # Errors
+    /// If the driver failed.
+    pub fn replay(&self) -> Result<(), GpuError> {
+        self.shared.bind("replaying a graph")?;
+        self.graph.as_ref().map_or(Ok(()), |graph| {
+            graph.launch().map_err(GpuError::driver("replaying a graph"))
+        })
+    }
+}
+
+impl Drop for Graph<'_> {
+    fn drop(&mut self) {
+        if self.shared.synchronize("releasing a graph").is_err() {
+            tracing::warn!("a graph was released on a failed device");
+        }
+    }
+}
+
+/// Time between two points of the stream, by the device's own clock.
+#[derive(Debug)]
+pub struct Stopwatch {
+    start: CudaEvent,
+    shared: Arc<Shared>,
+}
+
+impl Stopwatch {
+    /// Waits for the work so far; microseconds it took since the start.
+    ///
+    /// # Errors
+    /// If the work failed.
+    pub fn stop(self) -> Result<f64, GpuError> {
+        let end = self.shared.event()?;
+        end.synchronize().map_err(GpuError::driver("measuring time"))?;
+        let milliseconds = self
+            .start
+            .elapsed_ms(&end)
+            .map_err(GpuError::driver("measuring time"))?;
+        Ok(f64::from(milliseconds) * 1e3)
+    }
+}

@@ -1,0 +1,86 @@
+//! Attention of a prompt over a list of tiles, and the estimate that Vertical-Slash lists are made from; pair by pair.
+
+use super::Rows;
+use crate::{KvShape, TileList};
+
+/// Attention of `q [rows, q_heads, head_dim]`, the last `rows` positions of `kv`, under `tiles`: outputs
+/// `[rows, q_heads, head_dim]` and base-2 logs of the sums of weights `[q_heads, rows]`, zeros and `-inf` where nothing is
+/// seen. This is also how the sparse modes run without a GPU.
+pub fn prefill(
+    shape: KvShape,
+    q: &[f32],
+    q_heads: usize,
+    kv: &Rows,
+    tiles: &TileList,
+    scale: f32,
+) -> (Vec<f64>, Vec<f64>) {
+    let d = shape.head_dim;
+    let rows = q.len() / d / q_heads;
+    let offset = kv.tokens - rows;
+    let (mut out, mut out_lse) = (vec![0.0; q.len()], vec![f64::NEG_INFINITY; q_heads * rows]);
+    let mut scores = Vec::new();
+    for head in 0..q_heads {
+        let kv_rows = head / (q_heads / shape.kv_heads) * kv.tokens;
+        for row in 0..rows {
+            let at = (row * q_heads + head) * d;
+            let query = &q[at..at + d];
+            scores.clear();
+            scores.extend(
+                (0..=offset + row)
+                    .filter(|&key| tiles.sees(head, offset, row, key))
+                    .map(|key| {
+                        let key_row = &kv.k[(kv_rows + key) * d..(kv_rows + key + 1) * d];
+                        (key, dot(query, key_row) * f64::from(scale) * std::f64::consts::LOG2_E)
+                    }),
+            );
+            let most = scores
+                .iter()
+                .fold(f64::NEG_INFINITY, |most, &(_, score)| most.max(score));
+            if most == f64::NEG_INFINITY {
+                continue;
+            }
+            let sum: f64 = scores.iter().map(|(_, score)| (score - most).exp2()).sum();
+            for &(key, score) in &scores {
+                let weight = (score - most).exp2() / sum;
+                let value = &kv.v[(kv_rows + key) * d..(kv_rows + key + 1) * d];
+                for (out, &value) in out[at..at + d].iter_mut().zip(value) {
+                    *out += weight * f64::from(value);
+                }
+            }
+            out_lse[head * rows + row] = most + sum.log2();
+        }
+    }
+    (out, out_lse)
+}
+
+/// Attention weights of the last `last` (at most 64) of the queries `q [rows, q_heads, head_dim]`, summed by key and by
+/// diagonal: both `[q_heads, tokens]`, a diagonal being the distance of key from query (MInference, arXiv 2407.02490,
+/// algorithm 2).
+pub fn vs_estimate(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, scale: f32) -> (Vec<f64>, Vec<f64>) {
+    let d = shape.head_dim;
+    let rows = q.len() / d / q_heads;
+    let mut columns = vec![0.0; q_heads * kv.tokens];
+    let mut diagonals = columns.clone();
+    for head in 0..q_heads {
+        let kv_rows = head / (q_heads / shape.kv_heads) * kv.tokens;
+        for row in rows.saturating_sub(64)..rows {
+            let position = kv.tokens - rows + row;
+            let query = &q[(row * q_heads + head) * d..(row * q_heads + head + 1) * d];
+            let scores: Vec<f64> = (0..=position)
+                .map(|key| dot(query, &kv.k[(kv_rows + key) * d..(kv_rows + key + 1) * d]) * f64::from(scale))
+                .collect();
+            let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = scores.iter().map(|score| (score - most).exp()).sum();
+            for (key, score) in scores.iter().enumerate() {
+                let weight = (score - most).exp() / sum;
+                columns[head * kv.tokens + key] += weight;
+                diagonals[head * kv.tokens + position - key] += weight;
+            }
+        }
+    }
+    (columns, diagonals)
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+}

@@ -1,0 +1,91 @@
+//! The kernels' sources, which are part of the library.
+
+use sha2::{Digest, Sha256};
+
+/// A set of kernels that is compiled and loaded together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// `decode_partial`: attention of one token, split over the keys, with the fused merge.
+    Decode,
+    /// `merge`: joins partials.
+    Merge,
+    /// `copy_rows`: between fresh keys and values, pages and push records, with conversion to and from e4m3.
+    Pack,
+    /// `key_scores`: dot products of queries with every key.
+    Scores,
+    /// `top_k`: the largest scores of each row.
+    TopK,
+    /// `prefill`: attention of a prompt over a list of tiles.
+    Prefill,
+    /// `vs_estimate` and `vs_build`: a Vertical-Slash list from the prompt itself.
+    Plan,
+}
+
+/// Headers that the families share.
+pub(crate) const HEADERS: &[(&str, &str)] = &[
+    ("types.cuh", include_str!("../cuda/types.cuh")),
+    ("tile.cuh", include_str!("../cuda/tile.cuh")),
+    ("softmax.cuh", include_str!("../cuda/softmax.cuh")),
+    ("hopper.cuh", include_str!("../cuda/hopper.cuh")),
+    ("kv.cuh", include_str!("../cuda/kv.cuh")),
+    ("keys.cuh", include_str!("../cuda/keys.cuh")),
+];
+
+impl Family {
+    /// All families.
+    pub const ALL: &[Self] = &[
+        Self::Decode,
+        Self::Merge,
+        Self::Pack,
+        Self::Scores,
+        Self::TopK,
+        Self::Prefill,
+        Self::Plan,
+    ];
+
+    /// Name of the family and of its source file, without the ending.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Decode => "decode",
+            Self::Merge => "merge",
+            Self::Pack => "pack",
+            Self::Scores => "scores",
+            Self::TopK => "top_k",
+            Self::Prefill => "prefill",
+            Self::Plan => "plan",
+        }
+    }
+
+    /// The CUDA C++ source.
+    pub const fn source(self) -> &'static str {
+        match self {
+            Self::Decode => include_str!("../cuda/decode.cu"),
+            Self::Merge => include_str!("../cuda/merge.cu"),
+            Self::Pack => include_str!("../cuda/pack.cu"),
+            Self::Scores => include_str!("../cuda/scores.cu"),
+            Self::TopK => include_str!("../cuda/top_k.cu"),
+            Self::Prefill => include_str!("../cuda/prefill.cu"),
+            Self::Plan => include_str!("../cuda/plan.cu"),
+        }
+    }
+
+    /// SHA-256 of everything that the family is compiled from, as 32 hexadecimal digits: a part of its name in the cache.
+    pub(crate) fn digest(self) -> String {
+        let mut hash = Sha256::new();
+        for part in [self.name(), self.source()]
+            .into_iter()
+            .chain(HEADERS.iter().flat_map(|(name, text)| [*name, *text]))
+        {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        for option in crate::nvrtc::FLAGS {
+            hash.update(option);
+        }
+        hex(&hash.finalize()[..16])
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
