@@ -69,7 +69,7 @@ fn asked(seed: u64, target_mass: f32) -> Asked {
             k_max: None,
             options: AttendOptions::default(),
         },
-        excluded: vec![0..3],
+        excluded: std::iter::once(0..3).collect(),
         deadline: None,
     }
 }
