@@ -117,7 +117,9 @@ impl Progress {
         if skip == Some(Skip::Bytes) {
             return;
         }
-        self.bounds.extend(std::iter::repeat_n(0.0, head.mass.len()));
+        // What was scanned key by key is known, not estimated.
+        let missed = head.mass.iter().map(|mass| (1.0 - mass * reached).max(0.0));
+        self.bounds.extend(missed);
         self.report.bytes_read += (head.scanned + head.value_rows) as u64 * self.row_bytes / self.queries;
     }
 

@@ -11,7 +11,7 @@ use std::{
 use bytes::{BufMut, BytesMut};
 use half::f16;
 use kvasir_block::{Dtype, LayerBlockLayout};
-use kvasir_index::{Attended, Excluded, FlatScan, Rows, Segment, SketchFormat, SketchScan};
+use kvasir_index::{Attended, Excluded, FlatScan, Rows, Segment, SketchFormat, SketchScan, Streaming};
 use parking_lot::{Condvar, Mutex};
 
 use super::{
@@ -222,13 +222,28 @@ impl Search {
         }
     }
 
+    /// Whether the caller attends by itself to what a streaming head was found to attend to. Only then may such a head go
+    /// unsearched.
+    fn keeps_static_set(&self) -> bool {
+        let tokens = (self.blocks.len() * self.layout.block_tokens) as u32;
+        let kept = [
+            0..(Streaming::SINK as u32).min(tokens),
+            tokens.saturating_sub(Streaming::WINDOW as u32)..tokens,
+        ];
+        kept.into_iter()
+            .all(|range| self.excluded.searched(range).next().is_none())
+    }
+
     fn sketched_head<'a>(&'a self, kv_head: usize, halves: &[Option<&'a [f16]>], sketched: &'a Sketched) -> Head {
         let layout = &self.layout;
         let basis = sketched.basis.basis().head(sketched.layer.into(), kv_head);
         if basis.streaming {
+            let mut flat = FlatScan::new(layout.head_dim, self.scale);
+            let streaming = self.keeps_static_set();
+            let searched = if streaming { &[] } else { halves };
             return Head {
-                streaming: true,
-                ..self.head(kv_head, &[], &mut FlatScan::new(layout.head_dim, self.scale))
+                streaming,
+                ..self.head(kv_head, searched, &mut flat)
             };
         }
         let format = SketchFormat::new(layout.head_dim);

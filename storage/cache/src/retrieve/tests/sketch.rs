@@ -1,6 +1,6 @@
 //! Retrieval through sketches, judged by the oracle and by the flat scan.
 
-use kvasir_index::{Basis, HeadBasis};
+use kvasir_index::{Basis, Excluded, HeadBasis};
 
 use super::*;
 
@@ -51,19 +51,22 @@ fn attend(target_mass: f32, options: AttendOptions) -> Form {
     }
 }
 
+/// What a worker keeps of 200 blocks: 160 tokens are left to search.
+const KEPT: [Range<u32>; 2] = [0..128, 288..800];
+
 #[test]
 fn everything_attended_is_the_oracle_and_streaming_heads_search_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let (cache, namespace) = sketched(dir.path(), 40);
+    let (cache, namespace) = sketched(dir.path(), 200);
     let context = cache
-        .open_context(namespace, &chain(40), 6, 0.35, IndexChoice::Best)
+        .open_context(namespace, &chain(200), 6, 0.35, IndexChoice::Best)
         .unwrap();
     let serving = context.serving();
     assert_eq!((serving.index, serving.reason), ("sketch", ""));
     assert_eq!(context.basis_id(), cache.basis_id(namespace));
     let q = queries(&wide(), 6, 1);
-    let (o, lse, report) = attended(&cache, &context, &ask(&q, 1, 1.0, &[0..2]));
-    let positions: Vec<u32> = (2..160).collect();
+    let (o, lse, report) = attended(&cache, &context, &ask(&q, 1, 1.0, &KEPT));
+    let positions: Vec<u32> = (128..288).collect();
     let expected = oracle(&wide(), &q, 1, 0.35, &positions);
     // Two of the three KV heads, two query heads each.
     assert_near(&o[..4 * 32], &expected.0[..4 * 32], "o");
@@ -72,7 +75,7 @@ fn everything_attended_is_the_oracle_and_streaming_heads_search_nothing() {
     assert_eq!((report.index, report.shortfall), ("sketch", None));
     assert_eq!(
         (report.keys_total, report.keys_scanned, report.keys_rescored),
-        (316, 316, 316)
+        (320, 320, 320)
     );
     assert!(
         report.mass_covered.iter().all(|mass| (mass - 1.0).abs() < 1e-4),
@@ -82,10 +85,31 @@ fn everything_attended_is_the_oracle_and_streaming_heads_search_nothing() {
     let stats = cache.stats();
     assert_eq!(stats.sketched_blocks, 40);
     assert!(stats.context_bytes > 40 * 1536);
-    attended(&cache, &context, &ask(&q, 1, 1.0, &[]));
+    attended(&cache, &context, &ask(&q, 1, 1.0, &KEPT));
     assert_eq!(cache.stats().sketched_blocks, 40);
     drop(context);
     assert_eq!(cache.stats().context_bytes, 0);
+}
+
+/// That a head streams was found with a sink and a window of a size: who keeps less is given what that head attends to.
+#[test]
+fn a_streaming_head_is_searched_for_who_keeps_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, namespace) = sketched(dir.path(), 200);
+    let context = cache
+        .open_context(namespace, &chain(200), 6, 0.35, IndexChoice::Best)
+        .unwrap();
+    let q = queries(&wide(), 6, 4);
+    let smaller: [&[Range<u32>]; 4] = [&[], &[0..127, 288..800], &[0..128, 289..800], &[0..128, 288..799]];
+    for kept in smaller {
+        let excluded = Excluded::new(kept);
+        let positions: Vec<u32> = excluded.searched(0..800).flatten().collect();
+        let (o, lse, report) = attended(&cache, &context, &ask(&q, 1, 1.0, kept));
+        let expected = oracle(&wide(), &q, 1, 0.35, &positions);
+        assert_near(&o[4 * 32..], &expected.0[4 * 32..], "o");
+        assert_near(&lse[4..], &expected.1[4..], "lse");
+        assert_eq!(report.keys_total, 3 * positions.len() as u64, "{kept:?}");
+    }
 }
 
 #[test]
@@ -166,15 +190,15 @@ fn what_sketches_cannot_give_the_flat_scan_gives() {
 #[test]
 fn rows_are_among_the_best_and_whole() {
     let dir = tempfile::tempdir().unwrap();
-    let (cache, namespace) = sketched(dir.path(), 40);
-    let open = |index| cache.open_context(namespace, &chain(40), 3, 0.35, index).unwrap();
+    let (cache, namespace) = sketched(dir.path(), 200);
+    let open = |index| cache.open_context(namespace, &chain(200), 3, 0.35, index).unwrap();
     let (context, flat) = (open(IndexChoice::Best), open(IndexChoice::Flat));
     let mut same = 0;
     for seed in 0..10 {
         let q = queries(&wide(), 3, seed);
         let rows = Query {
             form: Form::Rows { k: 10 },
-            ..ask(&q, 0, 1.0, &[5..9])
+            ..ask(&q, 0, 1.0, &KEPT)
         };
         let both = [&context, &flat].map(|context| match cache.retrieve(context, &rows).unwrap().0 {
             Found::Rows(heads) => heads,
