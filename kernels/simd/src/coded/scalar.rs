@@ -23,7 +23,7 @@ pub(super) fn strip(call: Call<'_>, levels: &mut [u16], stride: usize, sums: &mu
                     }
                     let scaled = (((i32::from(product) * i32::from(map.factor)) >> 14) + 1) >> 1;
                     let level = (scaled as i16).saturating_add(map.offset).clamp(LOWEST, HIGHEST);
-                    let searched = call.keys.mask.is_none_or(|mask| mask[group] >> key & 1 == 1);
+                    let searched = call.keys.mask.is_none_or(|mask| (mask[group] >> key) & 1 == 1);
                     out[key] = if searched { level as u16 } else { 0 };
                 }
                 for (sum, pair) in sum.iter_mut().zip(out.chunks_exact(2)) {

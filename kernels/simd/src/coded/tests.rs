@@ -62,7 +62,7 @@ proptest! {
             let mut sums = vec![0.0_f64; groups.div_ceil(run_groups)];
             for key in 0..groups * GROUP {
                 let level = Level(truth.levels[head * (groups * GROUP + 3) + key]);
-                if masked && mask[key / GROUP] >> (key % GROUP) & 1 == 0 {
+                if masked && (mask[key / GROUP] >> (key % GROUP)) & 1 == 0 {
                     prop_assert_eq!(level.0, 0);
                     continue;
                 }
