@@ -127,13 +127,7 @@ fn weigh_rows_in<L: Lanes>(l: L, weights: &[f32], rows: &[&[f16]], head_dim: usi
 
 /// Adds the `V` vectors of each row from element `first` on to sums that stay in registers.
 #[inline(always)]
-fn weigh<L: Lanes, const V: usize>(
-    l: L,
-    weights: &[f32],
-    rows: &[&[f16]],
-    first: usize,
-    sums: &mut [[f32; LANES]],
-) {
+fn weigh<L: Lanes, const V: usize>(l: L, weights: &[f32], rows: &[&[f16]], first: usize, sums: &mut [[f32; LANES]]) {
     let mut kept: [L::F; V] = std::array::from_fn(|v| l.load(&sums[v]));
     for (at, (row, &weight)) in rows.iter().zip(weights).enumerate() {
         if let Some(next) = rows.get(at + AHEAD) {

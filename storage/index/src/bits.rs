@@ -17,6 +17,11 @@ impl Bits {
         self.words[index as usize / 64] |= 1 << (index % 64);
     }
 
+    /// Whether `index`, which is below the `len` of the last reset, is in the set.
+    pub(crate) fn contains(&self, index: u32) -> bool {
+        (self.words[index as usize / 64] >> (index % 64)) & 1 == 1
+    }
+
     /// How many are in the set.
     pub(crate) fn count(&self) -> usize {
         self.words.iter().map(|word| word.count_ones() as usize).sum()
@@ -50,6 +55,7 @@ mod tests {
             given.iter().for_each(|&index| bits.insert(index));
             assert_eq!(bits.iter().collect::<Vec<_>>(), expected);
             assert_eq!(bits.count(), expected.len());
+            assert!((0..len as u32).all(|index| bits.contains(index) == expected.contains(&index)));
         }
     }
 }

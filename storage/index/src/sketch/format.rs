@@ -127,7 +127,13 @@ pub fn encode_block(
     let block = &mut out[start..];
     // Most blocks are short: room for the longest is only made for long ones.
     if n <= BLOCK_USUAL {
-        encode(format, basis, keys, &mut [[0.0; GROUP]; BLOCK_USUAL / GROUP * RANK], block);
+        encode(
+            format,
+            basis,
+            keys,
+            &mut [[0.0; GROUP]; BLOCK_USUAL / GROUP * RANK],
+            block,
+        );
     } else {
         encode(format, basis, keys, &mut [[0.0; GROUP]; KEYS_MAX / GROUP * RANK], block);
     }

@@ -44,7 +44,7 @@ pub(super) struct Table {
     runs_room: usize,
     weights: Vec<f32>,
     sample: Vec<u16>,
-    order: Vec<(u16, u32)>,
+    mass: Vec<(f64, usize)>,
 }
 
 impl Table {
@@ -133,14 +133,6 @@ impl Table {
         &self.sums[head * self.runs_room..][..self.runs]
     }
 
-    /// Weight of all keys by their sketches; 0 for a dead head.
-    pub(super) fn total(&self, head: usize) -> f64 {
-        match self.kinds[head] {
-            Kind::Dead => 0.0,
-            _ => self.sums(head).iter().map(|sum| f64::from(*sum)).sum(),
-        }
-    }
-
     /// Puts the best at most `count` slots by sketch into `out`, rising; fewer where about half as many hold `target_mass` of
     /// the mass by sketch. Ties go to the lower slot.
     pub(super) fn candidates(&mut self, head: usize, count: usize, target_mass: f32, out: &mut Vec<u32>) {
@@ -165,24 +157,26 @@ impl Table {
             lowest = lowest.saturating_sub(down).max(1);
             down = down.saturating_mul(2);
         }
+        let sample = &mut self.sample;
+        sample.clear();
+        sample.extend(out.iter().map(|slot| levels[*slot as usize]));
         let wanted = if target_mass < 1.0 {
-            let total: f64 = self.sums[head * self.runs_room..][..self.runs]
-                .iter()
-                .map(|sum| f64::from(*sum))
-                .sum();
-            count.min(enough(levels, out, total * f64::from(target_mass)))
+            let sums = &self.sums[head * self.runs_room..][..self.runs];
+            let total: f64 = sums.iter().map(|sum| f64::from(*sum)).sum();
+            count.min(enough(sample, lowest, total * f64::from(target_mass), &mut self.mass))
         } else {
             count
         };
         if out.len() > wanted {
-            self.order.clear();
-            self.order
-                .extend(out.iter().map(|slot| (levels[*slot as usize], *slot)));
-            self.order
-                .select_nth_unstable_by(wanted - 1, |a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
-            out.clear();
-            out.extend(self.order[..wanted].iter().map(|(_, slot)| *slot));
-            out.sort_unstable();
+            let (above, edge, _) = sample.select_nth_unstable_by(wanted - 1, |a, b| b.cmp(a));
+            let edge = *edge;
+            let mut ties = 1 + above.iter().filter(|level| **level == edge).count();
+            out.retain(|slot| {
+                let level = levels[*slot as usize];
+                let tie = level == edge && ties > 0;
+                ties -= usize::from(tie);
+                level > edge || tie
+            });
         }
     }
 }
@@ -221,14 +215,16 @@ fn guess(levels: &[u16], count: usize, searched: usize, sample: &mut Vec<u16>) -
 }
 
 /// How many candidates to re-score for a mass by sketch of `wanted`: twice as many as hold it, since sketches misjudge ranks.
-fn enough(levels: &[u16], slots: &[u32], wanted: f64) -> usize {
+/// `levels` are at least `lowest`.
+fn enough(levels: &[u16], lowest: u16, wanted: f64, mass: &mut Vec<(f64, usize)>) -> usize {
     /// Twice the fewest keys that hold the mass, and never fewer than these.
     const LEAST: usize = 32;
-    let mut mass = [(0.0_f64, 0_usize); (u16::MAX / BUCKET) as usize + 1];
-    for slot in slots {
-        let level = levels[*slot as usize];
-        let bucket = &mut mass[usize::from(level / BUCKET)];
-        bucket.0 += f64::from(Level(level).weight());
+    let highest = levels.iter().copied().max().unwrap_or(lowest);
+    mass.clear();
+    mass.resize(usize::from((highest - lowest) / BUCKET) + 1, (0.0, 0));
+    for level in levels {
+        let bucket = &mut mass[usize::from((level - lowest) / BUCKET)];
+        bucket.0 += f64::from(Level(*level).weight());
         bucket.1 += 1;
     }
     let (mut sum, mut keys) = (0.0, 0);
