@@ -9,6 +9,8 @@ use crate::{
 
 /// Rows whose bytes are asked for before they are needed.
 const AHEAD: usize = 8;
+/// Rows that stay in the nearest cache while every head takes them.
+const NEAR: usize = 64;
 /// Queries that share a converted row.
 const HEADS: usize = 4;
 
@@ -33,21 +35,27 @@ dispatched!(fn score_rows_on(q: &[f32], rows: &[&[f16]], head_dim: usize, factor
 #[inline(always)]
 fn score_rows_in<L: Lanes>(l: L, q: &[f32], rows: &[&[f16]], head_dim: usize, factor: f32, out: &mut [f32]) {
     let n = rows.len();
-    for (at, &row) in rows.iter().enumerate() {
+    for first in (0..n).step_by(NEAR) {
+        let rows = &rows[first..n.min(first + NEAR)];
+        for (strip, q) in q.chunks(HEADS * head_dim).enumerate() {
+            let out = &mut out[strip * HEADS * n + first..];
+            match q.len() / head_dim {
+                4 => score_each::<L, 4>(l, q, rows, factor, out, n),
+                3 => score_each::<L, 3>(l, q, rows, factor, out, n),
+                2 => score_each::<L, 2>(l, q, rows, factor, out, n),
+                _ => score_each::<L, 1>(l, q, rows, factor, out, n),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn score_each<L: Lanes, const G: usize>(l: L, q: &[f32], rows: &[&[f16]], factor: f32, out: &mut [f32], stride: usize) {
+    for (at, row) in rows.iter().enumerate() {
         if let Some(next) = rows.get(at + AHEAD) {
             prefetch(next);
         }
-        let mut head = 0;
-        for q in q.chunks(HEADS * head_dim) {
-            let out = &mut out[head * n + at..];
-            match q.len() / head_dim {
-                4 => score::<L, 4>(l, q, row, factor, out, n),
-                3 => score::<L, 3>(l, q, row, factor, out, n),
-                2 => score::<L, 2>(l, q, row, factor, out, n),
-                _ => score::<L, 1>(l, q, row, factor, out, n),
-            }
-            head += HEADS;
-        }
+        score::<L, G>(l, q, row, factor, &mut out[at..], stride);
     }
 }
 
@@ -97,8 +105,6 @@ pub fn weigh_rows(weights: &[f32], rows: &[&[f16]], head_dim: usize, sums: &mut 
 dispatched!(fn weigh_rows_on(weights: &[f32], rows: &[&[f16]], head_dim: usize, sums: &mut [f32]) = weigh_rows_in);
 #[inline(always)]
 fn weigh_rows_in<L: Lanes>(l: L, weights: &[f32], rows: &[&[f16]], head_dim: usize, sums: &mut [f32]) {
-    /// Rows that stay in the nearest cache while every head takes them.
-    const NEAR: usize = 64;
     let n = rows.len();
     for (at, rows) in rows.chunks(NEAR).enumerate() {
         for (head, sums) in sums.chunks_exact_mut(head_dim).enumerate() {

@@ -1,8 +1,8 @@
 //! The fewest best of a head's candidates for a wanted mass.
 //!
 //! Weights are powers of two of scores, made once for all that follows. Their leading bits (exponent and three of the
-//! mantissa) are a histogram's bucket, so one pass finds the bucket where the mass is reached, and only its members are
-//! sorted.
+//! mantissa) are a histogram's bucket, so one pass finds the bucket where the mass is reached. Its members are divided once
+//! more, and only those of the last part are sorted.
 
 /// Bits of a weight that its bucket leaves out.
 const SHIFT: u32 = 20;
@@ -18,6 +18,7 @@ pub(super) struct Choice {
     /// Nothing that could be chosen was not.
     pub(super) all: bool,
     members: Vec<u32>,
+    last: Vec<u32>,
 }
 
 impl Choice {
@@ -46,30 +47,56 @@ impl Choice {
             self.mass += mass[at];
             left -= counts[at] as usize;
         }
-        // Whole buckets from `edge` on; of the next one below it as many as are still wanted.
+        // Whole buckets from `edge` on; of the next one below it as many as are still wanted, first by bits more.
         let last = (0..edge).rev().find(|at| counts[*at] > 0);
         self.members.clear();
         if let Some(last) = last.filter(|_| self.mass < wanted && left > 0) {
             let finite = |at: &u32| bucket(weights[*at as usize]) == last && scores[*at as usize] > f32::NEG_INFINITY;
             self.members.extend((0..scores.len() as u32).filter(finite));
-            let better = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
-            self.members.sort_unstable_by(better);
-            let mut count = 0;
-            while count < left.min(self.members.len()) && self.mass < wanted {
-                self.mass += f64::from(weights[self.members[count] as usize]);
-                count += 1;
-            }
-            self.members.truncate(count);
-            self.members.sort_unstable();
+            self.refine(scores, weights, wanted, left);
         }
-        let mut members = self.members.iter().peekable();
-        let chosen = |at: &u32| {
-            members.next_if_eq(&at).is_some()
-                || (bucket(weights[*at as usize]) >= edge && scores[*at as usize] > f32::NEG_INFINITY)
-        };
-        self.picked.extend((0..scores.len() as u32).filter(chosen));
+        let mut members = self.members.iter().copied().peekable();
+        for (at, (score, weight)) in scores.iter().zip(weights).enumerate() {
+            let member = members.peek() == Some(&(at as u32));
+            if member {
+                members.next();
+            }
+            if member || (bucket(*weight) >= edge && *score > f32::NEG_INFINITY) {
+                self.picked.push(at as u32);
+            }
+        }
         self.all = self.picked.len() + none as usize == scores.len();
         self.mass < wanted && !self.all
+    }
+
+    /// Keeps of the members of one bucket the fewest best that reach `wanted`, at most `left`.
+    fn refine(&mut self, scores: &[f32], weights: &[f32], wanted: f64, mut left: usize) {
+        const PARTS: usize = 128;
+        let part = |at: &u32| (weights[*at as usize].to_bits() >> (SHIFT - 7)) as usize % PARTS;
+        let (mut mass, mut counts) = ([0.0_f64; PARTS], [0_usize; PARTS]);
+        for at in &self.members {
+            mass[part(at)] += f64::from(weights[*at as usize]);
+            counts[part(at)] += 1;
+        }
+        let mut edge = PARTS;
+        while edge > 0 && self.mass + mass[edge - 1] < wanted && counts[edge - 1] <= left {
+            edge -= 1;
+            self.mass += mass[edge];
+            left -= counts[edge];
+        }
+        let Some(last) = edge.checked_sub(1) else { return };
+        self.last.clear();
+        self.last.extend(self.members.iter().filter(|at| part(at) == last));
+        let better = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
+        self.last.sort_unstable_by(better);
+        let mut count = 0;
+        while count < left.min(self.last.len()) && self.mass < wanted {
+            self.mass += f64::from(weights[self.last[count] as usize]);
+            count += 1;
+        }
+        self.members.retain(|at| part(at) >= edge);
+        self.members.extend_from_slice(&self.last[..count]);
+        self.members.sort_unstable();
     }
 }
 
