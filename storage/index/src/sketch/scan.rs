@@ -30,6 +30,8 @@ pub struct SketchScan<'a> {
     q: Vec<f32>,
     table: Table,
     blocks: Vec<Block<'a>>,
+    /// Block of each group of slots.
+    block_of: Vec<u32>,
     /// Queries were replaced since the sketches were scanned: weights by sketch are those of a prediction.
     predicted: bool,
     cost: Cost,
@@ -82,6 +84,7 @@ impl<'a> SketchScan<'a> {
         self.q.extend_from_slice(q);
         self.table.begin(format, q, basis, self.scale);
         self.blocks.clear();
+        self.block_of.clear();
         self.predicted = false;
         self.cost = Cost::default();
         self.candidates.clear();
@@ -155,6 +158,8 @@ impl<'a> SketchScan<'a> {
         }
         // Where nobody looks nothing is kept: the next block writes over it.
         if searched {
+            self.block_of
+                .resize(self.block_of.len() + groups, self.blocks.len() as u32);
             self.blocks.push(Block {
                 segment,
                 means: view.means,
@@ -200,10 +205,9 @@ impl<'a> SketchScan<'a> {
     /// Token positions of the at most `count` best keys per head by sketch alone, the union rising: what a prediction parks.
     pub fn candidates(&mut self, count: usize) -> Vec<u32> {
         self.find(|_, _| (count, 1.0));
-        let mut at = 0;
         let mut positions = Vec::new();
         for slot in self.union.iter() {
-            let place = self.place(slot, &mut at);
+            let place = self.place(slot);
             positions.push(self.blocks[place.0].segment.position as u32 + place.1);
         }
         positions
@@ -227,9 +231,8 @@ impl<'a> SketchScan<'a> {
             finite.for_each(|at| self.union.insert(slots[at]));
         }
         let mut rows = Rows::default();
-        let mut at = 0;
         for slot in self.union.iter() {
-            let place = self.place(slot, &mut at);
+            let place = self.place(slot);
             rows.positions
                 .push(self.blocks[place.0].segment.position as u32 + place.1);
             rows.places.push((place.0 as u32, place.1));
@@ -281,12 +284,10 @@ impl<'a> SketchScan<'a> {
         self.cost
     }
 
-    /// Block and row in it of a slot; `at` is where the last one was, slots come rising.
-    fn place(&self, slot: u32, at: &mut usize) -> (usize, u32) {
-        while self.blocks.get(*at + 1).is_some_and(|next| next.slot <= slot) {
-            *at += 1;
-        }
-        (*at, slot - self.blocks[*at].slot)
+    /// Block and row in it of a slot.
+    fn place(&self, slot: u32) -> (usize, u32) {
+        let block = self.block_of[slot as usize / GROUP] as usize;
+        (block, slot - self.blocks[block].slot)
     }
 }
 

@@ -179,12 +179,17 @@ impl Table {
                 whole
             });
             let edge = highest - above.count() as u16;
-            out.retain(|slot| {
-                let level = levels[*slot as usize];
+            // Written whether kept or not: which are is not for a processor to guess.
+            let mut kept = 0;
+            for at in 0..out.len() {
+                let slot = out[at];
+                let level = levels[slot as usize];
                 let tie = level == edge && ties > 0;
                 ties -= usize::from(tie);
-                level > edge || tie
-            });
+                out[kept] = slot;
+                kept += usize::from((level > edge) | tie);
+            }
+            out.truncate(kept);
         }
     }
 }

@@ -130,7 +130,7 @@ impl<'a> SketchScan<'a> {
         }
         out.value_rows = self.union.count();
         tail.chosen.each_tile(
-            &self.blocks,
+            (&self.blocks, &self.block_of),
             d,
             |segment| segment.values,
             &mut self.rows,
@@ -190,12 +190,14 @@ impl<'a> SketchScan<'a> {
         if lse > f32::NEG_INFINITY {
             let factor = (high - lse).exp2();
             let slots = &self.candidates.slots[own];
-            for &at in &tail.choice.picked {
-                let slot = slots[at as usize];
-                self.union.insert(slot);
-                tail.chosen.slots.push(slot);
-                tail.chosen.scores.push(tail.weights[at as usize] * factor);
-            }
+            let picked = tail.choice.picked.iter().map(|at| *at as usize);
+            tail.chosen.slots.extend(picked.clone().map(|at| slots[at]));
+            tail.chosen
+                .scores
+                .extend(picked.clone().map(|at| tail.weights[at] * factor));
+            picked.clone().for_each(|at| self.union.insert(slots[at]));
+            // What remains are the weights of those that were not chosen.
+            picked.for_each(|at| tail.weights[at] = 0.0);
             if !tail.runs.is_empty() {
                 self.weigh_tail(head, lse, rest, factor, tail);
             }
@@ -214,11 +216,8 @@ impl<'a> SketchScan<'a> {
                 *weight = left * scale;
             }
         }
-        let mut picked = tail.choice.picked.iter().peekable();
-        for (at, (run, weight)) in self.rest.runs.iter().zip(&tail.weights).enumerate() {
-            if picked.next_if_eq(&&(at as u32)).is_none() {
-                weights[*run as usize] += weight * factor;
-            }
+        for (run, weight) in self.rest.runs.iter().zip(&tail.weights) {
+            weights[*run as usize] += weight * factor;
         }
         // What no f32 sum would notice is not read.
         for weight in weights.iter_mut().filter(|weight| **weight < 1e-9) {

@@ -6,6 +6,8 @@
 
 /// Bits of a weight that its bucket leaves out.
 const SHIFT: u32 = 20;
+/// Bits that divide a bucket.
+const FINE: u32 = 7;
 /// Weights are at most 1.
 const BUCKETS: usize = (0x3f80_0000 >> SHIFT) + 1;
 
@@ -49,30 +51,37 @@ impl Choice {
         }
         // Whole buckets from `edge` on; of the next one below it as many as are still wanted, first by bits more.
         let last = (0..edge).rev().find(|at| counts[*at] > 0);
-        self.members.clear();
+        self.last.clear();
+        let mut fine = (edge as u32) << FINE;
         if let Some(last) = last.filter(|_| self.mass < wanted && left > 0) {
             let finite = |at: &u32| bucket(weights[*at as usize]) == last && scores[*at as usize] > f32::NEG_INFINITY;
+            self.members.clear();
             self.members.extend((0..scores.len() as u32).filter(finite));
-            self.refine(scores, weights, wanted, left);
+            fine = ((last as u32) << FINE) + self.refine(scores, weights, wanted, left);
         }
-        let mut members = self.members.iter().copied().peekable();
-        for (at, (score, weight)) in scores.iter().zip(weights).enumerate() {
-            let member = members.peek() == Some(&(at as u32));
-            if member {
-                members.next();
+        // Written whether chosen or not: which are is not for a processor to guess.
+        self.picked.resize(scores.len(), 0);
+        let mut more = self.last.iter().copied();
+        let (mut next, mut count) = (more.next(), 0);
+        for (at, (score, weight)) in (0..).zip(scores.iter().zip(weights)) {
+            self.picked[count] = at;
+            let better = (weight.to_bits() >> (SHIFT - FINE) >= fine) & (*score > f32::NEG_INFINITY);
+            let last = next == Some(at);
+            if last {
+                next = more.next();
             }
-            if member || (bucket(*weight) >= edge && *score > f32::NEG_INFINITY) {
-                self.picked.push(at as u32);
-            }
+            count += usize::from(better | last);
         }
+        self.picked.truncate(count);
         self.all = self.picked.len() + none as usize == scores.len();
         self.mass < wanted && !self.all
     }
 
-    /// Keeps of the members of one bucket the fewest best that reach `wanted`, at most `left`.
-    fn refine(&mut self, scores: &[f32], weights: &[f32], wanted: f64, mut left: usize) {
-        const PARTS: usize = 128;
-        let part = |at: &u32| (weights[*at as usize].to_bits() >> (SHIFT - 7)) as usize % PARTS;
+    /// Of the members of one bucket the fewest best that reach `wanted`, at most `left`: all parts from the one answered on,
+    /// and `last`, rising, of the part before it.
+    fn refine(&mut self, scores: &[f32], weights: &[f32], wanted: f64, mut left: usize) -> u32 {
+        const PARTS: usize = 1 << FINE;
+        let part = |at: &u32| (weights[*at as usize].to_bits() >> (SHIFT - FINE)) as usize % PARTS;
         let (mut mass, mut counts) = ([0.0_f64; PARTS], [0_usize; PARTS]);
         for at in &self.members {
             mass[part(at)] += f64::from(weights[*at as usize]);
@@ -84,19 +93,19 @@ impl Choice {
             self.mass += mass[edge];
             left -= counts[edge];
         }
-        let Some(last) = edge.checked_sub(1) else { return };
-        self.last.clear();
-        self.last.extend(self.members.iter().filter(|at| part(at) == last));
-        let better = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
-        self.last.sort_unstable_by(better);
-        let mut count = 0;
-        while count < left.min(self.last.len()) && self.mass < wanted {
-            self.mass += f64::from(weights[self.last[count] as usize]);
-            count += 1;
+        if edge > 0 {
+            self.last.extend(self.members.iter().filter(|at| part(at) == edge - 1));
+            let better = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
+            self.last.sort_unstable_by(better);
+            let mut count = 0;
+            while count < left.min(self.last.len()) && self.mass < wanted {
+                self.mass += f64::from(weights[self.last[count] as usize]);
+                count += 1;
+            }
+            self.last.truncate(count);
+            self.last.sort_unstable();
         }
-        self.members.retain(|at| part(at) >= edge);
-        self.members.extend_from_slice(&self.last[..count]);
-        self.members.sort_unstable();
+        edge as u32
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::f16;
-use kvasir_simd::{Level, Segment, score_rows};
+use kvasir_simd::{GROUP, Level, Segment, score_rows};
 
 use super::{Block, SketchScan};
 use crate::sketch::{format::RUN, search::Kind};
@@ -37,7 +37,7 @@ impl Candidates {
     /// after tile, rising.
     pub(super) fn each_tile<'a>(
         &self,
-        blocks: &[Block<'a>],
+        (blocks, block_of): (&[Block<'a>], &[u32]),
         d: usize,
         part: impl Fn(&Segment<'a>) -> &'a [f16],
         rows: &mut Vec<&'a [f16]>,
@@ -46,22 +46,16 @@ impl Candidates {
     ) {
         next.clear();
         next.extend((0..self.ends.len()).map(|head| self.of(head).start));
-        let mut rest = blocks;
-        while let Some(first) = rest.first() {
-            let count = rest.partition_point(|block| block.slot - first.slot < TILE);
-            let (tile, behind) = rest.split_at(count);
-            rest = behind;
-            let tile_end = behind.first().map_or(u32::MAX, |block| block.slot);
+        let slots = (block_of.len() * GROUP) as u32;
+        for tile in (0..slots).step_by(TILE as usize) {
             for (head, (next, end)) in next.iter_mut().zip(&self.ends).enumerate() {
                 rows.clear();
-                let (start, mut at) = (*next, 0);
-                for slot in self.slots[*next..*end].iter().take_while(|slot| **slot < tile_end) {
-                    while tile.get(at + 1).is_some_and(|block| block.slot <= *slot) {
-                        at += 1;
-                    }
-                    let row = (slot - tile[at].slot) as usize * d;
-                    rows.push(&part(&tile[at].segment)[row..row + d]);
-                }
+                let (start, own) = (*next, &self.slots[*next..*end]);
+                let own = &own[..own.partition_point(|slot| *slot < tile + TILE)];
+                rows.extend(own.iter().map(|slot| {
+                    let block = &blocks[block_of[*slot as usize / GROUP] as usize];
+                    &part(&block.segment)[(slot - block.slot) as usize * d..][..d]
+                }));
                 *next += rows.len();
                 if !rows.is_empty() {
                     take(head, rows, start..*next);
@@ -111,7 +105,7 @@ impl SketchScan<'_> {
         scores.resize(self.candidates.slots.len(), 0.0);
         let (q, scale) = (&self.q, self.scale);
         self.candidates.each_tile(
-            &self.blocks,
+            (&self.blocks, &self.block_of),
             d,
             |segment| segment.keys,
             &mut self.rows,
@@ -139,6 +133,7 @@ impl SketchScan<'_> {
     pub(super) fn leave(&mut self, head: usize) -> f32 {
         /// Below this share of a run's weight its sum is made anew, so that nothing cancels.
         const ANEW: f32 = 0.05;
+        let d = self.head_dim();
         let Rest { left, total, runs, .. } = &mut self.rest;
         left.clear();
         left.extend_from_slice(self.table.sums(head));
@@ -146,33 +141,23 @@ impl SketchScan<'_> {
         let own = self.candidates.of(head);
         let (levels, sums) = (self.table.levels(head), self.table.sums(head));
         let slots = &self.candidates.slots[own.clone()];
-        let (mut from, mut at) = (0, 0);
-        while from < slots.len() {
-            while self.blocks.get(at + 1).is_some_and(|block| block.slot <= slots[from]) {
-                at += 1;
+        for slot in slots {
+            let block = &self.blocks[self.block_of[*slot as usize / GROUP] as usize];
+            let run = block.run + (slot - block.slot) / RUN as u32;
+            left[run as usize] -= Level(levels[*slot as usize]).weight();
+            runs.push(run);
+        }
+        for (run, (left, sum)) in left.iter_mut().zip(sums).enumerate() {
+            if *left >= ANEW * sum {
+                continue;
             }
-            let block = &self.blocks[at];
-            let of_block = (slots[from] - block.slot) / RUN as u32;
-            let run = (block.run + of_block) as usize;
-            let start = block.slot + of_block * RUN as u32;
-            let end = (start + RUN as u32).min(
-                self.blocks
-                    .get(at + 1)
-                    .map_or(self.table.slots as u32, |next| next.slot),
-            );
-            let mut inside = 0.0;
-            let first = from;
-            while let Some(slot) = slots.get(from).filter(|slot| **slot < end) {
-                inside += Level(levels[*slot as usize]).weight();
-                runs.push(run as u32);
-                from += 1;
-            }
-            left[run] -= inside;
-            if left[run] < ANEW * sums[run] {
-                let mut own = slots[first..from].iter().peekable();
-                let others = (start..end).filter(|slot| own.next_if_eq(&slot).is_none());
-                left[run] = others.map(|slot| Level(levels[slot as usize]).weight()).sum();
-            }
+            let block = &self.blocks[self.blocks.partition_point(|block| block.run as usize <= run) - 1];
+            let start = block.slot + (run as u32 - block.run) * RUN as u32;
+            let rows = block.segment.keys.len() / d;
+            let end = (start + RUN as u32).min(block.slot + rows.next_multiple_of(GROUP) as u32);
+            let mut own = slots[slots.partition_point(|slot| *slot < start)..].iter().peekable();
+            let others = (start..end).filter(|slot| own.next_if_eq(&slot).is_none());
+            *left = others.map(|slot| Level(levels[slot as usize]).weight()).sum();
         }
         *total = match self.table.kinds[head] {
             Kind::Dead => 0.0,
