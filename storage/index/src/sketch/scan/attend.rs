@@ -4,6 +4,7 @@ use half::f16;
 use kvasir_simd::{exp2_weights, weigh_rows};
 
 use super::{SketchScan, certificate::Missed, choose::Choice, log_add, rescore::Candidates, share_of};
+use crate::sketch::format::RUN;
 
 /// How [`SketchScan::attend`] decides.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,6 +61,10 @@ pub struct SketchAttended {
     pub escalations: u32,
 }
 
+/// Keys of a run that one chosen one stands for when its others' value is estimated: found on real text, where 0 gives 1.4
+/// times the error.
+const LIKE_CHOSEN: f32 = 8.0;
+
 /// Buffers of an answer.
 #[derive(Default)]
 pub(super) struct Tail<'a> {
@@ -70,6 +75,8 @@ pub(super) struct Tail<'a> {
     chosen: Candidates,
     /// Weights of the means, `[heads, runs]`.
     runs: Vec<f32>,
+    /// Keys chosen per run, then the bits of what each of them stands for.
+    taken: Vec<u32>,
     means: Vec<&'a [f16]>,
 }
 
@@ -222,6 +229,25 @@ impl<'a> SketchScan<'a> {
         // What no f32 sum would notice is not read.
         for weight in weights.iter_mut().filter(|weight| **weight < 1e-9) {
             *weight = 0.0;
+        }
+        // Values of keys that a query attends to are alike: the others of a run are thought of as its mean and its chosen ones.
+        let start = tail.chosen.ends.last().copied().unwrap_or(0);
+        reset(&mut tail.taken, runs);
+        for at in &tail.choice.picked {
+            tail.taken[self.rest.runs[*at as usize] as usize] += 1;
+        }
+        let keys = self.blocks.iter().flat_map(|block| {
+            let keys = block.means.len() / self.head_dim();
+            let rows = block.segment.keys.len() / self.head_dim();
+            (0..keys).map(move |run| RUN.min(rows - run * RUN))
+        });
+        for ((weight, taken), keys) in weights.iter_mut().zip(&mut tail.taken).zip(keys) {
+            let each = LIKE_CHOSEN * *weight / (keys as f32 + LIKE_CHOSEN * *taken as f32);
+            *weight -= each * *taken as f32;
+            *taken = each.to_bits();
+        }
+        for (at, weight) in tail.choice.picked.iter().zip(&mut tail.chosen.scores[start..]) {
+            *weight += f32::from_bits(tail.taken[self.rest.runs[*at as usize] as usize]);
         }
     }
 }
