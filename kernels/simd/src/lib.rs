@@ -58,7 +58,7 @@ pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;
 pub use rows::{project, score_rows, weigh_rows};
-pub use scan::{log_sum_exp2, scores, weighted_values};
+pub use scan::{exp2_weights, log_sum_exp2, scores, weighted_values};
 pub use top_k::top_k;
 pub use weights::{ShapeError, Weights};
 

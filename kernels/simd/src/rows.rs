@@ -9,6 +9,8 @@ use crate::{
 
 /// Rows whose bytes are asked for before they are needed.
 const AHEAD: usize = 8;
+/// Rows that stay in the nearest cache while every head takes them.
+const NEAR: usize = 64;
 /// Queries that share a converted row.
 const HEADS: usize = 4;
 
@@ -33,21 +35,27 @@ dispatched!(fn score_rows_on(q: &[f32], rows: &[&[f16]], head_dim: usize, factor
 #[inline(always)]
 fn score_rows_in<L: Lanes>(l: L, q: &[f32], rows: &[&[f16]], head_dim: usize, factor: f32, out: &mut [f32]) {
     let n = rows.len();
-    for (at, &row) in rows.iter().enumerate() {
+    for first in (0..n).step_by(NEAR) {
+        let rows = &rows[first..n.min(first + NEAR)];
+        for (strip, q) in q.chunks(HEADS * head_dim).enumerate() {
+            let out = &mut out[strip * HEADS * n + first..];
+            match q.len() / head_dim {
+                4 => score_each::<L, 4>(l, q, rows, factor, out, n),
+                3 => score_each::<L, 3>(l, q, rows, factor, out, n),
+                2 => score_each::<L, 2>(l, q, rows, factor, out, n),
+                _ => score_each::<L, 1>(l, q, rows, factor, out, n),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn score_each<L: Lanes, const G: usize>(l: L, q: &[f32], rows: &[&[f16]], factor: f32, out: &mut [f32], stride: usize) {
+    for (at, row) in rows.iter().enumerate() {
         if let Some(next) = rows.get(at + AHEAD) {
             prefetch(next);
         }
-        let mut head = 0;
-        for q in q.chunks(HEADS * head_dim) {
-            let out = &mut out[head * n + at..];
-            match q.len() / head_dim {
-                4 => score::<L, 4>(l, q, row, factor, out, n),
-                3 => score::<L, 3>(l, q, row, factor, out, n),
-                2 => score::<L, 2>(l, q, row, factor, out, n),
-                _ => score::<L, 1>(l, q, row, factor, out, n),
-            }
-            head += HEADS;
-        }
+        score::<L, G>(l, q, row, factor, &mut out[at..], stride);
     }
 }
 
@@ -98,26 +106,50 @@ dispatched!(fn weigh_rows_on(weights: &[f32], rows: &[&[f16]], head_dim: usize, 
 #[inline(always)]
 fn weigh_rows_in<L: Lanes>(l: L, weights: &[f32], rows: &[&[f16]], head_dim: usize, sums: &mut [f32]) {
     let n = rows.len();
-    for (at, &row) in rows.iter().enumerate() {
-        if let Some(next) = rows.get(at + AHEAD) {
-            prefetch(next);
-        }
-        let (whole, tail) = row.as_chunks::<LANES>();
+    for (at, rows) in rows.chunks(NEAR).enumerate() {
         for (head, sums) in sums.chunks_exact_mut(head_dim).enumerate() {
-            let weight = weights[head * n + at];
-            if weight == 0.0 {
-                continue;
-            }
-            let weight = l.splat(weight);
-            let (sums, sums_tail) = sums.as_chunks_mut::<LANES>();
-            for (value, sum) in whole.iter().zip(sums) {
-                l.store(l.fma(weight, l.load_f16(value), l.load(sum)), sum);
+            let weights = &weights[head * n + at * NEAR..][..rows.len()];
+            let (whole, tail) = sums.as_chunks_mut::<LANES>();
+            let mut first = 0;
+            for sums in whole.chunks_mut(4) {
+                match sums.len() {
+                    4 => weigh::<L, 4>(l, weights, rows, first, sums),
+                    3 => weigh::<L, 3>(l, weights, rows, first, sums),
+                    2 => weigh::<L, 2>(l, weights, rows, first, sums),
+                    _ => weigh::<L, 1>(l, weights, rows, first, sums),
+                }
+                first += sums.len() * LANES;
             }
             if !tail.is_empty() {
-                let sum = l.fma(weight, load_some_f16(l, tail), load_some(l, sums_tail, 0.0));
-                store_some(l, sum, sums_tail);
+                let mut sum = load_some(l, tail, 0.0);
+                for (row, &weight) in rows.iter().zip(weights).filter(|(_, weight)| **weight != 0.0) {
+                    sum = l.fma(l.splat(weight), load_some_f16(l, &row[first..]), sum);
+                }
+                store_some(l, sum, tail);
             }
         }
+    }
+}
+
+/// Adds the `V` vectors of each row from element `first` on to sums that stay in registers.
+#[inline(always)]
+fn weigh<L: Lanes, const V: usize>(l: L, weights: &[f32], rows: &[&[f16]], first: usize, sums: &mut [[f32; LANES]]) {
+    let mut kept: [L::F; V] = std::array::from_fn(|v| l.load(&sums[v]));
+    for (at, (row, &weight)) in rows.iter().zip(weights).enumerate() {
+        if let Some(next) = rows.get(at + AHEAD) {
+            prefetch(&next[first..first + V * LANES]);
+        }
+        if weight == 0.0 {
+            continue;
+        }
+        let weight = l.splat(weight);
+        let row = &row[first..first + V * LANES].as_chunks::<LANES>().0[..V];
+        for (sum, value) in kept.iter_mut().zip(row) {
+            *sum = l.fma(weight, l.load_f16(value), *sum);
+        }
+    }
+    for (sum, out) in kept.into_iter().zip(sums) {
+        l.store(sum, out);
     }
 }
 
@@ -151,53 +183,73 @@ pub fn project(directions: &[f32], mean: &[f32], keys: &[f16], out: &mut [[f32; 
 dispatched!(fn project_on(directions: &[f32], mean: &[f32], keys: &[f16], out: &mut [[f32; LANES]]) = project_in);
 #[inline(always)]
 fn project_in<L: Lanes>(l: L, directions: &[f32], mean: &[f32], keys: &[f16], out: &mut [[f32; LANES]]) {
-    /// Dimensions turned at a time: they stay in registers and the nearest cache.
+    /// Dimensions turned at a time: they stay in the nearest cache.
     const DIMS: usize = 64;
-    let head_dim = mean.len();
+    let (head_dim, n) = (mean.len(), keys.len() / mean.len());
     out.fill([0.0; LANES]);
     let mut turned = [[0.0_f32; LANES]; DIMS];
     for first in (0..head_dim).step_by(DIMS) {
         let dims = DIMS.min(head_dim - first);
-        for (key, row) in keys.chunks_exact(head_dim).enumerate() {
-            let mut wide = [0.0; DIMS];
-            let (whole, tail) = row[first..first + dims].as_chunks::<LANES>();
-            let (wide_whole, wide_tail) = wide.as_chunks_mut::<LANES>();
-            for (half, wide) in whole.iter().zip(&mut *wide_whole) {
-                l.store(l.load_f16(half), wide);
-            }
-            if !tail.is_empty() {
-                l.store(load_some_f16(l, tail), &mut wide_whole[whole.len()]);
-            }
-            debug_assert!(wide_tail.is_empty());
-            for ((turned, wide), mean) in turned.iter_mut().zip(wide).zip(&mean[first..first + dims]) {
-                turned[key] = wide - mean;
-            }
+        turn(l, keys, head_dim, first, &mut turned[..dims.next_multiple_of(8)]);
+        for (turned, mean) in turned.iter_mut().zip(&mean[first..first + dims]) {
+            l.store(l.sub(l.load(turned), l.splat(*mean)), turned);
         }
         for (out, directions) in out.chunks_mut(4).zip(directions.chunks(4 * head_dim)) {
+            let row = |r: usize| &directions[r * head_dim + first..][..dims];
             match out {
                 [a, b, c, d] => {
-                    let rows: [&[f32]; 4] = std::array::from_fn(|r| &directions[r * head_dim + first..][..dims]);
                     let mut sums = [l.load(a), l.load(b), l.load(c), l.load(d)];
-                    for (i, turned) in turned[..dims].iter().enumerate() {
+                    let rows = row(0).iter().zip(row(1)).zip(row(2)).zip(row(3));
+                    for (turned, (((a, b), c), d)) in turned.iter().zip(rows) {
                         let turned = l.load(turned);
-                        for (sum, row) in sums.iter_mut().zip(rows) {
-                            *sum = l.fma(l.splat(row[i]), turned, *sum);
+                        for (sum, weight) in sums.iter_mut().zip([a, b, c, d]) {
+                            *sum = l.fma(l.splat(*weight), turned, *sum);
                         }
                     }
                     for (sum, out) in sums.into_iter().zip([a, b, c, d]) {
-                        l.store(sum, out);
+                        l.store(l.first(sum, n, 0.0), out);
                     }
                 }
                 few => {
-                    for (out, row) in few.iter_mut().zip(directions.chunks_exact(head_dim)) {
+                    for (r, out) in few.iter_mut().enumerate() {
                         let mut sum = l.load(out);
-                        for (d, turned) in row[first..first + dims].iter().zip(&turned) {
-                            sum = l.fma(l.splat(*d), l.load(turned), sum);
+                        for (weight, turned) in row(r).iter().zip(&turned) {
+                            sum = l.fma(l.splat(*weight), l.load(turned), sum);
                         }
-                        l.store(sum, out);
+                        l.store(l.first(sum, n, 0.0), out);
                     }
                 }
             }
+        }
+    }
+}
+
+/// `turned[i][key] = keys[key][first + i]`, 0 beyond the keys and beyond `head_dim`.
+#[inline(always)]
+fn turn<L: Lanes>(l: L, keys: &[f16], head_dim: usize, first: usize, turned: &mut [[f32; LANES]]) {
+    let none = [f16::ZERO; 8];
+    for (at, turned) in turned.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let from = first + at * 8;
+        for half in 0..2 {
+            let mut ends = [none; 8];
+            let rows: [&[f16; 8]; 8] = {
+                let mut rows = [&none; 8];
+                for ((key, row), end) in rows.iter_mut().enumerate().zip(&mut ends) {
+                    let Some(whole) = keys.get((half * 8 + key) * head_dim..).filter(|keys| !keys.is_empty()) else {
+                        break;
+                    };
+                    *row = match whole[from..head_dim].first_chunk() {
+                        Some(row) => row,
+                        None => {
+                            end[..head_dim - from].copy_from_slice(&whole[from..head_dim]);
+                            end
+                        }
+                    };
+                }
+                rows
+            };
+            let out = turned.each_mut().map(|row| &mut row.as_chunks_mut::<8>().0[half]);
+            l.transpose(rows, out);
         }
     }
 }

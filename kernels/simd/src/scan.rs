@@ -133,6 +133,47 @@ fn log_sum_exp2_in<L: Lanes>(l: L, scores: &[f32]) -> f32 {
     high + log2(total as f32)
 }
 
+/// `out[i] = exp2(scores[i] - highest)`, and of all scores the highest and [`log_sum_exp2`]; weights of 0 and -inf if none is
+/// above -inf.
+///
+/// # Panics
+/// If `out` is not as long as `scores`.
+pub fn exp2_weights(scores: &[f32], out: &mut [f32]) -> (f32, f32) {
+    assert_eq!(scores.len(), out.len(), "exp2_weights: a weight per score");
+    exp2_weights_on(Isa::active(), scores, out)
+}
+
+dispatched!(fn exp2_weights_on(scores: &[f32], out: &mut [f32]) -> (f32, f32) = exp2_weights_in);
+#[inline(always)]
+fn exp2_weights_in<L: Lanes>(l: L, scores: &[f32], out: &mut [f32]) -> (f32, f32) {
+    const NONE: f32 = f32::NEG_INFINITY;
+    let (whole, tail) = scores.as_chunks();
+    let mut high = load_some(l, tail, NONE);
+    for scores in whole {
+        high = l.max(l.load(scores), high);
+    }
+    let high = l.highest(high);
+    if high == NONE {
+        out.fill(0.0);
+        return (NONE, NONE);
+    }
+    let shift = l.splat(high);
+    let mut total = 0.0_f64;
+    for (scores, out) in scores.chunks(SUM_CHUNK).zip(out.chunks_mut(SUM_CHUNK)) {
+        let mut sum = l.splat(0.0);
+        let ((scores, tail), (out, out_tail)) = (scores.as_chunks(), out.as_chunks_mut());
+        for (scores, out) in scores.iter().zip(out) {
+            let weights = exp2(l, l.sub(l.load(scores), shift));
+            l.store(weights, out);
+            sum = l.add(sum, weights);
+        }
+        let weights = exp2(l, l.sub(load_some(l, tail, NONE), shift));
+        store_some(l, weights, out_tail);
+        total += f64::from(l.sum(l.add(sum, weights)));
+    }
+    (high, high + log2(total as f32))
+}
+
 /// `o[d] = sum_i exp2(scores[i] - lse) * values[i, d]` over the rows `i` in `chosen`, in their order.
 ///
 /// # Panics

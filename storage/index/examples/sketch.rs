@@ -1,6 +1,6 @@
 //! Microseconds of a sketch scan of one KV head of 131,072 keys, one thread, beside a copy of the sketch's bytes.
 //!
-//! `cargo run --release -p kvasir-index --example sketch`
+//! `cargo run --release -p kvasir-index --example sketch -- [rounds [sequences..]]`
 //!
 //! Noise along 32 directions of falling spread; queries near a few keys. Kinds alternate and each figure is the median.
 
@@ -13,7 +13,6 @@ use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 const KEYS: usize = 131_072;
 const D: usize = 128;
 const BLOCK: usize = 64;
-const ROUNDS: usize = 31;
 
 fn median(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
@@ -21,6 +20,12 @@ fn median(times: &mut [f64]) -> f64 {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut args = std::env::args().skip(1).map(|arg| arg.parse());
+    let rounds = args.next().unwrap_or(Ok(31))?;
+    let mut sequences = args.collect::<Result<Vec<usize>, _>>()?;
+    if sequences.is_empty() {
+        sequences = vec![1, 16];
+    }
     let mut rng = SmallRng::seed_from_u64(1);
     let mut noise = |count: usize| -> Vec<f32> {
         (0..count)
@@ -56,7 +61,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     writeln!(out, "sketching a block of 64 keys, d {D}: {encode:.1} us; {each} bytes")?;
     let none = Excluded::none();
     let mut copy = vec![0_u8; sketches.len()];
-    for sequences in [1, 16] {
+    for sequences in sequences {
         let heads = 4 * sequences;
         let q: Vec<f32> = (0..heads * D)
             .map(|i| 0.15 * keys[(i / D * 7919 + 5) % KEYS * D + i % D].to_f32())
@@ -64,7 +69,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut scan = SketchScan::new(format, 1.0 / (D as f32).sqrt());
         let mut attended = SketchAttended::default();
         let mut times = [const { Vec::new() }; 4];
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             let start = Instant::now();
             copy.copy_from_slice(black_box(&sketches));
             black_box(&copy);

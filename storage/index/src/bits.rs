@@ -17,9 +17,9 @@ impl Bits {
         self.words[index as usize / 64] |= 1 << (index % 64);
     }
 
-    /// Whether `index` is in the set; it is below the `len` of the last reset.
+    /// Whether `index`, which is below the `len` of the last reset, is in the set.
     pub(crate) fn contains(&self, index: u32) -> bool {
-        self.words[index as usize / 64] >> (index % 64) & 1 == 1
+        (self.words[index as usize / 64] >> (index % 64)) & 1 == 1
     }
 
     /// How many are in the set.

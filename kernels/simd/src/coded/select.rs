@@ -30,16 +30,30 @@ fn at_least_on(isa: Isa, levels: &[u16], lowest: u16, base: u32, out: &mut Vec<u
 fn avx2(groups: &[[u16; GROUP]], lowest: u16, base: u32, out: &mut Vec<u32>) {
     use std::arch::x86_64::*;
     let lowest = _mm256_set1_epi16(lowest as i16);
-    for (group, levels) in groups.iter().enumerate() {
+    // Unsigned: the larger of both is the level itself where it is at least the lowest.
+    let reached = |levels: &[u16; GROUP]| {
         // SAFETY: the unaligned load covers the sixteen levels of the reference.
         let levels = unsafe { _mm256_loadu_si256(levels.as_ptr().cast()) };
-        // Unsigned: the larger of both is the level itself where it is at least the lowest.
-        let reached = _mm256_cmpeq_epi16(_mm256_max_epu16(levels, lowest), levels);
-        let mut bits = _mm256_movemask_epi8(reached) as u32 & 0x5555_5555;
+        _mm256_cmpeq_epi16(_mm256_max_epu16(levels, lowest), levels)
+    };
+    // A bit per level of two groups; packing leaves the middle quarters swapped.
+    let pair = |a: __m256i, b: __m256i| {
+        _mm256_movemask_epi8(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi16(a, b))) as u32
+    };
+    let (fours, rest) = groups.as_chunks::<4>();
+    let mut push = |mut bits: u64, from: usize| {
         while bits != 0 {
-            out.push(base + (group * GROUP) as u32 + bits.trailing_zeros() / 2);
+            out.push(base + from as u32 + bits.trailing_zeros());
             bits &= bits - 1;
         }
+    };
+    for (at, [a, b, c, d]) in fours.iter().enumerate() {
+        let (low, high) = (pair(reached(a), reached(b)), pair(reached(c), reached(d)));
+        push(u64::from(low) | u64::from(high) << 32, at * 4 * GROUP);
+    }
+    for (at, group) in rest.iter().enumerate() {
+        let bits = pair(reached(group), _mm256_setzero_si256());
+        push(bits.into(), (fours.len() * 4 + at) * GROUP);
     }
 }
 

@@ -33,20 +33,29 @@ proptest! {
             if heads > 0 {
                 weighted_values_on(isa, &out[..n], &chosen, lse, &rows, head_dim, &mut o);
             }
-            (out, lse, o)
+            let mut weights = vec![7.0; out.len()];
+            let (high, same) = exp2_weights_on(isa, &out, &mut weights);
+            assert_eq!(same.to_bits(), lse.to_bits());
+            assert_eq!(high, out.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            (out, lse, o, weights)
         };
-        let (out, lse, o) = run(Isa::Scalar);
+        let (out, lse, o, weights) = run(Isa::Scalar);
         for isa in Isa::available() {
             let found = run(isa);
             prop_assert_eq!(bits(&found.0), bits(&out), "{:?}", isa);
             prop_assert_eq!(found.1.to_bits(), lse.to_bits(), "{:?}", isa);
             prop_assert_eq!(bits(&found.2), bits(&o), "{:?}", isa);
+            prop_assert_eq!(bits(&found.3), bits(&weights), "{:?}", isa);
         }
         let truth: Vec<f64> =
             reference::scores(&q, &keys, head_dim).iter().map(|s| s * f64::from(0.3_f32)).collect();
         prop_assert!(error(&out, &truth) < 2e-6);
         let sum: f64 = out.iter().map(|&s| f64::from(s).exp2()).sum();
         prop_assert!(out.is_empty() || (f64::from(lse) - sum.log2()).abs() < 1e-5);
+        let high = out.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        for (score, weight) in out.iter().zip(&weights) {
+            prop_assert!((f64::from(score - high).exp2() - f64::from(*weight)).abs() < 2e-7);
+        }
         let weighted = |d: usize| -> f64 {
             let weigh = |&i: &u32| {
                 let value = f64::from(rows[i as usize * head_dim + d].to_f32());

@@ -11,6 +11,8 @@ pub(super) const RANK: usize = 32;
 pub(super) const RUN: usize = 64;
 /// Keys of a block at most.
 const KEYS_MAX: usize = 256;
+/// Keys of a block mostly.
+const BLOCK_USUAL: usize = 64;
 const HEADER: usize = 8;
 const VERSION: u16 = 1;
 /// Step of a uniform quantiser of 16 levels for a normal variable of unit variance.
@@ -123,17 +125,42 @@ pub fn encode_block(
     let start = out.len();
     out.resize(start + format.bytes(n), 0);
     let block = &mut out[start..];
-    let mut z = [[0.0_f32; GROUP]; KEYS_MAX / GROUP * RANK];
+    // Most blocks are short: room for the longest is only made for long ones.
+    if n <= BLOCK_USUAL {
+        encode(
+            format,
+            basis,
+            keys,
+            &mut [[0.0; GROUP]; BLOCK_USUAL / GROUP * RANK],
+            block,
+        );
+    } else {
+        encode(format, basis, keys, &mut [[0.0; GROUP]; KEYS_MAX / GROUP * RANK], block);
+    }
+    if format.values {
+        mean_values(values, d, &mut block[format.means_at(n)..]);
+    }
+    Ok(())
+}
+
+/// Header, mask and codes of a block; `z` has room for the coordinates of its groups.
+fn encode(format: SketchFormat, basis: &HeadBasis, keys: &[f16], z: &mut [[f32; GROUP]], block: &mut [u8]) {
+    let d = format.head_dim;
+    let n = keys.len() / d;
     let z = &mut z[..n.div_ceil(GROUP) * RANK];
     let mut mask = [0_u16; KEYS_MAX / GROUP];
     let (mut square, mut count) = (0.0_f32, 0_usize);
-    for (group, keys) in keys.chunks(GROUP * d).enumerate() {
-        let z = &mut z[group * RANK..][..RANK];
+    for ((keys, z), mask) in keys.chunks(GROUP * d).zip(z.chunks_exact_mut(RANK)).zip(&mut mask) {
         project(&basis.keys[..RANK * d], &basis.mean, keys, z);
-        for key in 0..keys.len() / d {
-            let sum: f32 = z.iter().map(|row| row[key] * row[key]).sum();
+        let mut sums = [0.0_f32; GROUP];
+        for row in &*z {
+            for (sum, z) in sums.iter_mut().zip(row) {
+                *sum += z * z;
+            }
+        }
+        for (key, sum) in sums[..keys.len() / d].iter().enumerate() {
             if sum.is_finite() {
-                mask[group] |= 1 << key;
+                *mask |= 1 << key;
                 square += sum;
                 count += RANK;
             }
@@ -147,8 +174,7 @@ pub fn encode_block(
     for (bytes, word) in block[HEADER..].chunks_exact_mut(2).zip(&mask[..n.div_ceil(GROUP)]) {
         bytes.copy_from_slice(&word.to_le_bytes());
     }
-    let (_, rest) = block.split_at_mut(SketchFormat::codes_at(n));
-    let (codes, means) = rest.split_at_mut(n.div_ceil(GROUP) * GROUP * format.nibbles() / 2);
+    let codes = &mut block[SketchFormat::codes_at(n)..format.means_at(n)];
     let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
     for (z, codes) in z
         .chunks_exact(RANK)
@@ -156,10 +182,6 @@ pub fn encode_block(
     {
         quantise(format.width, z, inverse, codes);
     }
-    if format.values {
-        mean_values(values, d, means);
-    }
-    Ok(())
 }
 
 /// Digits of a group of sixteen keys from their coordinates `z[direction][key]`.
@@ -193,7 +215,7 @@ fn mean_values(values: &[f16], d: usize, means: &mut [u8]) {
     let (mut sum, ones) = (vec![0.0_f32; d], [1.0_f32; RUN]);
     for (run, mean) in values.chunks(RUN * d).zip(means.chunks_exact_mut(2 * d)) {
         rows.clear();
-        rows.extend(run.chunks_exact(d).filter(|row| row.iter().all(|x| x.is_finite())));
+        rows.extend(run.chunks_exact(d).filter(|row| finite(row)));
         sum.fill(0.0);
         weigh_rows(&ones[..rows.len()], &rows, d, &mut sum);
         let count = rows.len().max(1) as f32;
@@ -201,6 +223,12 @@ fn mean_values(values: &[f16], d: usize, means: &mut [u8]) {
             bytes.copy_from_slice(&f16::from_f32(sum / count).to_le_bytes());
         }
     }
+}
+
+/// Whether all are; looks at all, since nearly always they are.
+fn finite(row: &[f16]) -> bool {
+    const EXPONENT: u16 = 0x7c00;
+    row.iter().fold(0, |worst, x| (x.to_bits() & EXPONENT).max(worst)) < EXPONENT
 }
 
 /// The parts of a block's sketch.

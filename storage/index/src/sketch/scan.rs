@@ -1,23 +1,26 @@
 //! Attention and rows over sketched blocks.
 //!
-//! One query group, or several of sequences that share the context: heads are just more query rows, each block's sketch is
-//! read once for all of them, and a candidate's key is read once and scored for every head.
+//! One query group, or several of sequences that share the context: heads are just more query rows, and each block's sketch
+//! is read once for all of them. Each head scores its own candidates only; heads go through the context side by side, so that
+//! a key or value that several of them want comes from memory once.
 //!
-//! What is estimated and what is exact: keys of the *union* of all heads' candidates have exact scores for every head; the
-//! others have a weight by sketch. An answer's chosen keys are exact, its tail is weights times mean values of their run.
+//! What is estimated and what is exact: a head's candidates have exact scores; the other keys have a weight by sketch. An
+//! answer's chosen keys are exact, its tail is weights times mean values of their run.
 
 mod attend;
 mod certificate;
+mod choose;
+mod rescore;
 
 use half::f16;
-use kvasir_simd::{GROUP, Segment, log_sum_exp2, score_rows};
+use kvasir_simd::{GROUP, Level, Segment, log_sum_exp2};
 
 pub use self::attend::{Attend, SketchAttended};
 use super::{
     format::{SketchFormat, View, invalid},
     search::{Kind, Table},
 };
-use crate::{Cost, Excluded, HeadBasis, IndexError, Rows, bits::Bits, flat::Selection};
+use crate::{Cost, Excluded, HeadBasis, IndexError, Rows, bits::Bits};
 
 /// The scan of one KV head over sketches. Buffers are reused from query to query.
 #[derive(Default)]
@@ -27,17 +30,16 @@ pub struct SketchScan<'a> {
     q: Vec<f32>,
     table: Table,
     blocks: Vec<Block<'a>>,
+    /// Block of each group of slots.
+    block_of: Vec<u32>,
     /// Queries were replaced since the sketches were scanned: weights by sketch are those of a prediction.
     predicted: bool,
     cost: Cost,
-    /// Slots of the union of candidates, rising, their rows, and exact scores `[heads][union]`.
-    slots: Vec<u32>,
-    keys: Vec<&'a [f16]>,
-    values: Vec<&'a [f16]>,
-    exact: Vec<f32>,
+    candidates: rescore::Candidates,
+    rest: rescore::Rest,
+    rows: Vec<&'a [f16]>,
     union: Bits,
     picked: Vec<u32>,
-    selection: Selection,
     tail: attend::Tail<'a>,
     sampler: certificate::Sampler<'a>,
 }
@@ -82,9 +84,10 @@ impl<'a> SketchScan<'a> {
         self.q.extend_from_slice(q);
         self.table.begin(format, q, basis, self.scale);
         self.blocks.clear();
+        self.block_of.clear();
         self.predicted = false;
         self.cost = Cost::default();
-        self.clear_union();
+        self.candidates.clear();
         Ok(())
     }
 
@@ -155,6 +158,8 @@ impl<'a> SketchScan<'a> {
         }
         // Where nobody looks nothing is kept: the next block writes over it.
         if searched {
+            self.block_of
+                .resize(self.block_of.len() + groups, self.blocks.len() as u32);
             self.blocks.push(Block {
                 segment,
                 means: view.means,
@@ -193,58 +198,72 @@ impl<'a> SketchScan<'a> {
                 self.table.kinds[head] = Kind::Dead;
             }
         }
-        self.clear_union();
+        self.candidates.clear();
         Ok(())
     }
 
     /// Token positions of the at most `count` best keys per head by sketch alone, the union rising: what a prediction parks.
     pub fn candidates(&mut self, count: usize) -> Vec<u32> {
-        self.gather(|_, _| (count, 1.0));
-        let mut at = 0;
-        let blocks = &self.blocks;
-        let position = |slot: &u32| {
-            while blocks.get(at + 1).is_some_and(|next| next.slot <= *slot) {
-                at += 1;
-            }
-            (blocks[at].segment.position) as u32 + slot - blocks[at].slot
-        };
-        self.slots.iter().map(position).collect()
+        self.find(|_, _| (count, 1.0));
+        let mut positions = Vec::new();
+        for slot in self.union.iter() {
+            let place = self.place(slot);
+            positions.push(self.blocks[place.0].segment.position as u32 + place.1);
+        }
+        positions
     }
 
     /// The union of the `k` best keys of each query head among re-scored candidates: at most the share `effort` of the keys
     /// per head. `effort` 1 is exact.
     pub fn rows(&mut self, k: usize, effort: f32) -> Rows {
-        self.gather(|_, searched| (share_of(effort, searched), 1.0));
-        let n = self.slots.len();
-        self.picked.clear();
-        let mut union = Bits::default();
-        union.reset(n);
-        let mut rows = Rows::default();
-        for exact in self.exact.chunks_exact(n.max(1)) {
-            kvasir_simd::top_k(exact, k, &mut self.picked);
-            let finite = self.picked.iter().filter(|&&at| exact[at as usize] > f32::NEG_INFINITY);
-            finite.for_each(|&at| union.insert(at));
-        }
-        let chosen: Vec<u32> = union.iter().collect();
-        let mut scores = Vec::new();
+        self.find(|_, searched| (share_of(effort, searched), 1.0));
+        self.rescore();
+        self.union.reset(self.table.slots);
         for head in 0..self.table.heads() {
-            let exact = &self.exact[head * n..][..n];
-            scores.clear();
-            scores.extend(chosen.iter().map(|at| exact[*at as usize]));
-            let all = log_add(log_sum_exp2(exact), self.rest(head).1);
-            rows.mass.push(crate::flat::share(log_sum_exp2(&scores), all));
+            let own = self.candidates.of(head);
+            let (slots, scores) = (&self.candidates.slots[own.clone()], &self.candidates.scores[own]);
+            kvasir_simd::top_k(scores, k, &mut self.picked);
+            let finite = self
+                .picked
+                .iter()
+                .map(|at| *at as usize)
+                .filter(|&at| scores[at] > f32::NEG_INFINITY);
+            finite.for_each(|at| self.union.insert(slots[at]));
         }
-        let mut at = 0;
-        for index in chosen {
-            let slot = self.slots[index as usize];
-            while self.blocks.get(at + 1).is_some_and(|next| next.slot <= slot) {
-                at += 1;
-            }
-            let row = slot - self.blocks[at].slot;
-            rows.positions.push(self.blocks[at].segment.position as u32 + row);
-            rows.places.push((at as u32, row));
+        let mut rows = Rows::default();
+        for slot in self.union.iter() {
+            let place = self.place(slot);
+            rows.positions
+                .push(self.blocks[place.0].segment.position as u32 + place.1);
+            rows.places.push((place.0 as u32, place.1));
         }
+        rows.mass = (0..self.table.heads()).map(|head| self.mass_of_union(head)).collect();
         rows
+    }
+
+    /// Share of a head's mass that the slots of the union hold: by exact scores of its candidates, by sketch of others.
+    fn mass_of_union(&mut self, head: usize) -> f32 {
+        let own = self.candidates.of(head);
+        let (slots, scores) = (&self.candidates.slots[own.clone()], &self.candidates.scores[own]);
+        let inside: Vec<f32> = slots
+            .iter()
+            .zip(scores)
+            .filter(|(slot, _)| self.union.contains(**slot))
+            .map(|(_, score)| *score)
+            .collect();
+        let found = log_sum_exp2(scores);
+        let levels = self.table.levels(head);
+        let mut own = slots;
+        let mut others = 0.0_f64;
+        for slot in self.union.iter() {
+            own = &own[own.partition_point(|own| *own < slot)..];
+            if own.first() != Some(&slot) {
+                others += f64::from(Level(levels[slot as usize]).weight());
+            }
+        }
+        let chosen = log_add(log_sum_exp2(&inside), self.by_sketch(head, others));
+        let rest = self.leave(head);
+        crate::flat::share(chosen, log_add(found, rest))
     }
 
     /// Calls `take` with the key and the value of each position of `rows`, which this scan gave.
@@ -265,67 +284,10 @@ impl<'a> SketchScan<'a> {
         self.cost
     }
 
-    fn clear_union(&mut self) {
-        self.slots.clear();
-        self.keys.clear();
-        self.values.clear();
-        self.exact.clear();
-    }
-
-    /// Makes the union of candidates and scores it: `ask` gives per head and number of its keys the count and the mass wanted.
-    fn gather(&mut self, ask: impl Fn(usize, usize) -> (usize, f32)) {
-        self.clear_union();
-        let heads = self.table.heads();
-        self.union.reset(self.table.slots);
-        for head in 0..heads {
-            let (count, mass) = ask(head, self.table.searched[head]);
-            self.table.candidates(head, count, mass, &mut self.picked);
-            self.picked.iter().for_each(|slot| self.union.insert(*slot));
-        }
-        self.slots.extend(self.union.iter());
-        let d = self.head_dim();
-        let mut at = 0;
-        for slot in &self.slots {
-            while self.blocks.get(at + 1).is_some_and(|next| next.slot <= *slot) {
-                at += 1;
-            }
-            let row = (slot - self.blocks[at].slot) as usize * d..(slot - self.blocks[at].slot + 1) as usize * d;
-            self.keys.push(&self.blocks[at].segment.keys[row.clone()]);
-            self.values.push(&self.blocks[at].segment.values[row]);
-        }
-        let n = self.slots.len();
-        self.exact.resize(heads * n, 0.0);
-        score_rows(&self.q, &self.keys, d, self.scale, &mut self.exact);
-        for head in 0..heads {
-            let (levels, dead) = (self.table.levels(head), self.table.kinds[head] == Kind::Dead);
-            for (score, slot) in self.exact[head * n..][..n].iter_mut().zip(&self.slots) {
-                // Level 0: another head's candidate, which this head does not search.
-                if dead || !score.is_finite() || levels[*slot as usize] == 0 {
-                    *score = f32::NEG_INFINITY;
-                }
-            }
-        }
-        self.cost.keys_scored += (n * heads) as u64;
-        self.cost.bytes_read += (n * d * 2) as u64;
-    }
-
-    /// Weight by sketch of the keys outside the union and its base-2 logarithm as a score; 0 and -inf where all are in it.
-    fn rest(&self, head: usize) -> (f64, f32) {
-        let levels = self.table.levels(head);
-        let inside = self.slots.iter().filter(|slot| levels[**slot as usize] > 0);
-        let (mut weight, mut count) = (0.0_f64, 0);
-        for slot in inside {
-            weight += f64::from(kvasir_simd::Level(levels[*slot as usize]).weight());
-            count += 1;
-        }
-        let rest = (self.table.total(head) - weight).max(0.0);
-        if count == self.table.searched[head] || rest == 0.0 {
-            return (0.0, f32::NEG_INFINITY);
-        }
-        (
-            rest,
-            rest.log2() as f32 - kvasir_simd::Level::UNIT + self.table.average[head],
-        )
+    /// Block and row in it of a slot.
+    fn place(&self, slot: u32) -> (usize, u32) {
+        let block = self.block_of[slot as usize / GROUP] as usize;
+        (block, slot - self.blocks[block].slot)
     }
 }
 

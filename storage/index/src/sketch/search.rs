@@ -14,7 +14,7 @@ use crate::HeadBasis;
 const RUN_GROUPS: usize = RUN / GROUP;
 /// Levels looked at to guess where the wanted number of candidates begins.
 const SAMPLE: usize = 4096;
-/// Levels per bucket of the histogram by mass: an eighth of a power of two.
+/// Levels per bucket of the guess: an eighth of a power of two.
 const BUCKET: u16 = 16;
 
 /// What a query head is.
@@ -43,8 +43,7 @@ pub(super) struct Table {
     sums: Vec<f32>,
     runs_room: usize,
     weights: Vec<f32>,
-    sample: Vec<u16>,
-    order: Vec<(u16, u32)>,
+    counts: Vec<u32>,
 }
 
 impl Table {
@@ -133,14 +132,6 @@ impl Table {
         &self.sums[head * self.runs_room..][..self.runs]
     }
 
-    /// Weight of all keys by their sketches; 0 for a dead head.
-    pub(super) fn total(&self, head: usize) -> f64 {
-        match self.kinds[head] {
-            Kind::Dead => 0.0,
-            _ => self.sums(head).iter().map(|sum| f64::from(*sum)).sum(),
-        }
-    }
-
     /// Puts the best at most `count` slots by sketch into `out`, rising; fewer where about half as many hold `target_mass` of
     /// the mass by sketch. Ties go to the lower slot.
     pub(super) fn candidates(&mut self, head: usize, count: usize, target_mass: f32, out: &mut Vec<u32>) {
@@ -154,7 +145,7 @@ impl Table {
             at_least(levels, 1, 0, out);
             return;
         }
-        let mut lowest = guess(levels, count.min(searched), searched, &mut self.sample);
+        let mut lowest = guess(levels, count.min(searched), searched, &mut self.counts);
         let mut down = 2 * BUCKET;
         loop {
             out.clear();
@@ -165,24 +156,40 @@ impl Table {
             lowest = lowest.saturating_sub(down).max(1);
             down = down.saturating_mul(2);
         }
-        let wanted = if target_mass < 1.0 {
-            let total: f64 = self.sums[head * self.runs_room..][..self.runs]
-                .iter()
-                .map(|sum| f64::from(*sum))
-                .sum();
-            count.min(enough(levels, out, total * f64::from(target_mass)))
-        } else {
-            count
-        };
+        let mut wanted = count;
+        if target_mass >= 1.0 && out.len() <= wanted {
+            return;
+        }
+        let highest = out.iter().map(|slot| levels[*slot as usize]).max().unwrap_or(lowest);
+        let counts = &mut self.counts;
+        counts.clear();
+        counts.resize(usize::from(highest - lowest) + 1, 0);
+        out.iter()
+            .for_each(|slot| counts[usize::from(levels[*slot as usize] - lowest)] += 1);
+        if target_mass < 1.0 {
+            let sums = &self.sums[head * self.runs_room..][..self.runs];
+            let total: f64 = sums.iter().map(|sum| f64::from(*sum)).sum();
+            wanted = wanted.min(enough(counts, lowest, total * f64::from(target_mass)));
+        }
         if out.len() > wanted {
-            self.order.clear();
-            self.order
-                .extend(out.iter().map(|slot| (levels[*slot as usize], *slot)));
-            self.order
-                .select_nth_unstable_by(wanted - 1, |a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
-            out.clear();
-            out.extend(self.order[..wanted].iter().map(|(_, slot)| *slot));
-            out.sort_unstable();
+            let mut ties = wanted;
+            let above = counts.iter().rev().take_while(|count| {
+                let whole = **count as usize <= ties;
+                ties -= if whole { **count as usize } else { 0 };
+                whole
+            });
+            let edge = highest - above.count() as u16;
+            // Written whether kept or not: which are is not for a processor to guess.
+            let mut kept = 0;
+            for at in 0..out.len() {
+                let slot = out[at];
+                let level = levels[slot as usize];
+                let tie = level == edge && ties > 0;
+                ties -= usize::from(tie);
+                out[kept] = slot;
+                kept += usize::from((level > edge) | tie);
+            }
+            out.truncate(kept);
         }
     }
 }
@@ -202,39 +209,39 @@ fn grow<T: Copy + Default>(table: &mut Vec<T>, room: &mut usize, rows: usize, us
 }
 
 /// The level of about the `count`-th best of `searched` keys, from a sample of whole groups.
-fn guess(levels: &[u16], count: usize, searched: usize, sample: &mut Vec<u16>) -> u16 {
+fn guess(levels: &[u16], count: usize, searched: usize, counts: &mut Vec<u32>) -> u16 {
     if count >= searched {
         return 1;
     }
-    sample.clear();
     let groups = levels.as_chunks::<GROUP>().0;
     let every = (levels.len() / SAMPLE).max(1);
-    sample.extend(groups.iter().step_by(every).flatten().filter(|level| **level > 0));
-    if sample.is_empty() {
-        return 1;
+    counts.clear();
+    counts.resize(usize::from(u16::MAX / BUCKET) + 1, 0);
+    for level in groups.iter().step_by(every).flatten() {
+        counts[usize::from(level / BUCKET)] += 1;
     }
+    // Nothing that is searched has a level of the first bucket.
+    counts[0] = 0;
+    let sampled: u32 = counts.iter().sum();
     // A few more than wanted: too many cost less than another pass.
-    let rank = (sample.len() * count).div_ceil(searched) * 9 / 8;
-    let rank = rank.min(sample.len() - 1);
-    let (_, level, _) = sample.select_nth_unstable_by(rank, |a, b| b.cmp(a));
-    (*level).max(1)
+    let mut left = (sampled as usize * count).div_ceil(searched) * 9 / 8;
+    let below = counts.iter().rposition(|&count| {
+        let enough = left <= count as usize;
+        left = left.saturating_sub(count as usize);
+        enough
+    });
+    below.map_or(1, |bucket| bucket as u16 * BUCKET).max(1)
 }
 
 /// How many candidates to re-score for a mass by sketch of `wanted`: twice as many as hold it, since sketches misjudge ranks.
-fn enough(levels: &[u16], slots: &[u32], wanted: f64) -> usize {
+/// `counts[i]` candidates have level `lowest + i`.
+fn enough(counts: &[u32], lowest: u16, wanted: f64) -> usize {
     /// Twice the fewest keys that hold the mass, and never fewer than these.
     const LEAST: usize = 32;
-    let mut mass = [(0.0_f64, 0_usize); (u16::MAX / BUCKET) as usize + 1];
-    for slot in slots {
-        let level = levels[*slot as usize];
-        let bucket = &mut mass[usize::from(level / BUCKET)];
-        bucket.0 += f64::from(Level(level).weight());
-        bucket.1 += 1;
-    }
     let (mut sum, mut keys) = (0.0, 0);
-    for (weight, count) in mass.iter().rev() {
-        sum += weight;
-        keys += count;
+    for (above, count) in counts.iter().enumerate().rev().filter(|(_, count)| **count > 0) {
+        sum += f64::from(*count) * f64::from(Level(lowest + above as u16).weight());
+        keys += *count as usize;
         if sum >= wanted {
             return (2 * keys).max(LEAST);
         }

@@ -1,9 +1,10 @@
 //! Partial attention: chosen keys exactly, the tail by its sketches.
 
 use half::f16;
-use kvasir_simd::{Level, log_sum_exp2, weigh_rows};
+use kvasir_simd::{exp2_weights, weigh_rows};
 
-use super::{SketchScan, certificate::Missed, log_add, share_of};
+use super::{SketchScan, certificate::Missed, choose::Choice, log_add, rescore::Candidates, share_of};
+use crate::sketch::format::RUN;
 
 /// How [`SketchScan::attend`] decides.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,7 +51,7 @@ pub struct SketchAttended {
     pub keys: Vec<usize>,
     /// Value rows read; one that several heads attend to counts once.
     pub value_rows: usize,
-    /// Keys whose exact score was computed, per head alike: the union of the candidates.
+    /// Keys read and scored exactly; one that is a candidate of several heads counts once.
     pub keys_scored: usize,
     /// Bytes of codes, keys, values and means read since the scan began.
     pub bytes_read: u64,
@@ -60,13 +61,23 @@ pub struct SketchAttended {
     pub escalations: u32,
 }
 
-/// Buffers of the tail.
+/// Keys of a run that one chosen one stands for when its others' value is estimated: found on real text, where 0 gives 1.4
+/// times the error.
+const LIKE_CHOSEN: f32 = 8.0;
+
+/// Buffers of an answer.
 #[derive(Default)]
 pub(super) struct Tail<'a> {
-    /// `[heads, union]` and `[heads, runs]`.
-    chosen: Vec<f32>,
-    pub(super) runs: Vec<f32>,
-    rows: Vec<&'a [f16]>,
+    choice: Choice,
+    /// `2^(score - highest)` of one head's candidates.
+    weights: Vec<f32>,
+    /// Chosen keys of all heads with their weights.
+    chosen: Candidates,
+    /// Weights of the means, `[heads, runs]`.
+    runs: Vec<f32>,
+    /// Keys chosen per run, then the bits of what each of them stands for.
+    taken: Vec<u32>,
+    means: Vec<&'a [f16]>,
 }
 
 impl<'a> SketchScan<'a> {
@@ -99,7 +110,7 @@ impl<'a> SketchScan<'a> {
 
     fn attend_once(&mut self, how: Attend, out: &mut SketchAttended) {
         let (d, heads) = (self.head_dim(), self.table.heads());
-        self.gather(|_, searched| {
+        self.find(|_, searched| {
             let count = share_of(how.effort, searched);
             let limited = how.k_max.map_or(count, |k| count.min(k.saturating_mul(2)));
             if how.effort >= 1.0 {
@@ -108,115 +119,135 @@ impl<'a> SketchScan<'a> {
                 (limited, how.target_mass)
             }
         });
-        let n = self.slots.len();
+        out.keys_scored = self.union.count();
+        self.rescore();
         reset(&mut out.lse, heads);
         reset(&mut out.mass, heads);
         reset(&mut out.keys, heads);
         reset(&mut out.o, heads * d);
         out.missed_max.clear();
         out.cut_short = false;
-        reset(&mut self.tail.chosen, heads * n);
-        reset(&mut self.tail.runs, heads * self.table.runs);
-        self.union.reset(n);
+        let means = how.tail && self.format.is_some_and(|format| format.values);
+        let mut tail = std::mem::take(&mut self.tail);
+        tail.chosen.clear();
+        reset(&mut tail.runs, if means { heads * self.table.runs } else { 0 });
+        self.union.reset(self.table.slots);
         for head in 0..heads {
-            let exact = &self.exact[head * n..][..n];
-            let found = log_sum_exp2(exact);
-            let (_, mut rest) = self.rest(head);
-            let missed = if (how.certificate || self.predicted) && rest > f32::NEG_INFINITY {
-                let missed = self.missed(head);
-                if self.predicted {
-                    rest = missed.mean;
-                }
-                Some(missed)
-            } else {
-                None
-            };
-            let exact = &self.exact[head * n..][..n];
-            let all = log_add(found, rest);
-            self.picked.clear();
-            let cut = self
-                .selection
-                .fewest(exact, all, how.target_mass, how.k_max, &mut self.picked);
-            let chosen = &mut self.tail.chosen[head * n..][..n];
-            chosen.fill(f32::NEG_INFINITY);
-            for &at in &self.picked {
-                chosen[at as usize] = exact[at as usize];
-                self.union.insert(at);
-            }
-            let chosen_lse = if self.picked.len() == n {
-                found
-            } else {
-                log_sum_exp2(chosen)
-            };
-            let lse = if how.tail { all } else { chosen_lse };
-            out.lse[head] = lse;
-            out.keys[head] = self.picked.len();
-            out.mass[head] = crate::flat::share(chosen_lse, all);
-            out.cut_short |= cut || out.mass[head] < how.target_mass.min(0.9999);
-            if how.certificate {
-                out.missed_max.push(bound(chosen_lse, found, missed));
-            }
-            if lse > f32::NEG_INFINITY {
-                self.weigh_tail(head, lse, rest, how.tail);
-            } else {
-                self.tail.chosen[head * n..][..n].fill(0.0);
-            }
+            self.choose(head, how, &mut tail, out);
         }
         out.value_rows = self.union.count();
-        weigh_rows(&self.tail.chosen, &self.values, d, &mut out.o);
+        tail.chosen.each_tile(
+            (&self.blocks, &self.block_of),
+            d,
+            |segment| segment.values,
+            &mut self.rows,
+            self.rest.room(),
+            |head, rows, at| weigh_rows(&tail.chosen.scores[at], rows, d, &mut out.o[head * d..][..d]),
+        );
         self.cost.bytes_read += (out.value_rows * d * 2) as u64;
-        if how.tail && self.format.is_some_and(|format| format.values) {
-            self.tail.rows.clear();
+        if means {
+            tail.means.clear();
             for block in &self.blocks {
-                self.tail.rows.extend(block.means.chunks_exact(d));
+                tail.means.extend(block.means.chunks_exact(d));
             }
-            self.cost.bytes_read += (self.tail.rows.len() * d * 2) as u64;
-            weigh_rows(&self.tail.runs, &self.tail.rows, d, &mut out.o);
+            self.cost.bytes_read += (tail.means.len() * d * 2) as u64;
+            weigh_rows(&tail.runs, &tail.means, d, &mut out.o);
         }
-        out.keys_scored = n;
+        self.tail = tail;
         out.bytes_read = self.cost.bytes_read;
     }
 
-    /// Turns the chosen scores of a head into weights, and leaves the weight of each run's other keys.
-    fn weigh_tail(&mut self, head: usize, lse: f32, rest: f32, tail: bool) {
-        let (n, runs) = (self.slots.len(), self.table.runs);
-        let exact = &self.exact[head * n..][..n];
-        let chosen = &mut self.tail.chosen[head * n..][..n];
-        if tail {
-            let levels = self.table.levels(head);
-            let weights = &mut self.tail.runs[head * runs..][..runs];
-            weights.copy_from_slice(self.table.sums(head));
-            let mut blocks = self.blocks.iter().peekable();
-            let (mut slot_from, mut run_from) = (0, 0);
-            let mut scored = Vec::new();
-            for (at, slot) in self.slots.iter().enumerate() {
-                while let Some(block) = blocks.next_if(|block| block.slot <= *slot) {
-                    (slot_from, run_from) = (block.slot, block.run);
-                }
-                let run = (run_from + (slot - slot_from) / super::super::format::RUN as u32) as usize;
-                weights[run] -= Level(levels[*slot as usize]).weight();
-                if chosen[at] == f32::NEG_INFINITY && exact[at] > f32::NEG_INFINITY {
-                    scored.push((run, (exact[at] - lse).exp2()));
-                }
+    /// Chooses one head's keys, and leaves their weights and those of its means.
+    fn choose(&mut self, head: usize, how: Attend, tail: &mut Tail<'a>, out: &mut SketchAttended) {
+        let own = self.candidates.of(head);
+        let Tail { choice, weights, .. } = tail;
+        weights.resize(own.len(), 0.0);
+        let (high, found) = exp2_weights(&self.candidates.scores[own.clone()], weights);
+        let mut rest = self.leave(head);
+        let missed = if (how.certificate || self.predicted) && rest > f32::NEG_INFINITY {
+            let missed = self.missed(head);
+            if self.predicted {
+                rest = missed.mean;
             }
-            // What is left of the sums is scaled to what the rest was found to be.
-            let left: f64 = weights.iter().map(|weight| f64::from(weight.max(0.0))).sum();
-            let scale = if left > 0.0 && rest > f32::NEG_INFINITY {
-                f64::from((rest - lse).exp2()) / left
-            } else {
-                0.0
-            };
-            for weight in &mut *weights {
-                let share = (f64::from(weight.max(0.0)) * scale) as f32;
-                // What no f32 sum would notice is not read.
-                *weight = if share < 1e-9 { 0.0 } else { share };
-            }
-            for (run, weight) in scored {
-                weights[run] += weight;
+            Some(missed)
+        } else {
+            None
+        };
+        let scores = &self.candidates.scores[own.clone()];
+        let all = log_add(found, rest);
+        let wanted = if how.target_mass < 1.0 && high > f32::NEG_INFINITY {
+            f64::from(how.target_mass) * f64::from(all - high).exp2()
+        } else {
+            f64::INFINITY
+        };
+        let cut = choice.fewest(scores, weights, wanted, how.k_max.unwrap_or(usize::MAX));
+        let chosen_lse = if choice.all {
+            found
+        } else {
+            choice.mass.log2() as f32 + high
+        };
+        let lse = if how.tail { all } else { chosen_lse };
+        out.lse[head] = lse;
+        out.keys[head] = choice.picked.len();
+        out.mass[head] = crate::flat::share(chosen_lse, all);
+        out.cut_short |= cut || out.mass[head] < how.target_mass.min(0.9999);
+        if how.certificate {
+            out.missed_max.push(bound(chosen_lse, found, missed));
+        }
+        if lse > f32::NEG_INFINITY {
+            let factor = (high - lse).exp2();
+            let slots = &self.candidates.slots[own];
+            let picked = tail.choice.picked.iter().map(|at| *at as usize);
+            tail.chosen.slots.extend(picked.clone().map(|at| slots[at]));
+            tail.chosen
+                .scores
+                .extend(picked.clone().map(|at| tail.weights[at] * factor));
+            picked.clone().for_each(|at| self.union.insert(slots[at]));
+            // What remains are the weights of those that were not chosen.
+            picked.for_each(|at| tail.weights[at] = 0.0);
+            if !tail.runs.is_empty() {
+                self.weigh_tail(head, lse, rest, factor, tail);
             }
         }
-        for score in chosen {
-            *score = (*score - lse).exp2();
+        tail.chosen.ends.push(tail.chosen.slots.len());
+    }
+
+    /// Weights of the means of a head's runs: of keys that were not scored by sketch, of those that were and not chosen exactly.
+    fn weigh_tail(&mut self, head: usize, lse: f32, rest: f32, factor: f32, tail: &mut Tail<'a>) {
+        let runs = self.table.runs;
+        let weights = &mut tail.runs[head * runs..][..runs];
+        // What is left of the sums is scaled to what the rest was found to be.
+        if self.rest.total > 0.0 && rest > f32::NEG_INFINITY {
+            let scale = (f64::from(rest - lse).exp2() / self.rest.total) as f32;
+            for (weight, left) in weights.iter_mut().zip(&self.rest.left) {
+                *weight = left * scale;
+            }
+        }
+        for (run, weight) in self.rest.runs.iter().zip(&tail.weights) {
+            weights[*run as usize] += weight * factor;
+        }
+        // What no f32 sum would notice is not read.
+        for weight in weights.iter_mut().filter(|weight| **weight < 1e-9) {
+            *weight = 0.0;
+        }
+        // Values of keys that a query attends to are alike: the others of a run are thought of as its mean and its chosen ones.
+        let start = tail.chosen.ends.last().copied().unwrap_or(0);
+        reset(&mut tail.taken, runs);
+        for at in &tail.choice.picked {
+            tail.taken[self.rest.runs[*at as usize] as usize] += 1;
+        }
+        let keys = self.blocks.iter().flat_map(|block| {
+            let keys = block.means.len() / self.head_dim();
+            let rows = block.segment.keys.len() / self.head_dim();
+            (0..keys).map(move |run| RUN.min(rows - run * RUN))
+        });
+        for ((weight, taken), keys) in weights.iter_mut().zip(&mut tail.taken).zip(keys) {
+            let each = LIKE_CHOSEN * *weight / (keys as f32 + LIKE_CHOSEN * *taken as f32);
+            *weight -= each * *taken as f32;
+            *taken = each.to_bits();
+        }
+        for (at, weight) in tail.choice.picked.iter().zip(&mut tail.chosen.scores[start..]) {
+            *weight += f32::from_bits(tail.taken[self.rest.runs[*at as usize] as usize]);
         }
     }
 }

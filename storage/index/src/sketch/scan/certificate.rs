@@ -1,6 +1,6 @@
 //! How much mass lies among the keys that were not scored, from a sample of them.
 //!
-//! 128 keys are drawn outside the union: nine in ten in proportion to their weight by sketch, one to each equal share of it,
+//! 128 keys are drawn that are not its candidates: nine in ten in proportion to their weight by sketch, one to each equal share of it,
 //! the others evenly. Each one's exact weight over its probability estimates the whole; the mean is right on average, and the
 //! mean and three standard errors are a bound that holds nearly always. Drawing within shares makes the true error smaller
 //! than the stated one. The draw is seeded from the query and the number of keys: an answer is a function of its inputs.
@@ -25,15 +25,13 @@ pub(super) struct Missed {
 
 #[derive(Default)]
 pub(super) struct Sampler<'a> {
-    /// Weight left in each run.
-    left: Vec<f32>,
     drawn: Vec<u32>,
     rows: Vec<&'a [f16]>,
     scores: Vec<f32>,
 }
 
 impl SketchScan<'_> {
-    /// Samples for one head; `self.rest(head)` is not empty.
+    /// Samples for one head; `self.leave(head)` was just called and is not empty.
     pub(super) fn missed(&mut self, head: usize) -> Missed {
         let mut sampler = std::mem::take(&mut self.sampler);
         let missed = self.sample(head, &mut sampler);
@@ -48,46 +46,17 @@ impl<'a> SketchScan<'a> {
         let levels = self.table.levels(head);
         let q = &self.q[head * d..][..d];
         let mut random = Random::new(q, levels.len());
-        // Weight left in each run once the union is taken out, summed anew so that nothing cancels.
-        sampler.left.clear();
-        let mut union = self.slots.as_slice();
-        let mut scored_here = 0;
-        for (at, block) in self.blocks.iter().enumerate() {
-            let end = self
-                .blocks
-                .get(at + 1)
-                .map_or(self.table.slots as u32, |next| next.slot);
-            for from in (block.slot..end).step_by(RUN) {
-                let to = (from + RUN as u32).min(end);
-                let (here, behind) = union.split_at(union.partition_point(|slot| *slot < to));
-                union = behind;
-                let run = sampler.left.len();
-                let mut weight = self.table.sums(head)[run];
-                if !here.is_empty() {
-                    let mut rest = here;
-                    weight = 0.0;
-                    for slot in from..to {
-                        if rest.first() == Some(&slot) {
-                            rest = &rest[1..];
-                            scored_here += usize::from(levels[slot as usize] > 0);
-                        } else {
-                            weight += Level(levels[slot as usize]).weight();
-                        }
-                    }
-                }
-                sampler.left.push(weight);
-            }
-        }
-        let total: f64 = sampler.left.iter().map(|weight| f64::from(*weight)).sum();
-        let others = self.table.searched[head] - scored_here;
+        let slots = &self.candidates.slots[self.candidates.of(head)];
+        let total = self.rest.total;
+        let others = self.table.searched[head] - slots.len();
         sampler.drawn.clear();
-        self.draw_by_weight(head, total, sampler, &mut random);
+        self.draw_by_weight(head, slots, total, sampler, &mut random);
         for _ in 0..EVENLY {
             // A slot that cannot be drawn is drawn again; where nearly all are scored some draws come to nothing, which the
             // estimate counts as keys without mass outside.
             for _ in 0..64 {
                 let slot = (random.next() * self.table.slots as f64) as u32;
-                if levels[slot as usize] > 0 && self.slots.binary_search(&slot).is_err() {
+                if levels[slot as usize] > 0 && slots.binary_search(&slot).is_err() {
                     sampler.drawn.push(slot);
                     break;
                 }
@@ -132,12 +101,12 @@ impl<'a> SketchScan<'a> {
     }
 
     /// One draw from each equal share of the weight.
-    fn draw_by_weight(&self, head: usize, total: f64, sampler: &mut Sampler<'a>, random: &mut Random) {
+    fn draw_by_weight(&self, head: usize, slots: &[u32], total: f64, sampler: &mut Sampler<'a>, random: &mut Random) {
         let levels = self.table.levels(head);
         let mut targets = (0..BY_WEIGHT).map(|share| (share as f64 + random.next()) / BY_WEIGHT as f64 * total);
         let Some(mut target) = targets.next() else { return };
         let (mut before, mut block) = (0.0_f64, 0);
-        for (run, weight) in sampler.left.iter().enumerate() {
+        for (run, weight) in self.rest.left.iter().enumerate() {
             let weight = f64::from(*weight);
             if before + weight <= target {
                 before += weight;
@@ -151,11 +120,11 @@ impl<'a> SketchScan<'a> {
                 .blocks
                 .get(block + 1)
                 .map_or(self.table.slots as u32, |next| next.slot);
-            let mut union = &self.slots[self.slots.partition_point(|slot| *slot < from)..];
+            let mut scored = &slots[slots.partition_point(|slot| *slot < from)..];
             let mut sum = before;
             for slot in from..(from + RUN as u32).min(end) {
-                if union.first() == Some(&slot) {
-                    union = &union[1..];
+                if scored.first() == Some(&slot) {
+                    scored = &scored[1..];
                     continue;
                 }
                 sum += f64::from(Level(levels[slot as usize]).weight());
