@@ -39,6 +39,7 @@ pub mod reference;
 mod resources;
 mod scores;
 mod source;
+mod tensor_map;
 mod vertical_slash;
 mod view;
 

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::{Buffer, Dtype, GpuError, KvShape, Layout, Plain};
+use crate::{Buffer, Dtype, GpuError, KvShape, Layout, Plain, tensor_map::Rows};
 
 /// Tokens in one view; more would overflow the kernels' 32-bit numbers.
 const MAX_TOKENS: usize = 1 << 30;
@@ -51,6 +51,19 @@ impl RawView {
     /// Whether the device says how many tokens there are.
     pub(crate) const fn has_lengths(&self) -> bool {
         self.lengths != 0
+    }
+
+    /// Rows of all keys and of all values, if they lie in no pages: token after token at one stride.
+    pub(crate) fn rows(&self, shape: KvShape) -> Option<[Rows; 2]> {
+        let rows = |pointer| Rows {
+            pointer,
+            row_elements: shape.head_dim,
+            rows: self.tokens as usize,
+            row_stride: self.token_stride.into(),
+            outer: shape.kv_heads,
+            outer_stride: self.head_stride,
+        };
+        (self.pages == 0).then(|| [rows(self.k), rows(self.v)])
     }
 
     fn new(layout: &Layout, k: u64, v: u64, tokens: usize) -> Result<Self, GpuError> {
