@@ -28,11 +28,12 @@ struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
-// Copies a box of a three-dimensional tensor, whose innermost 64 16-bit numbers make rows of 128 bytes, swizzled as
+// Copies a box of a tensor of four dimensions, whose innermost 64 16-bit numbers make rows of 128 bytes, swizzled as
 // `swizzle<128>` does; what lies outside the tensor is zeros. The whole box counts on `barrier`.
-__device__ __forceinline__ void copy_tensor(u32 to, const TensorMap& map, u32 barrier, u32 x, int y, u32 z) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
-                 ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+__device__ __forceinline__ void copy_tensor(u32 to, const TensorMap& map, u32 barrier, u32 x, int y, u32 z, u32 w) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
                  : "memory");
 }
 

@@ -1,8 +1,8 @@
 // prefill on Hopper: products by wgmma, rows by the tensor copy engine.
 //
 // A CTA takes 128 query rows of one head: two warpgroups of 64 rows each multiply, a third copies. A step is 128 keys:
-// two tiles of the list, or 128 gathered columns. Tiles of a view without pages come by tensor copies; columns and paged
-// tiles by cp.async of the copying warpgroup. Keys and values have their own stages, each with a barrier for "it is there"
+// two tiles of the list, or 128 gathered columns. Tiles of a view without pages, and tiles that lie in one page each, come by
+// tensor copies; columns and all other tiles by cp.async of the copying warpgroup, row by row. Keys and values have their own stages, each with a barrier for "it is there"
 // and one for "it is free". The two warpgroups take turns at the tensor cores, so that one's softmax runs under the other's
 // products; within each, the scores of the next step are multiplied together with the weighted values of this one.
 #pragma once
@@ -12,11 +12,11 @@
 #ifdef HAS_WGMMA
 
 struct WideParams {
-    TensorMap q, k, v; // [rows][q_heads][D]; [tokens][kv_heads][D]; k and v only if `tiled`
+    TensorMap q, k, v; // [1][q_heads][rows][D]; [pages][kv_heads][tokens of a page][D], k and v only if `tensors`
     PrefillParams base;
     u32 section; // query heads whose row blocks are worked through together
     u32 blocks;  // row blocks of a head
-    u32 tiled;   // tensor copies serve the view
+    u32 tensors; // tensor copies serve the view
 };
 
 constexpr u32 STEP = 2 * TILE, WIDE_THREADS = 384, COPIERS = 128, PANEL = STEP * 128, Q_PANEL = HALF_ROWS * 128;
@@ -87,13 +87,35 @@ struct Copier {
         if (step >= STAGES) barrier_wait(barrier, (step / STAGES - 1) & 1u);
     }
 
+    // In pages: whether the tile lies in one and is full, or is not there at all.
+    __device__ __forceinline__ bool tensor_serves(int first) const {
+        const View& view = params.base.view;
+        if (first <= -int(TILE) || first >= int(view.tokens)) return true;
+        return first >= 0 && first % int(TILE) == 0 && first + int(TILE) <= int(view.tokens);
+    }
+
+    __device__ __forceinline__ bool tensors_serve(u32 step) const {
+        return params.tensors && step < task.tile_steps && tensor_serves(task.first(step, 0)) &&
+               tensor_serves(task.first(step, 1));
+    }
+
     __device__ __forceinline__ void tensors(const TensorMap& map, u32 to, u32 barrier, const int (&first)[2]) const {
+        const View& view = params.base.view;
         barrier_expect(barrier, Shared::PLANE);
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
+            int row = first[half];
+            u32 page = 0;
+            if (view.pages != 0 && row >= 0 && row < int(view.tokens)) {
+                page = u32(row) / view.page_tokens;
+                row -= int(page * view.page_tokens);
+                page = __ldg(reinterpret_cast<const u32*>(view.pages) + page);
+            } else if (view.pages != 0) {
+                row = -int(TILE);
+            }
 #pragma unroll
             for (u32 panel = 0; panel < D / 64; ++panel)
-                copy_tensor(to + panel * PANEL + half * TILE * 128, map, barrier, panel * 64, first[half], task.kv_head);
+                copy_tensor(to + panel * PANEL + half * TILE * 128, map, barrier, panel * 64, row, task.kv_head, page);
         }
     }
 
@@ -139,58 +161,76 @@ struct Copier {
             copy_async(to + swizzle<128>(row, word & 7u),
                        reinterpret_cast<const void*>(base + (there ? from + word * 16 : 0)), there);
         }
-        commit_copies();
     }
 
-    // What all threads have copied but for the last `PENDING` rounds is there, and `barrier` says so.
+    // What all threads have copied but for the last `PENDING` rounds is there, and `barrier` says so, unless the copy
+    // engine does.
     template <int PENDING>
-    __device__ __forceinline__ static void say(u32 barrier, u32 thread) {
+    __device__ __forceinline__ static void say(u32 barrier, bool by_rows, u32 thread) {
         wait_copies<PENDING>();
         publish_shared();
         named_sync(COPYING, COPIERS);
-        if (thread == 0) barrier_arrive(barrier);
+        if (by_rows && thread == 0) barrier_arrive(barrier);
     }
 
-    // Two rounds of copies are on their way at any time; a round is said to be there once the next one was given.
+    // Steps of which not all are tensor copies. Two rounds of copies are on their way at any time; a round is said to be
+    // there once the next one was given.
     __device__ __forceinline__ void row_steps(u32 begin, u32 thread) const {
         const View& view = params.base.view;
         u64 found = NOWHERE;
+        bool rows = false, rows_before = false; // of the step before this, and of the one before that
         for (u32 step = begin; step <= task.steps; ++step) {
             const u32 stage = step % STAGES, before = (step + STAGES - 1) % STAGES;
+            const u32 earlier = (step + STAGES - 2) % STAGES;
             u64 next = NOWHERE;
+            bool next_rows = false;
             if (step < task.steps) {
-                next = find_row(step, thread);
-                wait_free(shared.k_free(stage), step);
-                const bool gathered = step >= task.tile_steps;
-                if (gathered)
-                    shared.keys[stage][thread] = column_once(task.numbers, task.list, task.end, task.column_count,
-                                                             (step - task.tile_steps) * STEP + thread);
-                if (thread < 2) shared.first[stage][thread] = gathered ? GATHERED : task.first(step, thread);
-                copy_rows(view.k, shared.k(stage), next, thread);
-                if (step > begin + 1) say<1>(shared.v_there((step + STAGES - 2) % STAGES), thread);
+                next_rows = !tensors_serve(step);
+                if (next_rows) {
+                    next = find_row(step, thread);
+                    wait_free(shared.k_free(stage), step);
+                    const bool gathered = step >= task.tile_steps;
+                    if (gathered)
+                        shared.keys[stage][thread] = column_once(task.numbers, task.list, task.end, task.column_count,
+                                                                 (step - task.tile_steps) * STEP + thread);
+                    if (thread < 2) shared.first[stage][thread] = gathered ? GATHERED : task.first(step, thread);
+                    copy_rows(view.k, shared.k(stage), next, thread);
+                } else {
+                    wait_free(shared.k_free(stage), step);
+                    if (thread == 0) tile_step(step, true);
+                }
+                commit_copies();
+                if (step > begin + 1) say<1>(shared.v_there(earlier), rows_before, thread);
             } else if (step > begin + 1) {
-                say<0>(shared.v_there((step + STAGES - 2) % STAGES), thread);
+                say<0>(shared.v_there(earlier), rows_before, thread);
             }
             if (step > begin) {
                 wait_free(shared.v_free(before), step - 1);
-                copy_rows(view.v, shared.v(before), found, thread);
-                if (step == task.steps) say<0>(shared.v_there(before), thread);
+                if (rows) {
+                    copy_rows(view.v, shared.v(before), found, thread);
+                } else if (thread == 0) {
+                    tile_step(step - 1, false);
+                }
+                commit_copies();
+                if (step == task.steps) say<0>(shared.v_there(before), rows, thread);
             } else if (begin > 0 && thread == 0) {
                 tile_step(begin - 1, false);
             }
             if (step < task.steps) {
                 if (step > begin)
-                    say<1>(shared.k_there(stage), thread);
+                    say<1>(shared.k_there(stage), next_rows, thread);
                 else
-                    say<0>(shared.k_there(stage), thread);
+                    say<0>(shared.k_there(stage), next_rows, thread);
             }
             found = next;
+            rows_before = rows;
+            rows = next_rows;
         }
     }
 
     // Keys run one step ahead of values, as their readers do.
     __device__ __forceinline__ void run(u32 thread) const {
-        const u32 tiled = params.tiled ? task.tile_steps : 0;
+        const u32 tiled = params.tensors && params.base.view.pages == 0 ? task.tile_steps : 0;
         if (thread == 0) {
             const u32 row = task.block * ROWS;
             barrier_expect(shared.q_there(), Shared::Q_BYTES);
@@ -199,7 +239,7 @@ struct Copier {
 #pragma unroll
                 for (u32 panel = 0; panel < D / 64; ++panel)
                     copy_tensor(shared.base + (half * (D / 64) + panel) * Q_PANEL, params.q, shared.q_there(), panel * 64,
-                                int(row + half * HALF_ROWS), task.head);
+                                int(row + half * HALF_ROWS), task.head, 0);
             }
             for (u32 step = 0; step < tiled; ++step) {
                 tile_step(step, true);

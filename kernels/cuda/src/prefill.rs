@@ -135,7 +135,7 @@ struct WideParams {
     base: PrefillParams,
     section: u32,
     blocks: u32,
-    tiled: u32,
+    tensors: u32,
 }
 
 /// Heads whose keys and values together are at most this many bytes are worked through side by side: they stay in the L2
@@ -256,12 +256,14 @@ impl Prefill {
             row_elements: shape.head_dim,
             rows: self.rows,
             row_stride: (self.q_heads * shape.head_dim * 2) as u64,
-            outer: self.q_heads,
-            outer_stride: (shape.head_dim * 2) as u64,
+            heads: self.q_heads,
+            head_stride: (shape.head_dim * 2) as u64,
+            pages: 1,
+            page_stride: (shape.head_dim * 2) as u64,
         };
-        let (k, v, tiled) = match view.raw.rows(shape) {
-            Some([k, v]) if k.serves() && v.serves() => (k.map()?, v.map()?, 1),
-            _ => (TensorMap::default(), TensorMap::default(), 0),
+        let (k, v, tensors) = match view.rows() {
+            Some([k, v]) => (k.map()?, v.map()?, 1),
+            None => (TensorMap::default(), TensorMap::default(), 0),
         };
         let kv_bytes = 2 * view.tokens() * shape.head_dim * 2;
         let together = (SECTION_BYTES / kv_bytes).clamp(1, shape.kv_heads);
@@ -273,7 +275,7 @@ impl Prefill {
             section: together as u32 * base.heads_per_kv,
             base,
             blocks: blocks as u32,
-            tiled,
+            tensors,
         };
         let Some(grid) = blocks
             .checked_mul(self.q_heads)

@@ -4,7 +4,7 @@ use cudarc::driver::sys;
 
 use crate::GpuError;
 
-/// Rows of 16-bit numbers in global memory, `outer` sequences of `rows`, of which copies take boxes of 64 rows by 64 numbers
+/// Rows of 16-bit numbers in global memory, `pages` times `heads` times `rows`, of which copies take boxes of 64 rows by 64 numbers
 /// into shared memory, swizzled by 128 bytes. What a box has outside the tensor is zeros.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rows {
@@ -12,8 +12,10 @@ pub(crate) struct Rows {
     pub(crate) row_elements: usize,
     pub(crate) rows: usize,
     pub(crate) row_stride: u64,
-    pub(crate) outer: usize,
-    pub(crate) outer_stride: u64,
+    pub(crate) heads: usize,
+    pub(crate) head_stride: u64,
+    pub(crate) pages: usize,
+    pub(crate) page_stride: u64,
 }
 
 /// The kernels' `TensorMap`.
@@ -24,8 +26,12 @@ pub(crate) struct TensorMap([u64; 16]);
 impl Rows {
     /// Whether the copy engine can be told of them: addresses and strides are multiples of 16 bytes, strides below 2^40.
     pub(crate) const fn serves(&self) -> bool {
-        let aligned = (self.pointer | self.row_stride | self.outer_stride).is_multiple_of(16);
-        aligned && self.row_stride < 1 << 40 && self.outer_stride < 1 << 40 && self.rows > 0 && self.outer > 0
+        let strides = self.row_stride | self.head_stride | self.page_stride;
+        (self.pointer | strides).is_multiple_of(16)
+            && strides < 1 << 40
+            && self.rows > 0
+            && self.heads > 0
+            && self.pages > 0
     }
 
     /// The map, made by the driver.
@@ -34,15 +40,16 @@ impl Rows {
     /// If the driver refuses it.
     pub(crate) fn map(&self) -> Result<TensorMap, GpuError> {
         let mut map = TensorMap::default();
-        let sizes = [self.row_elements, self.rows, self.outer].map(|size| size as u64);
-        let (strides, one_box, steps) = ([self.row_stride, self.outer_stride], [64u32, 64, 1], [1u32; 3]);
-        // SAFETY: the map has the 128 bytes and the alignment of a `CUtensorMap`; the arrays hold as many numbers as three
+        let sizes = [self.row_elements, self.rows, self.heads, self.pages].map(|size| size as u64);
+        let strides = [self.row_stride, self.head_stride, self.page_stride];
+        let (one_box, steps) = ([64u32, 64, 1, 1], [1u32; 4]);
+        // SAFETY: the map has the 128 bytes and the alignment of a `CUtensorMap`; the arrays hold as many numbers as four
         // dimensions need; the address is only written down.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 (&raw mut map).cast(),
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                3,
+                4,
                 self.pointer as *mut std::ffi::c_void,
                 sizes.as_ptr(),
                 strides.as_ptr(),

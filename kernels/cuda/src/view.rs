@@ -53,19 +53,6 @@ impl RawView {
         self.lengths != 0
     }
 
-    /// Rows of all keys and of all values, if they lie in no pages: token after token at one stride.
-    pub(crate) fn rows(&self, shape: KvShape) -> Option<[Rows; 2]> {
-        let rows = |pointer| Rows {
-            pointer,
-            row_elements: shape.head_dim,
-            rows: self.tokens as usize,
-            row_stride: self.token_stride.into(),
-            outer: shape.kv_heads,
-            outer_stride: self.head_stride,
-        };
-        (self.pages == 0).then(|| [rows(self.k), rows(self.v)])
-    }
-
     fn new(layout: &Layout, k: u64, v: u64, tokens: usize) -> Result<Self, GpuError> {
         if tokens > MAX_TOKENS {
             let why = format!("{tokens} tokens; a view has at most {MAX_TOKENS}");
@@ -183,6 +170,8 @@ impl<T: Plain> From<&Buffer<T>> for Memory {
 pub struct KvView<'a> {
     pub(crate) raw: RawView,
     pub(crate) shape: KvShape,
+    /// Above every page number; 1 without pages.
+    pages: usize,
     borrowed: PhantomData<&'a ()>,
 }
 
@@ -191,6 +180,7 @@ impl<'a> KvView<'a> {
         Self {
             raw,
             shape,
+            pages: 1,
             borrowed: PhantomData,
         }
     }
@@ -234,7 +224,34 @@ impl<'a> KvView<'a> {
         table: &'a PageTable,
         tokens: usize,
     ) -> Result<Self, GpuError> {
-        RawView::paged(shape, pool.into(), page_tokens, table, tokens).map(|raw| Self::with(raw, shape))
+        let raw = RawView::paged(shape, pool.into(), page_tokens, table, tokens)?;
+        Ok(Self {
+            pages: table.end,
+            ..Self::with(raw, shape)
+        })
+    }
+
+    /// Where all keys and all values lie, for tensor copies of 64 rows; none if such 64 rows may be in several pages.
+    pub(crate) fn rows(&self) -> Option<[Rows; 2]> {
+        let (raw, paged) = (&self.raw, self.raw.pages != 0);
+        if paged && !raw.page_tokens.is_multiple_of(crate::plan::TILE as u32) {
+            return None;
+        }
+        let rows = |pointer| Rows {
+            pointer,
+            row_elements: self.shape.head_dim,
+            rows: if paged { raw.page_tokens } else { raw.tokens } as usize,
+            row_stride: raw.token_stride.into(),
+            heads: self.shape.kv_heads,
+            head_stride: raw.head_stride,
+            pages: self.pages,
+            page_stride: if paged {
+                raw.page_stride
+            } else {
+                raw.token_stride.into()
+            },
+        };
+        Some([rows(raw.k), rows(raw.v)]).filter(|[k, v]| k.serves() && v.serves())
     }
 
     /// Keys and values as a projection makes them: `k` and `v` are `[tokens, kv_heads, head_dim]`.
