@@ -56,5 +56,5 @@ pub use prefill::{DeviceTiles, Prefill, Products};
 pub use resources::Resources;
 pub use scores::{key_scores, top_k};
 pub use source::Family;
-pub use vertical_slash::{Estimate, VerticalSlash, VerticalSlashTiles};
+pub use vertical_slash::{DENSE_UP_TO, Estimate, VerticalSlash, VerticalSlashTiles};
 pub use view::{KvView, KvViewMut, PageTable, Query};
