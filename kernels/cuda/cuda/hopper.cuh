@@ -1,4 +1,4 @@
-// Hopper's own instructions: wgmma. Present only for sm_90a.
+// Hopper's own instructions: wgmma, tensor copies, barriers in shared memory. Present only for sm_90a.
 #pragma once
 #include "types.cuh"
 
@@ -22,6 +22,64 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // What ordinary stores and cp.async wrote to shared memory becomes visible to wgmma.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Where a tensor lies in global memory and which box of it one copy takes; made by the driver. A kernel's parameter.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+// Copies a box of a tensor of four dimensions, whose innermost 64 16-bit numbers make rows of 128 bytes, swizzled as
+// `swizzle<128>` does; what lies outside the tensor is zeros. The whole box counts on `barrier`.
+__device__ __forceinline__ void copy_tensor(u32 to, const TensorMap& map, u32 barrier, u32 x, int y, u32 z, u32 w) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// New barriers become visible to the copy engine; other threads need a __syncthreads as well.
+__device__ __forceinline__ void barrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives; the barrier's round ends when `bytes` have come as well.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for the end of the round that `parity` names: 0 for the first, the third and so on.
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
+                 : "memory");
+}
+
+// Barriers by number, among `threads` threads; one warp's threads count together.
+__device__ __forceinline__ void named_sync(u32 number, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(u32 number, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Registers move between warpgroups: all threads of one take or give back together.
+template <u32 N>
+__device__ __forceinline__ void registers_take() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+template <u32 N>
+__device__ __forceinline__ void registers_give_back() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
 
 // Registers that a product in flight uses: nothing that reads or writes them moves across.
 template <u32 N>
@@ -96,6 +154,42 @@ __device__ __forceinline__ void wgmma(float (&c)[16][4], const u32 (&a)[4], u64 
         WGMMA_16("f16");
     }
 #undef WGMMA_16
+}
+
+// c[64 x 128] (+)= a[64 x 16] b[16 x 128], both from shared memory.
+template <bool IS_BF16>
+__device__ __forceinline__ void wgmma_shared(float (&c)[16][4], u64 a, u64 b, bool add) {
+#define WGMMA_SHARED(TYPE)                                                                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"                                     \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                              \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                    \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                    \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                   \
+                 "%64, %65, p, 1, 1, 0, 0;\n}"                                                                        \
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),                                         \
+                   "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),                                         \
+                   "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),                                         \
+                   "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),                                         \
+                   "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),                                         \
+                   "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),                                         \
+                   "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),                                         \
+                   "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),                                         \
+                   "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),                                         \
+                   "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),                                         \
+                   "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]),                                     \
+                   "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),                                     \
+                   "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),                                     \
+                   "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),                                     \
+                   "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),                                     \
+                   "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])                                      \
+                 : "l"(a), "l"(b), "r"(int(add)))
+    if constexpr (IS_BF16) {
+        WGMMA_SHARED("bf16");
+    } else {
+        WGMMA_SHARED("f16");
+    }
+#undef WGMMA_SHARED
 }
 
 #endif

@@ -39,6 +39,7 @@ pub mod reference;
 mod resources;
 mod scores;
 mod source;
+mod tensor_map;
 mod vertical_slash;
 mod view;
 
@@ -55,5 +56,5 @@ pub use prefill::{DeviceTiles, Prefill, Products};
 pub use resources::Resources;
 pub use scores::{key_scores, top_k};
 pub use source::Family;
-pub use vertical_slash::{Estimate, VerticalSlash, VerticalSlashTiles};
+pub use vertical_slash::{DENSE_UP_TO, Estimate, VerticalSlash, VerticalSlashTiles};
 pub use view::{KvView, KvViewMut, PageTable, Query};

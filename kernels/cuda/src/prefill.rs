@@ -1,7 +1,10 @@
 //! Attention of a prompt's queries over a list of tiles.
 
 use crate::{
-    Buffer, Dtype, Family, Gpu, GpuError, HeadTiles, KvView, Plain, Query, TileList, plan::ROWS, view::RawView,
+    Buffer, Dtype, Family, Gpu, GpuError, HeadTiles, KvView, Plain, Query, TileList,
+    plan::{ROWS, TILE},
+    tensor_map::{Rows, TensorMap},
+    view::RawView,
 };
 
 /// Which instructions multiply.
@@ -124,6 +127,21 @@ struct PrefillParams {
     heads_per_kv: u32,
 }
 
+#[repr(C)]
+struct WideParams {
+    q: TensorMap,
+    k: TensorMap,
+    v: TensorMap,
+    base: PrefillParams,
+    section: u32,
+    blocks: u32,
+    tensors: u32,
+}
+
+/// Heads whose keys and values together are at most this many bytes are worked through side by side: they stay in the L2
+/// cache, and the longest row blocks of all of them come first.
+const SECTION_BYTES: usize = 24 << 20;
+
 impl Prefill {
     /// Writes the output, `[rows, q_heads, head_dim]` in the type of queries, keys and values (bf16 or f16), and the base-2
     /// logs of the sums of weights, `[q_heads, rows]`. A row that sees nothing has zeros and `-inf`.
@@ -215,11 +233,63 @@ impl Prefill {
             q_heads: self.q_heads as u32,
             heads_per_kv: (self.q_heads / shape.kv_heads) as u32,
         };
-        let stages = if wide { 4 } else { 3 };
-        let shared = (stages * 2 * crate::plan::TILE * shape.head_dim * 2 + 1024) as u32;
+        if wide {
+            return self.launch_wide(gpu, kernel, params, q, view);
+        }
+        let shared = ((ROWS + 2 * 2 * TILE) * shape.head_dim * 2 + 1024) as u32;
         let grid = (blocks as u32, self.q_heads as u32, 1);
         // SAFETY: `PrefillParams` is prefill.cu's; the view was checked when it was made, the lists come from a `TileList` or
         // from `vs_build`, which keep tiles and columns below 2^30, and the kernel reads no key outside the view.
-        unsafe { gpu.launch_with(Family::Prefill, kernel, grid, 256, shared, &params) }
+        unsafe { gpu.launch_with(Family::Prefill, kernel, grid, 128, shared, &params) }
+    }
+    fn launch_wide(
+        &self,
+        gpu: &Gpu,
+        kernel: &'static str,
+        base: PrefillParams,
+        q: Query<'_>,
+        view: &KvView<'_>,
+    ) -> Result<(), GpuError> {
+        let shape = view.shape;
+        let queries = Rows {
+            pointer: q.pointer,
+            row_elements: shape.head_dim,
+            rows: self.rows,
+            row_stride: (self.q_heads * shape.head_dim * 2) as u64,
+            heads: self.q_heads,
+            head_stride: (shape.head_dim * 2) as u64,
+            pages: 1,
+            page_stride: (shape.head_dim * 2) as u64,
+        };
+        let (k, v, tensors) = match view.rows() {
+            Some([k, v]) => (k.map()?, v.map()?, 1),
+            None => (TensorMap::default(), TensorMap::default(), 0),
+        };
+        let kv_bytes = 2 * view.tokens() * shape.head_dim * 2;
+        let together = (SECTION_BYTES / kv_bytes).clamp(1, shape.kv_heads);
+        let blocks = self.rows.div_ceil(ROWS);
+        let params = WideParams {
+            q: queries.map()?,
+            k,
+            v,
+            section: together as u32 * base.heads_per_kv,
+            base,
+            blocks: blocks as u32,
+            tensors,
+        };
+        let Some(grid) = blocks
+            .checked_mul(self.q_heads)
+            .filter(|&ctas| i32::try_from(ctas).is_ok())
+        else {
+            let why = format!(
+                "{} rows of {} heads; fewer at a time are possible",
+                self.rows, self.q_heads
+            );
+            return Err(GpuError::shape("prefill", why));
+        };
+        let stages = if shape.head_dim == 64 { 3 } else { 2 };
+        let shared = ((ROWS + stages * 2 * 2 * TILE) * shape.head_dim * 2 + 1024) as u32;
+        // SAFETY: as in `attend`, `WideParams` being prefill_wide.cuh's; the maps describe the queries' and the view's rows.
+        unsafe { gpu.launch_with(Family::Prefill, kernel, (grid as u32, 1, 1), 384, shared, &params) }
     }
 }

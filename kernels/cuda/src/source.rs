@@ -28,6 +28,8 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("softmax.cuh", include_str!("../cuda/softmax.cuh")),
     ("hopper.cuh", include_str!("../cuda/hopper.cuh")),
     ("kv.cuh", include_str!("../cuda/kv.cuh")),
+    ("prefill.cuh", include_str!("../cuda/prefill.cuh")),
+    ("prefill_wide.cuh", include_str!("../cuda/prefill_wide.cuh")),
     ("keys.cuh", include_str!("../cuda/keys.cuh")),
 ];
 

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::{Buffer, Dtype, GpuError, KvShape, Layout, Plain};
+use crate::{Buffer, Dtype, GpuError, KvShape, Layout, Plain, tensor_map::Rows};
 
 /// Tokens in one view; more would overflow the kernels' 32-bit numbers.
 const MAX_TOKENS: usize = 1 << 30;
@@ -170,6 +170,8 @@ impl<T: Plain> From<&Buffer<T>> for Memory {
 pub struct KvView<'a> {
     pub(crate) raw: RawView,
     pub(crate) shape: KvShape,
+    /// Above every page number; 1 without pages.
+    pages: usize,
     borrowed: PhantomData<&'a ()>,
 }
 
@@ -178,6 +180,7 @@ impl<'a> KvView<'a> {
         Self {
             raw,
             shape,
+            pages: 1,
             borrowed: PhantomData,
         }
     }
@@ -221,7 +224,34 @@ impl<'a> KvView<'a> {
         table: &'a PageTable,
         tokens: usize,
     ) -> Result<Self, GpuError> {
-        RawView::paged(shape, pool.into(), page_tokens, table, tokens).map(|raw| Self::with(raw, shape))
+        let raw = RawView::paged(shape, pool.into(), page_tokens, table, tokens)?;
+        Ok(Self {
+            pages: table.end,
+            ..Self::with(raw, shape)
+        })
+    }
+
+    /// Where all keys and all values lie, for tensor copies of 64 rows; none if such 64 rows may be in several pages.
+    pub(crate) fn rows(&self) -> Option<[Rows; 2]> {
+        let (raw, paged) = (&self.raw, self.raw.pages != 0);
+        if paged && !raw.page_tokens.is_multiple_of(crate::plan::TILE as u32) {
+            return None;
+        }
+        let rows = |pointer| Rows {
+            pointer,
+            row_elements: self.shape.head_dim,
+            rows: if paged { raw.page_tokens } else { raw.tokens } as usize,
+            row_stride: raw.token_stride.into(),
+            heads: self.shape.kv_heads,
+            head_stride: raw.head_stride,
+            pages: self.pages,
+            page_stride: if paged {
+                raw.page_stride
+            } else {
+                raw.token_stride.into()
+            },
+        };
+        Some([rows(raw.k), rows(raw.v)]).filter(|[k, v]| k.serves() && v.serves())
     }
 
     /// Keys and values as a projection makes them: `k` and `v` are `[tokens, kv_heads, head_dim]`.

@@ -2,10 +2,10 @@
 
 use half::{bf16, f16};
 use kvasir_cuda::{
-    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, Prefill, Products, Query,
-    TileList, VerticalSlash, VerticalSlashTiles, reference,
+    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, PageTable, Prefill, Products,
+    Query, TileList, VerticalSlash, VerticalSlashTiles, reference,
 };
-use rand::{Rng, rngs::StdRng};
+use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Value, json};
 
 use crate::{
@@ -230,7 +230,7 @@ pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         head_dim: HEAD_DIM,
     };
     let mut figures = serde_json::Map::new();
-    for tokens in [4096usize, 16 * 1024, 32 * 1024, 128 * 1024] {
+    for tokens in [4096usize, 8192, 16 * 1024, 32 * 1024, 128 * 1024] {
         let random = |rng: &mut StdRng, len: usize| {
             let some: Vec<u16> = (0..1 << 20)
                 .map(|_| bf16::from_f32(rng.random_range(-1.0..1.0)).to_bits())
@@ -242,12 +242,17 @@ pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         let k = random(rng, tokens * KV_HEADS * HEAD_DIM + 8)?;
         let v = random(rng, tokens * KV_HEADS * HEAD_DIM + 8)?;
         let view = KvView::fresh(shape, &k, &v, tokens)?;
+        let pool = random(rng, 2 * tokens * KV_HEADS * HEAD_DIM)?;
+        let mut pages: Vec<u32> = (0..(tokens / 64) as u32).collect();
+        pages.shuffle(rng);
+        let table = PageTable::upload(gpu, &pages)?;
+        let paged = KvView::paged(shape, &pool, 64, &table, tokens)?;
         let mut out = gpu.zeros::<u16>(q.len())?;
         let mut lse = gpu.zeros::<f32>(Q_HEADS * tokens)?;
         let query = Query::bits(&q, Dtype::Bf16);
         let dense_flops = 2.0 * (tokens * tokens * HEAD_DIM * Q_HEADS) as f64;
         let mut entry = serde_json::Map::new();
-        let mut measure = |name: &str, head: HeadTiles, products: Products| {
+        let mut measure = |name: &str, view: &KvView<'_>, head: HeadTiles, products: Products| {
             let work = TileList::new(vec![head.clone()]).expect("in order").work(0, 0, tokens);
             let list = TileList::new(vec![head; Q_HEADS]).expect("in order");
             let tiles = DeviceTiles::upload(gpu, &list)?;
@@ -257,9 +262,9 @@ pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
                 scale: 0.088,
                 products,
             };
-            let ms = median(gpu, || prefill.attend(gpu, query, &view, &tiles, &mut out, &mut lse))?;
+            let ms = median(gpu, || prefill.attend(gpu, query, view, &tiles, &mut out, &mut lse))?;
             // Of tiles, each 128 rows by 64 keys; for dense of the causal half.
-            let flops = if name == "dense" {
+            let flops = if name.starts_with("dense") {
                 dense_flops
             } else {
                 (work * 4 * 128 * 64 * HEAD_DIM * Q_HEADS) as f64
@@ -284,15 +289,18 @@ pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
             .flat_map(|start| start..start + 64)
             .collect();
         for &products in products(gpu) {
-            measure("dense", HeadTiles::dense(tokens), products)?;
-            measure("a_shape_1024_4096", HeadTiles::a_shape(1024, 4096), products)?;
+            measure("dense", &view, HeadTiles::dense(tokens), products)?;
+            measure("dense_in_pages_of_64", &paged, HeadTiles::dense(tokens), products)?;
+            measure("a_shape_1024_4096", &view, HeadTiles::a_shape(1024, 4096), products)?;
             measure(
                 "vertical_slash_1000_6096_near",
+                &view,
                 HeadTiles::vertical_slash(&columns, &near),
                 products,
             )?;
             measure(
                 "vertical_slash_1000_6096_in_95_runs",
+                &view,
                 HeadTiles::vertical_slash(&columns, &runs),
                 products,
             )?;
