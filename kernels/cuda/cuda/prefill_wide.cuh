@@ -1,10 +1,11 @@
 // prefill on Hopper: products by wgmma, rows by the tensor copy engine.
 //
-// A CTA takes 128 query rows of one head: two warpgroups of 64 rows each multiply, a third copies. A step is 128 keys:
-// two tiles of the list, or 128 gathered columns. Tiles of a view without pages, and tiles that lie in one page each, come by
-// tensor copies; columns and all other tiles by cp.async of the copying warpgroup, row by row. Keys and values have their own stages, each with a barrier for "it is there"
-// and one for "it is free". The two warpgroups take turns at the tensor cores, so that one's softmax runs under the other's
-// products; within each, the scores of the next step are multiplied together with the weighted values of this one.
+// A CTA takes 128 query rows of one head: two warpgroups of 64 rows each multiply, a third copies. A step is 128
+// keys: two tiles of the list, or 128 gathered columns. Tiles of a view without pages, and tiles that lie in one
+// page each, come by tensor copies; columns and all other tiles by cp.async of the copying warpgroup, row by row.
+// Keys and values have their own stages, each with a barrier for "it is there" and one for "it is free". A warpgroup
+// gives the tensor cores the scores of the next step and the weighted values of this one together, and the softmax of
+// the next runs while the latter, and the other warpgroup's products, are summed.
 #pragma once
 #include "hopper.cuh"
 #include "prefill.cuh"
