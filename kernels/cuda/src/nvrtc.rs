@@ -24,7 +24,7 @@ type Program = *mut c_void;
 /// An opened NVRTC.
 #[derive(Debug)]
 pub struct Compiler {
-    library: Library,
+    shared: Library,
     /// Keeps NVRTC's second library loaded, so that NVRTC finds it by name.
     _builtins: Option<Library>,
     version: (i32, i32),
@@ -62,9 +62,9 @@ impl Compiler {
         })
     }
 
-    fn with(library: Library, builtins: Option<Library>) -> Result<Self, BuildError> {
+    fn with(shared: Library, builtins: Option<Library>) -> Result<Self, BuildError> {
         let mut compiler = Self {
-            library,
+            shared,
             _builtins: builtins,
             version: (0, 0),
         };
@@ -161,7 +161,7 @@ impl Compiler {
     /// `F` must be the C signature of the function called `name` in nvrtc.h.
     unsafe fn function<F>(&self, name: &CStr) -> Result<Symbol<'_, F>, BuildError> {
         // SAFETY: the caller gives the right signature.
-        unsafe { self.library.get(name.to_bytes_with_nul()) }
+        unsafe { self.shared.get(name.to_bytes_with_nul()) }
             .map_err(|error| BuildError::UnusableCompiler("libnvrtc".into(), error.to_string()))
     }
 }
