@@ -10,6 +10,7 @@ mod epoch;
 mod get;
 mod match_prefix;
 mod put;
+mod reserve;
 
 use std::{
     sync::{Arc, Weak, atomic::AtomicUsize},
@@ -21,7 +22,12 @@ use kvasir_tier::{DiskConfig, DiskTier, DiskWatch, HostTier};
 use parking_lot::Mutex;
 
 use self::availability::Available;
-pub use self::{get::GetOutcome, match_prefix::PrefixMatch, put::PutOutcome};
+pub use self::{
+    get::GetOutcome,
+    match_prefix::PrefixMatch,
+    put::PutOutcome,
+    reserve::{GetOptions, PutBuffer},
+};
 use crate::{
     CacheConfig, CacheError, CacheStats, ErrorKind, LeaseId, Subscription,
     event::Hub,

@@ -47,7 +47,7 @@ mod stats;
 #[cfg(test)]
 mod testing;
 
-pub use cache::{BlockCache, GetOutcome, PrefixMatch, PutOutcome, Tier};
+pub use cache::{BlockCache, GetOptions, GetOutcome, PrefixMatch, PutBuffer, PutOutcome, Tier};
 pub use config::CacheConfig;
 pub use error::{CacheError, ErrorKind};
 pub use event::{BlockEvent, EventKind, EventStep, Subscription};

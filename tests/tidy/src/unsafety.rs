@@ -1,9 +1,9 @@
-//! `unsafe` lives in kvasir-simd and kvasir-cuda only, and each block says which fact makes it sound.
+//! `unsafe` lives in kvasir-simd, kvasir-cuda and kvasir-device only, and each block says which fact makes it sound.
 
 use crate::{Repository, Violation, source};
 
-/// The crates that may: vector instructions, and the foreign code of a GPU's driver.
-const ALLOWED: [&str; 2] = ["kernels/simd/", "kernels/cuda/"];
+/// The crates that may: vector instructions, the foreign code of a GPU's driver, and memory shared with the kernel or a process.
+const ALLOWED: [&str; 3] = ["kernels/simd/", "kernels/cuda/", "storage/device/"];
 
 /// Finds `unsafe` outside the crates that may use it, blocks without `// SAFETY:`, and crates that do not forbid it.
 pub fn check(repository: &Repository) -> Vec<Violation> {
@@ -12,7 +12,7 @@ pub fn check(repository: &Repository) -> Vec<Violation> {
         let code = source::code_only(text);
         for (line, column) in source::lines_with_word(&code, "unsafe") {
             if !allowed(path) {
-                let what = "unsafe outside kvasir-simd and kvasir-cuda: use a safe interface, or move the part that needs it there";
+                let what = "unsafe outside kvasir-simd, kvasir-cuda and kvasir-device: use a safe interface, or move the part that needs it there";
                 found.push(Violation::new(path, line, what));
             } else if !explained(text, &code, line, column) {
                 let what = "unsafe without a reason: write `// SAFETY:` (or `# Safety` on a function) above it, with the fact and who keeps it";

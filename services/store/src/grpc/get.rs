@@ -160,6 +160,7 @@ fn read_message(cache: &BlockCache, wanted: &Wanted, range: Range<usize>) -> Res
                 GetOutcome::Miss => v1::BlockOutcome::Miss,
                 GetOutcome::Corrupt => v1::BlockOutcome::Corrupt,
                 GetOutcome::Busy => v1::BlockOutcome::Busy,
+                GetOutcome::TooLate => v1::BlockOutcome::TooLate,
             }
         };
         message.header.entries.push(head.to_wire(outcome));

@@ -27,6 +27,8 @@ pub enum GetOutcome {
     Corrupt,
     /// Shed because too many disk reads are running. Try later, or compute.
     Busy,
+    /// The deadline passed before its turn.
+    TooLate,
 }
 
 impl BlockCache {
@@ -50,6 +52,7 @@ impl BlockCache {
             GetOutcome::Miss => counters.misses_absent.add(1),
             GetOutcome::Corrupt => counters.misses_corrupt.add(1),
             GetOutcome::Busy => counters.misses_busy.add(1),
+            GetOutcome::TooLate => {}
         }
         Ok(outcome)
     }

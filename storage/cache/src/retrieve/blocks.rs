@@ -210,7 +210,11 @@ impl ContextBlocks {
                     }
                     now[at] = Some(payload);
                 }
-                GetOutcome::Hit { .. } | GetOutcome::Miss | GetOutcome::Corrupt | GetOutcome::Busy => {
+                GetOutcome::Hit { .. }
+                | GetOutcome::Miss
+                | GetOutcome::Corrupt
+                | GetOutcome::Busy
+                | GetOutcome::TooLate => {
                     shared.counters.retrieve_missing.add(1);
                 }
             }

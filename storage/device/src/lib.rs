@@ -1,0 +1,21 @@
+//! Memory and files as the tiers want them: an arena of shared memory, aligned buffers, direct I/O.
+//!
+//! Knows bytes, offsets and descriptors; nothing of blocks, keys or tiers. All `unsafe` of the storage side is here, each block
+//! with the fact that makes it sound.
+//!
+//! Meet first: [`Buffer`], exclusive memory that becomes shared and immutable.
+//!
+//! ```
+//! use kvasir_device::Buffer;
+//! let mut buffer = Buffer::heap(5);
+//! buffer.as_mut_slice().copy_from_slice(b"bytes");
+//! assert_eq!(buffer.freeze(1..4), "yte");
+//! ```
+#![expect(
+    unsafe_code,
+    reason = "hands aligned memory to the kernel and maps memory that other processes share"
+)]
+
+mod buffer;
+
+pub use buffer::{Buffer, PAGE_BYTES};
