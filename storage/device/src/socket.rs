@@ -78,11 +78,12 @@ pub fn send_descriptor(socket: impl AsFd, message: &[u8], descriptor: BorrowedFd
     )?)
 }
 
-/// Receives up to `message.len()` bytes, and the descriptor that came with them. More descriptors than one are closed. No
-/// bytes: the other end is closed.
+/// Receives up to `message.len()` bytes, and the descriptor that came with them, if one did. No bytes: the other end is
+/// closed.
 ///
 /// # Errors
-/// `InvalidData` when descriptors were cut off (the process has too many open); what the system says.
+/// `InvalidData` when more descriptors came than one, all of which are closed, or this process may open no more; what the system
+/// says.
 pub fn receive_descriptor(socket: impl AsFd, message: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -92,19 +93,17 @@ pub fn receive_descriptor(socket: impl AsFd, message: &mut [u8]) -> io::Result<(
         &mut control,
         RecvFlags::CMSG_CLOEXEC,
     )?;
-    let mut first = None;
+    let mut descriptors = Vec::new();
     for control in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(descriptors) = control {
-            for descriptor in descriptors {
-                first.get_or_insert(descriptor);
-            }
+        if let RecvAncillaryMessage::ScmRights(more) = control {
+            descriptors.extend(more);
         }
     }
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        let problem = "descriptors were cut off: more came than one, or this process may open no more";
+    if received.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > 1 {
+        let problem = "more descriptors came than one, or this process may open no more";
         return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
     }
-    Ok((received.bytes, first))
+    Ok((received.bytes, descriptors.pop()))
 }
 
 #[cfg(test)]
