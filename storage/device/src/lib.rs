@@ -3,7 +3,8 @@
 //! Knows bytes, offsets and descriptors; nothing of blocks, keys or tiers. All `unsafe` of the storage side is here, each block
 //! with the fact that makes it sound.
 //!
-//! Meet first: [`Buffer`], exclusive memory that becomes shared and immutable.
+//! Meet first: [`Buffer`], exclusive memory that becomes shared and immutable; [`FileIo`], which reads and writes files, and
+//! [`faulty`], which does it wrong on purpose.
 //!
 //! ```
 //! use kvasir_device::Buffer;
@@ -17,5 +18,7 @@
 )]
 
 mod buffer;
+mod file;
 
 pub use buffer::{Buffer, PAGE_BYTES};
+pub use file::{BlockFile, FileIo, Psync, ReadAt, ReadOutcome, Uring, WriteAt, best_io, faulty, takes_direct_io};
