@@ -4,7 +4,8 @@
 //! with the fact that makes it sound.
 //!
 //! Meet first: [`Buffer`], exclusive memory that becomes shared and immutable; [`Arena`], where a bounded amount of it comes from;
-//! [`ArenaView`], the same memory seen by another process, to which [`socket`] carries it.
+//! [`ArenaView`], the same memory seen by another process, to which [`socket`] carries it; [`FileIo`], which reads and writes
+//! files, and [`faulty`], which does it wrong on purpose.
 //!
 //! ```
 //! use kvasir_device::{Arena, ArenaConfig, HugePages};
@@ -25,7 +26,9 @@
 
 mod arena;
 mod buffer;
+mod file;
 pub mod socket;
 
 pub use arena::{Arena, ArenaConfig, ArenaError, ArenaView, Fence, Held, HugePages, PageKind, ViewError};
 pub use buffer::{Buffer, PAGE_BYTES};
+pub use file::{BlockFile, FileIo, Psync, ReadAt, ReadOutcome, Uring, WriteAt, best_io, faulty, takes_direct_io};
