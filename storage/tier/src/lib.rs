@@ -28,3 +28,4 @@ pub use disk::{
     DiskConfig, DiskRead, DiskStats, DiskTier, DiskWatch, FlushError, Offer, OpenError, Recovery, SEGMENT_FORMAT,
 };
 pub use host::{HostConfig, HostPolicy, HostStats, HostTier, NoRoom, Owner};
+pub use kvasir_device::HugePages;
