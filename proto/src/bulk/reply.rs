@@ -183,7 +183,7 @@ impl ReplyHead {
         let expected = match (head.status, op) {
             (Status::Ok, Op::Get | Op::GetChain) => head.rows as usize * GetRow::bytes(head.placed),
             (Status::Ok, Op::Put | Op::Exists) => head.rows as usize,
-            (Status::Ok, Op::Match | Op::Return) => 0,
+            (Status::Ok, Op::Match | Op::Return | Op::Suspect) => 0,
             _ => (head.table_bytes as usize).min(TEXT_BYTES_MAX),
         };
         if head.table_bytes as usize != expected {

@@ -26,16 +26,20 @@ pub enum Op {
     Match,
     /// Gives back places in shared memory: a row is the place's number, eight bytes. Not answered.
     Return,
+    /// Layer blocks whose bytes came wrong to a client that verifies: the store looks at its own and drops what is bad. A row is
+    /// a key. Not answered.
+    Suspect,
 }
 
 impl Op {
-    const ALL: [(u8, Self); 6] = [
+    const ALL: [(u8, Self); 7] = [
         (1, Self::Get),
         (2, Self::GetChain),
         (3, Self::Put),
         (4, Self::Exists),
         (5, Self::Match),
         (6, Self::Return),
+        (7, Self::Suspect),
     ];
 
     pub(super) fn code(self) -> u8 {
@@ -54,7 +58,7 @@ impl Op {
     /// Bytes of a row in the table of a request.
     pub const fn row_bytes(self) -> usize {
         match self {
-            Self::Get => KEY_ROW_BYTES,
+            Self::Get | Self::Suspect => KEY_ROW_BYTES,
             Self::GetChain | Self::Exists | Self::Match => BlockHash::BYTES,
             Self::Put => PutRow::BYTES,
             Self::Return => 8,
@@ -69,6 +73,7 @@ impl Op {
             Self::Exists => "bulk_exists",
             Self::Match => "bulk_match",
             Self::Return => "bulk_return",
+            Self::Suspect => "bulk_suspect",
         }
     }
 }

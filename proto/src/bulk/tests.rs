@@ -33,7 +33,15 @@ fn heads_round_trip() {
     ] {
         assert_eq!(Welcome::decode(&Welcome::encode(answer)), Ok(answer));
     }
-    for op in [Op::Get, Op::GetChain, Op::Put, Op::Exists, Op::Match, Op::Return] {
+    for op in [
+        Op::Get,
+        Op::GetChain,
+        Op::Put,
+        Op::Exists,
+        Op::Match,
+        Op::Return,
+        Op::Suspect,
+    ] {
         for deadline in [None, Some(Duration::ZERO), Some(Duration::from_micros(1_234_567))] {
             let request = RequestHead {
                 receiver_verifies: true,
