@@ -21,8 +21,13 @@
 
 mod disk;
 mod host;
+mod object;
 
 pub use disk::{
     DiskConfig, DiskRead, DiskStats, DiskTier, DiskWatch, FlushError, Offer, OpenError, Recovery, SEGMENT_FORMAT,
 };
 pub use host::{HostTier, NoRoom};
+pub use object::{
+    BreakerConfig, BreakerState, Credentials, FailureCounts, ObjectConfig, ObjectError, ObjectFailure,
+    ObjectFlushError, ObjectRead, ObjectStats, ObjectTier, PACK_FORMAT, StoreId,
+};
