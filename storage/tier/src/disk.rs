@@ -7,26 +7,37 @@
 //! A disk that fails does not stop the owner: queued payloads stay where they are, [`DiskTier::offer`] answers
 //! [`Offer::Degraded`] once the queue is full, and the flusher tries again every second.
 
+mod config;
 mod faults;
 mod flusher;
 mod format;
 mod index;
 mod lock;
+mod outcome;
 mod recovery;
 mod segment;
+mod stats;
 mod table;
 
 use std::{
     fs, io,
-    path::{Path, PathBuf},
     sync::Arc,
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
+use kvasir_device::Buffer;
 use parking_lot::{Condvar, Mutex};
 
+pub use self::{
+    config::{AbsentDisk, DiskConfig, DiskPath, OpenError},
+    format::SEGMENT_FORMAT,
+    outcome::{DiskRead, DiskWatch, Fate, FlushError, Offer},
+    recovery::Recovery,
+    stats::{DiskStats, OneDiskStats},
+};
 use self::{
     faults::Faults,
     flusher::Flusher,
@@ -35,172 +46,6 @@ use self::{
     segment::{SegmentWriter, read_record},
     table::{Place, Table},
 };
-pub use self::{format::SEGMENT_FORMAT, recovery::Recovery};
-
-/// Where and how much.
-#[derive(Clone, Debug)]
-pub struct DiskConfig {
-    /// Folder that this tier has for itself: `LOCK`, `segments/`, `index/`. Made where missing.
-    pub dir: PathBuf,
-    /// Most bytes of all segment files together; the index comes on top, about 100 bytes per layer block.
-    pub bytes_max: u64,
-    /// Bytes at which a segment is full; also the unit of reclaim.
-    pub segment_bytes: u64,
-    /// Most payload bytes accepted but not yet synced.
-    pub queue_bytes_max: u64,
-}
-
-/// Why a tier could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Sizes that cannot work.
-    #[error("{field} is {found}: {expected}")]
-    Config {
-        /// Name of the setting: `segment_bytes`, or `disk_bytes_max` for [`DiskConfig::bytes_max`].
-        field: &'static str,
-        /// Its value.
-        found: u64,
-        /// What it must be.
-        expected: String,
-    },
-    /// Another process has the folder open.
-    #[error("{} is in use by {owner}: stop it, or give this one a folder of its own", dir.display())]
-    Locked {
-        /// The folder.
-        dir: PathBuf,
-        /// What its owner wrote into the lock file.
-        owner: String,
-    },
-    /// A segment was written by a newer version.
-    #[error(
-        "{} has segment format {found}, this version reads up to {SEGMENT_FORMAT}: use the newer version or another folder",
-        path.display()
-    )]
-    NewerFormat {
-        /// The segment.
-        path: PathBuf,
-        /// Its format.
-        found: u32,
-    },
-    /// The file system said no.
-    #[error("cannot {what} {}", path.display())]
-    Io {
-        /// What was attempted.
-        what: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// RocksDB said no.
-    #[error("cannot {what} in {}", path.display())]
-    Index {
-        /// What was attempted.
-        what: &'static str,
-        /// The index's folder.
-        path: PathBuf,
-        /// What RocksDB said.
-        source: rocksdb::Error,
-    },
-}
-
-impl OpenError {
-    fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::Io {
-            what,
-            path: path.to_owned(),
-            source,
-        }
-    }
-
-    fn index(what: &'static str, config: &DiskConfig, source: rocksdb::Error) -> Self {
-        Self::Index {
-            what,
-            path: config.dir.join("index"),
-            source,
-        }
-    }
-}
-
-/// Not everything accepted is durable.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{queued} layer blocks are not on disk yet ({reason}): they stay queued and are tried again")]
-pub struct FlushError {
-    /// Layer blocks accepted and not durable.
-    pub queued: u64,
-    /// What stands in the way.
-    pub reason: String,
-}
-
-/// What became of an offered layer block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Offer {
-    /// Taken; durable after the next flush.
-    Queued,
-    /// Was here already.
-    Present,
-    /// The queue is full because the disk is slower than the writers: not taken, try later.
-    Full,
-    /// Not taken: the tier is closed, or the queue is full and the disk takes nothing. [`DiskStats::degraded`] says why: it
-    /// fails, or every segment holds a leased block.
-    Degraded,
-}
-
-/// What became of a read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DiskRead {
-    /// The bytes as they were put, verified.
-    Hit {
-        /// Keys and values.
-        payload: Bytes,
-        /// The checksum they came with.
-        checksum: Checksum,
-    },
-    /// Not here.
-    Miss,
-    /// Was here, but a byte was wrong or unreadable; forgotten.
-    Corrupt,
-}
-
-/// Has a say in what the tier forgets to make room.
-pub trait DiskWatch: Send + Sync {
-    /// The tier wants to forget what one segment holds of `blocks`. Answer false if one of them must stay; else call
-    /// `forget` once, under the lock that guards the decision, and answer true.
-    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut()) -> bool;
-}
-
-/// Counts and sizes at one moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DiskStats {
-    /// Bytes of all segment files.
-    pub bytes: u64,
-    /// Their limit.
-    pub bytes_max: u64,
-    /// Segment files.
-    pub segments: u64,
-    /// Layer blocks on disk.
-    pub layer_blocks: u64,
-    /// Layer blocks accepted, not yet durable.
-    pub queued_layer_blocks: u64,
-    /// Their payload bytes.
-    pub queue_bytes: u64,
-    /// Limit of the payload bytes.
-    pub queue_bytes_max: u64,
-    /// Offers not taken, since the start.
-    pub refused: u64,
-    /// Records found corrupt by reads, since the start.
-    pub corrupt: u64,
-    /// Segments dropped to make room, since the start.
-    pub reclaimed_segments: u64,
-    /// Layer blocks in them.
-    pub reclaimed_layer_blocks: u64,
-    /// Batches synced, since the start.
-    pub syncs: u64,
-    /// Failed attempts to write, since the start.
-    pub failures: u64,
-    /// Why the disk takes nothing at the moment.
-    pub degraded: Option<String>,
-}
 
 /// Layer blocks on disk. Thread-safe; reads do not wait for writes.
 pub struct DiskTier {
@@ -250,9 +95,9 @@ impl DiskTier {
     /// # Errors
     /// [`OpenError`] says what stands in the way and what to do.
     pub fn open(config: DiskConfig) -> Result<Self, OpenError> {
-        validate(&config)?;
-        fs::create_dir_all(&config.dir).map_err(|source| OpenError::io("make the folder", &config.dir, source))?;
-        let lock = FolderLock::take(&config.dir)?;
+        config.validate()?;
+        fs::create_dir_all(config.dir()).map_err(|source| OpenError::io("make the folder", config.dir(), source))?;
+        let lock = FolderLock::take(config.dir())?;
         let recovered = recovery::recover(&config)?;
         let state = State {
             table: recovered.table,
@@ -352,6 +197,28 @@ impl DiskTier {
         DiskRead::Corrupt
     }
 
+    /// [`Self::get`] of many, several at a time; outcomes in the order of `keys`. Bytes are read into what `room` gives for the
+    /// bytes that a read needs (a little more than the payload), or into the heap where it gives nothing. The deadline is looked
+    /// at before each read is begun.
+    pub fn get_many(
+        &self,
+        keys: &[LayerBlockKey],
+        room: &mut dyn FnMut(usize) -> Option<Buffer>,
+        deadline: Option<Instant>,
+    ) -> Vec<DiskRead> {
+        let _ = room;
+        let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        keys.iter()
+            .map(|&key| if late() { DiskRead::TooLate } else { self.get(key) })
+            .collect()
+    }
+
+    /// How long a read of `bytes` would take, by what reads took of late.
+    pub fn read_estimate(&self, bytes: u64) -> Duration {
+        let _ = bytes;
+        Duration::ZERO
+    }
+
     /// Whether `key` is here, queued or on disk.
     pub fn contains(&self, key: LayerBlockKey) -> bool {
         self.shared.state.lock().table.place(key).is_some()
@@ -421,7 +288,7 @@ impl DiskTier {
         let state = self.shared.state.lock();
         DiskStats {
             bytes: state.table.disk_bytes(),
-            bytes_max: self.shared.config.bytes_max,
+            bytes_max: self.shared.config.disks[0].bytes_max,
             segments: state.table.segments.len() as u64,
             layer_blocks: state.table.stored,
             queued_layer_blocks: state.table.queued,
@@ -434,6 +301,7 @@ impl DiskTier {
             syncs: state.syncs,
             failures: state.failures,
             degraded: state.degraded.clone(),
+            ..DiskStats::default()
         }
     }
 
@@ -463,34 +331,9 @@ impl Drop for DiskTier {
 impl std::fmt::Debug for DiskTier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("DiskTier")
-            .field("dir", &self.shared.config.dir)
+            .field("dir", &self.shared.config.dir())
             .finish_non_exhaustive()
     }
-}
-
-fn validate(config: &DiskConfig) -> Result<(), OpenError> {
-    /// Offsets are kept in 32 bits, and a segment may end one record behind its size.
-    const SEGMENT_BYTES_MAX: u64 = 1 << 30;
-    if !(4096..=SEGMENT_BYTES_MAX).contains(&config.segment_bytes) {
-        let expected = format!("must be from 4096 to {SEGMENT_BYTES_MAX} bytes");
-        return Err(OpenError::Config {
-            field: "segment_bytes",
-            found: config.segment_bytes,
-            expected,
-        });
-    }
-    if config.bytes_max < 2 * config.segment_bytes {
-        let expected = format!(
-            "must be at least two segments of {} bytes, or nothing could be kept",
-            config.segment_bytes
-        );
-        return Err(OpenError::Config {
-            field: "disk_bytes_max",
-            found: config.bytes_max,
-            expected,
-        });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ mod disk;
 mod host;
 
 pub use disk::{
-    DiskConfig, DiskRead, DiskStats, DiskTier, DiskWatch, FlushError, Offer, OpenError, Recovery, SEGMENT_FORMAT,
+    AbsentDisk, DiskConfig, DiskPath, DiskRead, DiskStats, DiskTier, DiskWatch, Fate, FlushError, Offer, OneDiskStats,
+    OpenError, Recovery, SEGMENT_FORMAT,
 };
 pub use host::{HostTier, NoRoom};

@@ -83,10 +83,10 @@ impl Shared {
             Offer::Present => return PutOutcome::Present,
             // Stored must come to mean durable while the disk works, so what it cannot take now is shed.
             Offer::Full => return PutOutcome::Busy,
-            Offer::Queued | Offer::Degraded => {}
+            Offer::Queued | Offer::Degraded | Offer::TooLarge => {}
         }
         let in_host = self.insert_host(&mut state, key, payload, checksum);
-        if offer == Offer::Degraded {
+        if matches!(offer, Offer::Degraded | Offer::TooLarge) {
             if !in_host {
                 return PutOutcome::Busy;
             }

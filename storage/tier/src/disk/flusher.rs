@@ -236,7 +236,7 @@ impl Flusher {
 
     /// Drops the oldest segments until `bytes` more fit under the limit.
     fn make_room(&mut self, bytes: u64) -> Result<(), WriteError> {
-        let bytes_max = self.shared.config.bytes_max;
+        let bytes_max = self.shared.config.disks[0].bytes_max;
         loop {
             let disk_bytes = self.shared.state.lock().table.disk_bytes();
             // With nothing left to drop, a record larger than the limit is still written: sizes were checked at the door.
@@ -296,6 +296,6 @@ impl Flusher {
     }
 
     fn segments_dir(&self) -> std::path::PathBuf {
-        self.shared.config.dir.join("segments")
+        self.shared.config.dir().join("segments")
     }
 }

@@ -9,6 +9,8 @@ use kvasir_block::{Checksum, LayerBlockKey};
 pub const SEGMENT_FORMAT: u32 = 1;
 
 pub(crate) const SEGMENT_HEADER_BYTES: usize = 64;
+/// What direct I/O reads and writes.
+pub(crate) const PAGE: u64 = 4096;
 pub(crate) const RECORD_HEADER_BYTES: usize = 128;
 /// Records start at multiples of this.
 pub(crate) const RECORD_ALIGN: u64 = 64;

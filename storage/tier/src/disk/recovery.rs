@@ -49,11 +49,11 @@ pub(crate) struct Recovered {
 }
 
 pub(crate) fn recover(config: &DiskConfig) -> Result<Recovered, OpenError> {
-    let segments_dir = config.dir.join("segments");
+    let segments_dir = config.dir().join("segments");
     fs::create_dir_all(&segments_dir).map_err(|source| OpenError::io("make the folder", &segments_dir, source))?;
-    sync_dir(&config.dir).map_err(|source| OpenError::io("sync the folder", &config.dir, source))?;
+    sync_dir(config.dir()).map_err(|source| OpenError::io("sync the folder", config.dir(), source))?;
     let mut report = Recovery::default();
-    let (index, contents) = open_index(&config.dir.join("index"), &mut report)?;
+    let (index, contents) = open_index(&config.dir().join("index"), &mut report)?;
     let indexed_to: HashMap<SegmentId, u64> = contents.indexed_to.iter().copied().collect();
 
     let mut table = Table::default();
@@ -73,7 +73,7 @@ pub(crate) fn recover(config: &DiskConfig) -> Result<Recovered, OpenError> {
             _ => {
                 report.dangling += 1;
                 let forgotten = index.forget(None, [key].into_iter());
-                forgotten.map_err(|source| OpenError::index("drop an entry of the index", config, source))?;
+                forgotten.map_err(|source| OpenError::index("drop an entry of the index", config.dir(), source))?;
             }
         }
     }
@@ -84,7 +84,7 @@ pub(crate) fn recover(config: &DiskConfig) -> Result<Recovered, OpenError> {
     }
     for (&id, _) in indexed_to.iter().filter(|(id, _)| !table.segments.contains_key(id)) {
         let forgotten = index.forget(Some(id), std::iter::empty());
-        forgotten.map_err(|source| OpenError::index("drop a segment from the index", config, source))?;
+        forgotten.map_err(|source| OpenError::index("drop a segment from the index", config.dir(), source))?;
     }
 
     report.segments = ids.len() as u64;
@@ -209,7 +209,7 @@ fn scan_tail(
     if segment.bytes <= from {
         return Ok(());
     }
-    let path = super::segment::segment_path(&config.dir.join("segments"), id);
+    let path = super::segment::segment_path(&config.dir().join("segments"), id);
     let file = Arc::clone(&segment.file);
     let found =
         scan(&file, id, from, segment.bytes).map_err(|source| OpenError::io("read the segment", &path, source))?;
@@ -229,5 +229,5 @@ fn scan_tail(
     }
     report.found_by_scan += news.len() as u64;
     let published = index.publish(id, found.end, news.iter());
-    published.map_err(|source| OpenError::index("publish what was found", config, source))
+    published.map_err(|source| OpenError::index("publish what was found", config.dir(), source))
 }

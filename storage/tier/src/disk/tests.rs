@@ -23,10 +23,9 @@ impl DiskWatch for FreeWatch {
 
 fn config(dir: &Path) -> DiskConfig {
     DiskConfig {
-        dir: dir.to_owned(),
-        bytes_max: 16 << 20,
         segment_bytes: 1 << 20,
         queue_bytes_max: 4 << 20,
+        ..DiskConfig::in_dir(dir, 16 << 20)
     }
 }
 
