@@ -1,34 +1,43 @@
-//! The disk tier: records in append-only segment files, found through an index, under a byte limit.
+//! The disk tier: records in append-only segment files on one or several disks, found through an index, under a byte limit.
 //!
-//! Writing: [`DiskTier::offer`] queues, one flusher thread appends a batch to the current segment, syncs it, tells the
-//! index, and only then calls it stored. Until then the payload is served from the queue. Reading: one positioned read,
-//! verified byte for byte. Space comes back by dropping the oldest segment whole.
+//! Writing: [`DiskTier::offer`] queues. Each disk has a thread that takes a batch off the common queue, appends it to its
+//! current segment, syncs it, tells its index, and only then calls it stored. Until then payloads are served from the queue.
+//! A faster disk takes more batches; one that fails puts its batch back for the others. Reading: positioned reads of whole
+//! pages, many at a time, verified byte for byte. Space comes back by whole segments (`disk/reclaim.rs`).
 //!
-//! A disk that fails does not stop the owner: queued payloads stay where they are, [`DiskTier::offer`] answers
-//! [`Offer::Degraded`] once the queue is full, and the flusher tries again every second.
+//! Disks that fail do not stop the owner: queued payloads stay where they are, [`DiskTier::offer`] answers
+//! [`Offer::Degraded`] once the queue is full, and each disk is tried again every second (after three failed segments within
+//! a minute: after a rest).
 
 mod config;
-mod faults;
 mod flusher;
 mod format;
+mod health;
 mod index;
 mod lock;
 mod outcome;
+mod read;
+mod reclaim;
 mod recovery;
+mod scrub;
 mod segment;
 mod stats;
 mod table;
+mod volume;
 
 use std::{
-    fs, io,
-    sync::Arc,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
-use kvasir_device::Buffer;
+use kvasir_device::{Buffer, FileIo, best_io};
 use parking_lot::{Condvar, Mutex};
 
 pub use self::{
@@ -39,114 +48,178 @@ pub use self::{
     stats::{DiskStats, OneDiskStats},
 };
 use self::{
-    faults::Faults,
     flusher::Flusher,
-    index::Index,
-    lock::FolderLock,
-    segment::{SegmentWriter, read_record},
+    format::{PAGE, PAYLOAD_BYTES_MAX, record_bytes},
+    health::Health,
+    recovery::Recovered,
     table::{Place, Table},
+    volume::{Folder, Volume},
 };
+
+/// Most operations that one call has in flight on io_uring.
+const DEPTH: u32 = 32;
 
 /// Layer blocks on disk. Thread-safe; reads do not wait for writes.
 pub struct DiskTier {
     shared: Arc<Shared>,
     recovery: Recovery,
-    flusher: Mutex<FlusherHandle>,
-    _lock: FolderLock,
+    threads: Mutex<Threads>,
 }
 
-enum FlusherHandle {
-    Ready(Option<SegmentWriter>, u64),
-    Running(JoinHandle<()>),
+enum Threads {
+    Ready(Vec<recovery::Start>),
+    Running(Vec<JoinHandle<()>>),
     Stopped,
 }
 
 struct Shared {
     config: DiskConfig,
-    index: Index,
+    /// Those that are there; [`Volume::number`] is the place in this list.
+    volumes: Vec<Volume>,
+    /// Folders and reasons of those that are not.
+    absent: Vec<(std::path::PathBuf, String)>,
     state: Mutex<State>,
-    /// Wakes the flusher: there is work, or it should stop.
+    /// Wakes the writers: there is work, or they should stop.
     work: Condvar,
     /// Wakes those who wait for a flush.
     progress: Condvar,
-    faults: Faults,
+    /// Wakes the scrub when it should stop.
+    scrub: Condvar,
+    /// Reads that callers wait for: the scrub lets them pass.
+    reading: AtomicUsize,
 }
 
 #[derive(Default)]
 struct State {
     table: Table,
-    degraded: Option<String>,
-    /// Someone waits: try now, not in a second.
-    hurry: bool,
+    /// One for each volume.
+    health: Vec<Health>,
     stop: bool,
-    /// No flusher thread runs: not yet, or not any more.
-    stopped: bool,
+    counts: Counts,
+}
+
+/// Since the start.
+#[derive(Default)]
+struct Counts {
     refused: u64,
     corrupt: u64,
+    read_errors: u64,
+    too_late: u64,
     reclaimed_segments: u64,
     reclaimed_layer_blocks: u64,
+    readmitted_layer_blocks: u64,
+    demoted_layer_blocks: u64,
+    retired_segments: u64,
     syncs: u64,
     failures: u64,
+    payload_bytes_written: u64,
+    bytes_written: u64,
+    scrubbed_bytes: u64,
+    scrub_corrupt: u64,
 }
 
 impl DiskTier {
-    /// Opens the folder, recovers what it holds. Nothing is written until [`Self::start`].
+    /// Opens the folders, recovers what they hold. Nothing is written until [`Self::start`].
     ///
     /// # Errors
     /// [`OpenError`] says what stands in the way and what to do.
     pub fn open(config: DiskConfig) -> Result<Self, OpenError> {
         config.validate()?;
-        fs::create_dir_all(config.dir()).map_err(|source| OpenError::io("make the folder", config.dir(), source))?;
-        let lock = FolderLock::take(config.dir())?;
-        let recovered = recovery::recover(&config)?;
+        let alone = config.disks.len() == 1;
+        // For each disk one that reads and one that writes, at a time.
+        let io: Arc<dyn FileIo> = best_io(2 * config.disks.len() + 2, DEPTH);
+        let (mut table, mut report) = (Table::default(), Recovery::default());
+        let (mut volumes, mut starts, mut absent) = (Vec::new(), Vec::new(), Vec::new());
+        let mut last_error = None;
+        for path in &config.disks {
+            let number = volumes.len() as u8;
+            let opened = Folder::take(number, path, alone, &io)
+                .and_then(|folder| recovery::recover(&config, folder, &mut table, &mut report));
+            match opened {
+                Ok(Recovered { volume, start }) => {
+                    volumes.push(volume);
+                    starts.push(start);
+                }
+                Err(error @ (OpenError::Io { .. } | OpenError::Index { .. }))
+                    if config.absent == AbsentDisk::LeaveOut && !alone =>
+                {
+                    tracing::error!(dir = %path.dir.display(), %error, "starting without this disk");
+                    table.forget_disk(number);
+                    absent.push((path.dir.clone(), error.to_string()));
+                    last_error = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if volumes.is_empty()
+            && let Some(error) = last_error
+        {
+            return Err(error);
+        }
+        report.segments = table.segments.len() as u64;
+        report.layer_blocks = table.stored;
         let state = State {
-            table: recovered.table,
-            stopped: true,
+            table,
+            health: volumes.iter().map(|_| Health::default()).collect(),
             ..State::default()
         };
         let shared = Shared {
             config,
-            index: recovered.index,
+            volumes,
+            absent,
             state: Mutex::new(state),
             work: Condvar::new(),
             progress: Condvar::new(),
-            faults: Faults::default(),
+            scrub: Condvar::new(),
+            reading: AtomicUsize::new(0),
         };
         Ok(Self {
             shared: Arc::new(shared),
-            recovery: recovered.report,
-            flusher: Mutex::new(FlusherHandle::Ready(recovered.writer, recovered.next_segment)),
-            _lock: lock,
+            recovery: report,
+            threads: Mutex::new(Threads::Ready(starts)),
         })
     }
 
-    /// Starts the flusher thread; once.
+    /// Starts the threads that write, one for each disk, and the scrub; once.
     ///
     /// # Errors
     /// What the system said when it could not make a thread.
     pub fn start(&self, watch: Arc<dyn DiskWatch>) -> io::Result<()> {
-        let mut handle = self.flusher.lock();
-        let FlusherHandle::Ready(writer, next_segment) = std::mem::replace(&mut *handle, FlusherHandle::Stopped) else {
-            return Err(io::Error::other("the flusher was started before"));
+        let mut threads = self.threads.lock();
+        let Threads::Ready(starts) = std::mem::replace(&mut *threads, Threads::Stopped) else {
+            return Err(io::Error::other("the disk tier was started before"));
         };
-        let flusher = Flusher::new(Arc::clone(&self.shared), watch, writer, next_segment);
-        // Before the thread is there: it may end, and say so, at once.
-        self.shared.state.lock().stopped = false;
-        let thread = std::thread::Builder::new()
-            .name("kv-flusher".to_owned())
-            .spawn(move || flusher.run())
-            .inspect_err(|_| self.shared.state.lock().stopped = true)?;
-        *handle = FlusherHandle::Running(thread);
+        let mut running = Vec::new();
+        for (number, start) in (0..).zip(starts) {
+            let flusher = Flusher::new(Arc::clone(&self.shared), number, Arc::clone(&watch), start);
+            // Before the thread is there: it may end, and say so, at once.
+            self.shared.state.lock().health[number].running = true;
+            let thread = std::thread::Builder::new().name(format!("kv-flusher-{number}"));
+            let spawned = thread.spawn(move || flusher.run());
+            running.push(spawned.inspect_err(|_| self.shared.state.lock().health[number].running = false)?);
+        }
+        if self.shared.config.scrub_bytes_per_second > 0 {
+            let shared = Arc::clone(&self.shared);
+            let thread = std::thread::Builder::new().name("kv-scrub".to_owned());
+            running.push(thread.spawn(move || scrub::run(&shared))?);
+        }
+        *threads = Threads::Running(running);
         Ok(())
     }
 
-    /// What was found when the folder was opened.
+    /// What was found when the folders were opened.
     pub fn recovery(&self) -> Recovery {
         self.recovery
     }
 
     /// Takes a layer block to be written. The queue is bounded in payload bytes; an empty queue takes any one payload.
     pub fn offer(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> Offer {
+        let segment_bytes = PAGE + record_bytes(payload.len()).next_multiple_of(PAGE);
+        let fits = |volume: &Volume| segment_bytes <= volume.bytes_max;
+        if payload.len() > PAYLOAD_BYTES_MAX || !self.shared.volumes.iter().all(fits) {
+            self.shared.state.lock().counts.refused += 1;
+            return Offer::TooLarge;
+        }
         let mut state = self.shared.state.lock();
         if state.table.place(key).is_some() {
             return Offer::Present;
@@ -154,8 +227,8 @@ impl DiskTier {
         let queue_bytes = state.table.queue_bytes + payload.len() as u64;
         let full = state.table.queue_bytes > 0 && queue_bytes > self.shared.config.queue_bytes_max;
         if full || state.stop {
-            state.refused += 1;
-            return if state.stop || state.degraded.is_some() {
+            state.counts.refused += 1;
+            return if state.stop || state.degraded().is_some() {
                 Offer::Degraded
             } else {
                 Offer::Full
@@ -163,60 +236,35 @@ impl DiskTier {
         }
         state.table.enqueue(key, payload, checksum);
         drop(state);
-        self.shared.work.notify_one();
+        self.shared.work.notify_all();
         Offer::Queued
     }
 
     /// Reads and verifies. Promises nothing about the past: what was here may have been reclaimed.
     pub fn get(&self, key: LayerBlockKey) -> DiskRead {
-        let (location, file) = {
-            let state = self.shared.state.lock();
-            match state.table.place(key) {
-                None => return DiskRead::Miss,
-                Some(Place::Queued(queued)) => {
-                    let (payload, checksum) = (**queued).clone();
-                    drop(state);
-                    if checksum.verifies(&payload) {
-                        return DiskRead::Hit { payload, checksum };
-                    }
-                    self.forget_corrupt(key, |place| matches!(place, Place::Queued(_)));
-                    return DiskRead::Corrupt;
-                }
-                Some(&Place::Stored(location)) => match state.table.segments.get(&location.segment) {
-                    Some(segment) => (location, Arc::clone(&segment.file)),
-                    None => return DiskRead::Miss,
-                },
-            }
-        };
-        match read_record(&file, key, location) {
-            Ok(Some((payload, checksum))) => return DiskRead::Hit { payload, checksum },
-            Ok(None) => tracing::warn!(?key, ?location, "record is corrupt, dropping it"),
-            Err(error) => tracing::warn!(?key, ?location, %error, "record cannot be read, dropping it"),
-        }
-        self.forget_corrupt(key, |place| matches!(place, Place::Stored(at) if *at == location));
-        DiskRead::Corrupt
+        let mut read = self.get_many(&[key], &mut |_| None, None);
+        read.pop().unwrap_or(DiskRead::Miss)
     }
 
     /// [`Self::get`] of many, several at a time; outcomes in the order of `keys`. Bytes are read into what `room` gives for the
-    /// bytes that a read needs (a little more than the payload), or into the heap where it gives nothing. The deadline is looked
-    /// at before each read is begun.
+    /// bytes that a read needs (whole pages: up to 8 KiB more than the payload), or into the heap where it gives nothing. The
+    /// deadline is looked at before each read is begun; a read that was begun is waited for.
     pub fn get_many(
         &self,
         keys: &[LayerBlockKey],
         room: &mut dyn FnMut(usize) -> Option<Buffer>,
         deadline: Option<Instant>,
     ) -> Vec<DiskRead> {
-        let _ = room;
-        let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        keys.iter()
-            .map(|&key| if late() { DiskRead::TooLate } else { self.get(key) })
-            .collect()
+        self.shared.reading.fetch_add(1, Ordering::Relaxed);
+        let reads = self.shared.read_many(keys, room, deadline);
+        self.shared.reading.fetch_sub(1, Ordering::Relaxed);
+        reads
     }
 
-    /// How long a read of `bytes` would take, by what reads took of late.
+    /// How long a read of `bytes` would take, by what reads took of late, on the slowest disk; zero while nothing was read.
     pub fn read_estimate(&self, bytes: u64) -> Duration {
-        let _ = bytes;
-        Duration::ZERO
+        let estimates = self.shared.volumes.iter().map(|volume| volume.pace.estimate(bytes));
+        estimates.max().unwrap_or_default()
     }
 
     /// Whether `key` is here, queued or on disk.
@@ -242,81 +290,66 @@ impl DiskTier {
     /// Waits until everything taken so far is durable.
     ///
     /// # Errors
-    /// [`FlushError`] when the disk did not take it, or the tier was not started; it stays queued.
+    /// [`FlushError`] when no disk took it, or the tier was not started; it stays queued.
     pub fn flush(&self) -> Result<(), FlushError> {
         let mut state = self.shared.state.lock();
-        let (target, failures) = (state.table.accepted, state.failures);
-        state.hurry = true;
-        self.shared.work.notify_one();
-        while state.table.settled < target {
-            if state.failures > failures || state.stopped {
-                let reason = state.degraded.clone().unwrap_or_else(|| "no flusher runs".to_owned());
-                return Err(FlushError {
-                    queued: target - state.table.settled,
-                    reason,
-                });
+        let accepted = state.table.accepted;
+        let failures: Vec<u64> = state.health.iter().map(|health| health.failures).collect();
+        state.health.iter_mut().for_each(|health| health.hurry = true);
+        self.shared.work.notify_all();
+        loop {
+            let queued = state.table.unsettled(accepted);
+            if queued == 0 {
+                return Ok(());
+            }
+            let now = Instant::now();
+            let mut disks = state.health.iter().zip(&failures);
+            if disks.all(|(health, &before)| !health.running || health.failures > before || health.rests(now)) {
+                let reason = state.degraded().unwrap_or_else(|| "no flusher runs".to_owned());
+                return Err(FlushError { queued, reason });
             }
             self.shared.progress.wait(&mut state);
         }
-        Ok(())
     }
 
-    /// Writes what is queued and ends the flusher thread. Reads still work; offers are refused.
+    /// Writes what is queued and ends the threads. Reads still work; offers are refused.
     ///
     /// # Errors
-    /// [`FlushError`] when the disk did not take everything; what it did not take is lost with this process.
+    /// [`FlushError`] when the disks did not take everything; what they did not take is lost with this process.
     pub fn stop(&self) -> Result<(), FlushError> {
         self.shared.state.lock().stop = true;
-        self.shared.work.notify_one();
-        let handle = std::mem::replace(&mut *self.flusher.lock(), FlusherHandle::Stopped);
-        if let FlusherHandle::Running(thread) = handle
-            && thread.join().is_err()
-        {
-            tracing::error!("the flusher thread panicked");
+        self.shared.work.notify_all();
+        self.shared.scrub.notify_all();
+        let threads = std::mem::replace(&mut *self.threads.lock(), Threads::Stopped);
+        if let Threads::Running(threads) = threads {
+            for thread in threads {
+                if thread.join().is_err() {
+                    tracing::error!("a thread of the disk tier panicked");
+                }
+            }
         }
         let state = self.shared.state.lock();
-        let queued = state.table.accepted - state.table.settled;
+        let queued = state.table.unsettled(u64::MAX);
         if queued == 0 {
             return Ok(());
         }
-        let reason = state.degraded.clone().unwrap_or_else(|| "no flusher ran".to_owned());
+        let reason = state.degraded().unwrap_or_else(|| "no flusher ran".to_owned());
         Err(FlushError { queued, reason })
     }
 
     /// Counts and sizes.
     pub fn stats(&self) -> DiskStats {
         let state = self.shared.state.lock();
-        DiskStats {
-            bytes: state.table.disk_bytes(),
-            bytes_max: self.shared.config.disks[0].bytes_max,
-            segments: state.table.segments.len() as u64,
-            layer_blocks: state.table.stored,
-            queued_layer_blocks: state.table.queued,
-            queue_bytes: state.table.queue_bytes,
-            queue_bytes_max: self.shared.config.queue_bytes_max,
-            refused: state.refused,
-            corrupt: state.corrupt,
-            reclaimed_segments: state.reclaimed_segments,
-            reclaimed_layer_blocks: state.reclaimed_layer_blocks,
-            syncs: state.syncs,
-            failures: state.failures,
-            degraded: state.degraded.clone(),
-            ..DiskStats::default()
-        }
+        stats::of(&self.shared, &state)
     }
+}
 
-    /// Forgets `key` if it is still where the wrong bytes came from.
-    fn forget_corrupt(&self, key: LayerBlockKey, same: impl Fn(&Place) -> bool) {
-        let mut state = self.shared.state.lock();
-        state.corrupt += 1;
-        if !state.table.place(key).is_some_and(same) {
-            return;
-        }
-        state.table.remove(key);
-        drop(state);
-        if let Err(error) = self.shared.index.forget(None, [key].into_iter()) {
-            tracing::warn!(?key, %error, "corrupt record stays in the index until it is read again");
-        }
+impl State {
+    /// Why nothing is taken: a reason of some disk, if all have one.
+    fn degraded(&self) -> Option<String> {
+        let all = self.health.iter().all(|health| health.degraded.is_some());
+        let reason = self.health.first().and_then(|health| health.degraded.clone());
+        reason.filter(|_| all)
     }
 }
 
@@ -330,9 +363,8 @@ impl Drop for DiskTier {
 
 impl std::fmt::Debug for DiskTier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DiskTier")
-            .field("dir", &self.shared.config.dir())
-            .finish_non_exhaustive()
+        let dirs: Vec<_> = self.shared.volumes.iter().map(|volume| &volume.dir).collect();
+        f.debug_struct("DiskTier").field("dirs", &dirs).finish_non_exhaustive()
     }
 }
 

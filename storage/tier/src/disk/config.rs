@@ -75,10 +75,6 @@ impl DiskConfig {
         }
     }
 
-    pub(crate) fn dir(&self) -> &Path {
-        &self.disks[0].dir
-    }
-
     pub(crate) fn validate(&self) -> Result<(), OpenError> {
         /// Offsets are kept in 32 bits, and a segment may be as long as one record.
         const SEGMENT_BYTES_MAX: u64 = 1 << 30;

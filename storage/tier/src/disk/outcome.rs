@@ -25,7 +25,7 @@ pub enum Offer {
     /// Not taken: the tier is closed, or the queue is full and no disk takes anything.
     /// [`DiskStats::degraded`](super::DiskStats::degraded) says why.
     Degraded,
-    /// Larger than a record may be (64 MiB, or what a segment holds): never taken.
+    /// Larger than a record may be (64 MiB, or what fits under the limit of each disk): never taken.
     TooLarge,
 }
 

@@ -79,3 +79,54 @@ pub struct OneDiskStats {
     /// Bytes per second of a read, of late.
     pub read_bytes_per_second: u64,
 }
+
+pub(super) fn of(shared: &super::Shared, state: &super::State) -> DiskStats {
+    let super::State {
+        table, health, counts, ..
+    } = state;
+    let present = shared.volumes.iter().zip(health).map(|(volume, health)| OneDiskStats {
+        dir: volume.dir.clone(),
+        bytes: table.disk_bytes(volume.number),
+        bytes_max: volume.bytes_max,
+        segments: table.segments_of(volume.number),
+        io: volume.io.name(),
+        direct: volume.direct,
+        absent: None,
+        degraded: health.degraded.clone(),
+        read_micros: volume.pace.micros(),
+        read_bytes_per_second: volume.pace.bytes_per_second(),
+    });
+    let absent = shared.absent.iter().map(|(dir, reason)| OneDiskStats {
+        dir: dir.clone(),
+        absent: Some(reason.clone()),
+        ..OneDiskStats::default()
+    });
+    let mut disks: Vec<OneDiskStats> = present.chain(absent).collect();
+    disks.sort_by_key(|one| shared.config.disks.iter().position(|disk| disk.dir == one.dir));
+    DiskStats {
+        bytes: disks.iter().map(|disk| disk.bytes).sum(),
+        bytes_max: shared.volumes.iter().map(|volume| volume.bytes_max).sum(),
+        segments: table.segments.len() as u64,
+        layer_blocks: table.stored,
+        queued_layer_blocks: table.queued,
+        queue_bytes: table.queue_bytes,
+        queue_bytes_max: shared.config.queue_bytes_max,
+        refused: counts.refused,
+        corrupt: counts.corrupt,
+        read_errors: counts.read_errors,
+        too_late: counts.too_late,
+        reclaimed_segments: counts.reclaimed_segments,
+        reclaimed_layer_blocks: counts.reclaimed_layer_blocks,
+        readmitted_layer_blocks: counts.readmitted_layer_blocks,
+        demoted_layer_blocks: counts.demoted_layer_blocks,
+        retired_segments: counts.retired_segments,
+        syncs: counts.syncs,
+        failures: counts.failures,
+        payload_bytes_written: counts.payload_bytes_written,
+        bytes_written: counts.bytes_written,
+        scrubbed_bytes: counts.scrubbed_bytes,
+        scrub_corrupt: counts.scrub_corrupt,
+        degraded: state.degraded(),
+        disks,
+    }
+}
