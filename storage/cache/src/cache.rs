@@ -92,10 +92,9 @@ impl BlockCache {
         config.validate()?;
         // First of all: it takes the folder's lock.
         let disk = DiskTier::open(DiskConfig {
-            dir: config.data_dir.clone(),
-            bytes_max: config.disk_bytes_max,
             segment_bytes: config.segment_bytes,
             queue_bytes_max: config.flush_queue_bytes_max,
+            ..DiskConfig::in_dir(&config.data_dir, config.disk_bytes_max)
         })?;
         let namespaces = Namespaces::open(
             config.data_dir.join("namespaces"),

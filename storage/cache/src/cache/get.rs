@@ -90,6 +90,7 @@ impl Shared {
             }
             DiskRead::Miss if corrupt => GetOutcome::Corrupt,
             DiskRead::Miss => GetOutcome::Miss,
+            DiskRead::TooLate => GetOutcome::TooLate,
             DiskRead::Corrupt => {
                 let mut state = self.state.lock();
                 self.refresh(&mut state, key.block(), Tier::Disk);

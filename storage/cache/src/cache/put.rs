@@ -124,11 +124,11 @@ impl Shared {
             Offer::Present => return PutOutcome::Present,
             // Stored must come to mean durable while the disk works, so what it cannot take now is shed.
             Offer::Full => return PutOutcome::Busy,
-            Offer::Queued | Offer::Degraded => {}
+            Offer::Queued | Offer::Degraded | Offer::TooLarge => {}
         }
         // What does not lie in the arena lies where it does because there was no room.
         let in_host = self.arena.locate(&payload).is_some() && self.insert_host(&mut state, key, payload, checksum);
-        if offer == Offer::Degraded {
+        if matches!(offer, Offer::Degraded | Offer::TooLarge) {
             if !in_host {
                 return PutOutcome::Busy;
             }
