@@ -5,15 +5,13 @@ use std::time::Duration;
 /// The way that blocks take between a client and its store. Everything else is gRPC always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum DataPath {
-    /// The fastest that the store offers and that works: the local socket, then bulk TCP, then gRPC.
+    /// The fastest that the store offers and that works: bulk TCP, then gRPC.
     #[default]
     Auto,
     /// gRPC, which any network and any proxy carries.
     Grpc,
     /// Bulk TCP or nothing.
     Bulk,
-    /// The store's Unix socket and shared memory or nothing.
-    Local,
 }
 
 /// Settings of a [`crate::StoreClient`]; start from [`ClientConfig::to`].

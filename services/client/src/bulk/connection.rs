@@ -56,7 +56,7 @@ pub struct BulkConnection {
 
 impl BulkConnection {
     /// Connects to the store that offered the bulk path when `namespace` was opened; any namespace of that store may be used.
-    /// `config` says the path (local socket or TCP), whether to verify, and how long to wait.
+    /// `config` says whether to verify and how long to wait.
     ///
     /// # Errors
     /// `Invalid` when the store offers no such path, `Unavailable` when it cannot be reached or has started anew (open the
@@ -73,12 +73,9 @@ impl BulkConnection {
     fn open(name: &CallName, namespace: &Namespace, config: &ClientConfig) -> Result<Self, ClientError> {
         let none = "the store offers no such path: set store.bulk_listen, or use gRPC";
         let offer = namespace.bulk.as_ref().ok_or_else(|| name.invalid(none))?;
-        let socket = match (config.path, offer.address) {
-            (DataPath::Auto | DataPath::Bulk, Some(address)) => {
-                Socket::tcp(address, config.connect_timeout, config.call_timeout)
-            }
-            _ => return Err(name.invalid(none)),
-        };
+        let address = offer.address.filter(|_| config.path != DataPath::Grpc);
+        let address = address.ok_or_else(|| name.invalid(none))?;
+        let socket = Socket::tcp(address, config.connect_timeout, config.call_timeout);
         let mut socket = socket.map_err(|error| name.error(ErrorKind::Unavailable, unreachable(&error)))?;
         let welcome =
             greet(&mut socket, offer).map_err(|error| name.error(ErrorKind::Unavailable, unreachable(&error)))?;
