@@ -1,0 +1,74 @@
+//! The rows, each in a file of its own.
+
+mod flips;
+mod identity;
+mod index;
+mod memory;
+mod torn;
+mod truncate;
+
+use crate::{Row, Tier};
+
+/// Every row, in the order of the matrix.
+pub const ROWS: &[Row] = &[
+    Row {
+        name: "identity",
+        number: None,
+        fault: "reads under another tenant, schema, layer; a second put with other bytes",
+        sample: 200,
+        full: 20_000,
+        tiers: &[Tier::Host, Tier::Disk],
+        inflict: identity::inflict,
+    },
+    Row {
+        name: "torn",
+        number: Some(3),
+        fault: "a segment of 4 MiB cut at every 512 bytes; unsynced sectors lost in any order",
+        sample: 48,
+        full: 18_192,
+        tiers: &[Tier::Disk],
+        inflict: torn::inflict,
+    },
+    Row {
+        name: "flips",
+        number: Some(4),
+        fault: "a bit, a burst or a page of a record goes wrong at rest",
+        sample: 900,
+        full: 30_000,
+        tiers: &[Tier::Disk],
+        inflict: flips::inflict,
+    },
+    Row {
+        name: "memory",
+        number: Some(6),
+        fault: "a bit of the host tier's memory flips",
+        sample: 200,
+        full: 10_000,
+        tiers: &[Tier::Host],
+        inflict: memory::inflict,
+    },
+    Row {
+        name: "truncate",
+        number: Some(11),
+        fault: "segment files are cut short under the running store",
+        sample: 20,
+        full: 500,
+        tiers: &[Tier::Disk],
+        inflict: truncate::inflict,
+    },
+    Row {
+        name: "index",
+        number: Some(12),
+        fault: "flips and cuts in the index, the namespaces, the epoch",
+        sample: 40,
+        full: 5_000,
+        tiers: &[Tier::Disk],
+        inflict: index::inflict,
+    },
+];
+
+/// The row of that name, or of that number in the matrix.
+pub fn row(name: &str) -> Option<&'static Row> {
+    ROWS.iter()
+        .find(|row| row.name == name || row.number.is_some_and(|number| number.to_string() == name))
+}
