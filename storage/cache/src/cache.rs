@@ -6,6 +6,7 @@
 //! - Locks are taken in one order: state, then the disk's table or the namespaces or a mailbox. No I/O under the state's lock.
 
 mod availability;
+mod contains;
 mod epoch;
 mod get;
 mod match_prefix;
