@@ -49,7 +49,7 @@ def arguments(line=None):
     unknown += [name for name in args.operations if name not in ("get", "put", "exists")]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; systems are {', '.join(SYSTEMS)}, operations get, put, exists")
-    if args.rounds < 1 or not args.seconds > 0 or min(args.batches) < 1:
+    if args.rounds < 1 or not 0 < args.seconds < 3600 or min(args.batches) < 1:
         parser.error("--rounds, --seconds and --batches are above 0")
     return args
 

@@ -202,6 +202,16 @@ pub(crate) enum StorePath {
     Auto,
     /// Streams of gRPC messages
     Grpc,
+    /// Blocks over a plain connection
+    Bulk,
+    /// The store's memory, shared with clients on the same machine
+    Local,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
 }
 
 #[derive(Debug, clap::Args)]
@@ -234,6 +244,12 @@ pub(crate) struct StoreBenchArgs {
     /// How blocks travel
     #[arg(long, value_enum, default_value_t = StorePath::Auto)]
     pub(crate) path: StorePath,
+    /// Whether the client verifies the checksum of what it gets; off only to learn what that costs
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub(crate) verify: Switch,
+    /// Blocking connections, each on a thread of its own, in place of --connections; by --path bulk or local
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
     /// Put this many bytes of new blocks through a store with --host of memory, with gets beside them, and watch its
     /// memory and the longest waits. The only measurement then; --sizes and --batches give one value each
     #[arg(long, value_name = "SIZE")]

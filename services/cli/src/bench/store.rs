@@ -8,6 +8,7 @@
 mod blocks;
 mod churn;
 mod host;
+mod lane;
 mod load;
 mod metrics;
 mod process;
@@ -17,8 +18,9 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use kvasir_block::BlockHash;
-use kvasir_client::{ClientConfig, Namespace, PutOutcome, StoreClient};
+use kvasir_client::{ClientConfig, DataPath, Namespace, PutOutcome, StoreClient};
 use kvasir_runtime::units::ByteSize;
+use parking_lot::Mutex;
 
 pub(super) use self::{
     blocks::{Payloads, Zipf, hash, schema},
@@ -26,11 +28,12 @@ pub(super) use self::{
     metrics::Metrics,
 };
 use self::{
+    lane::Lane,
     load::{Load, Operation},
     report::{Case, Report},
 };
 use crate::{
-    args::{ConfigArgs, StoreBenchArgs, StoreOperation, StoreTier},
+    args::{ConfigArgs, StoreBenchArgs, StoreOperation, StorePath, StoreTier, Switch},
     measure::Machine,
     output::{print, say},
     version::{PROFILE, VERSION},
@@ -78,6 +81,10 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
         "--connections and --depth are at least 1"
     );
     ensure!(
+        args.threads == 0 || (args.rate.is_none() && args.path != StorePath::Grpc),
+        "--threads are blocking connections in a closed loop: take --path bulk or local, and no --rate"
+    );
+    ensure!(
         args.zipf >= 0.0 && args.zipf.is_finite(),
         "--zipf {}: 0 or more",
         args.zipf
@@ -122,6 +129,8 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
         cases,
         path: args.path,
         tier: args.tier,
+        verify: args.verify == Switch::On,
+        threads: args.threads,
         connections: args.connections,
         depth: args.depth,
         rate: args.rate,
@@ -150,8 +159,21 @@ fn wanted(args: &StoreBenchArgs, host_bytes: ByteSize, disk_bytes: Option<ByteSi
 }
 
 /// A client of `host` that takes the wanted path.
-fn client(host: &Host, _args: &StoreBenchArgs) -> Result<StoreClient> {
-    Ok(StoreClient::new(ClientConfig::to(host.url()))?)
+fn client(host: &Host, args: &StoreBenchArgs) -> Result<StoreClient> {
+    Ok(StoreClient::new(client_config(host, args))?)
+}
+
+fn client_config(host: &Host, args: &StoreBenchArgs) -> ClientConfig {
+    ClientConfig {
+        path: match args.path {
+            StorePath::Auto => DataPath::Auto,
+            StorePath::Grpc => DataPath::Grpc,
+            StorePath::Bulk => DataPath::Bulk,
+            StorePath::Local => DataPath::Local,
+        },
+        verify: args.verify == Switch::On,
+        ..ClientConfig::to(host.url())
+    }
 }
 
 /// Puts the data set, applies the load, and compares a sample.
@@ -175,8 +197,8 @@ async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<repor
     let operation = match case.operation {
         StoreOperation::Get => Operation::Get,
         StoreOperation::Put => Operation::Put,
-        // By this path a match says it: the blocks that are asked for are those of one chain.
-        StoreOperation::Match | StoreOperation::Exists => Operation::Match,
+        StoreOperation::Match => Operation::Match,
+        StoreOperation::Exists => Operation::Exists,
         StoreOperation::Mix => Operation::Mix {
             read_share: args.read_share,
         },
@@ -184,8 +206,13 @@ async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<repor
     let clients = (0..args.connections)
         .map(|_| client(host, args))
         .collect::<Result<Vec<_>>>()?;
+    let config = client_config(host, args);
+    let lanes = (0..args.threads)
+        .map(|_| Lane::new(&namespace, &config, &data))
+        .collect::<Result<Vec<_>>>()?;
     let load = Load {
         clients,
+        lanes: Mutex::new(lanes),
         namespace: namespace.clone(),
         data: data.clone(),
         operation,

@@ -38,7 +38,7 @@ use crate::{
 /// Version of the JSON.
 const SCHEMA: u32 = 1;
 /// Gets per second if `--rate` says nothing.
-const RATE: f64 = 100.0;
+const RATE: f64 = 20.0;
 /// Gets under way at a time; beyond it a due get is not sent and counted as such.
 const UNDER_WAY_MAX: usize = 256;
 /// Contexts that count as put a moment ago.

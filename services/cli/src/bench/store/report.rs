@@ -22,6 +22,9 @@ pub(super) struct Report {
     pub(super) cases: Vec<Measured>,
     pub(super) tier: StoreTier,
     pub(super) path: StorePath,
+    pub(super) verify: bool,
+    /// Blocking connections; with any of them `connections` and `depth` say nothing.
+    pub(super) threads: usize,
     pub(super) connections: usize,
     /// Requests under way per connection; of the closed loop.
     pub(super) depth: usize,
@@ -127,6 +130,7 @@ impl Report {
     /// The table, on standard error.
     pub(super) fn show(&self) {
         let loop_ = match self.rate {
+            _ if self.threads > 0 => format!("closed loop, {} blocking connections", self.threads),
             None => format!("closed loop, {} x {} under way", self.connections, self.depth),
             Some(rate) => format!("open loop, {rate} per second over {} connections", self.connections),
         };
