@@ -21,8 +21,11 @@
 
 pub mod corpus;
 mod data;
+mod proxy;
+mod remote;
 mod rows;
 mod run;
+mod store;
 mod tally;
 
 pub use self::{

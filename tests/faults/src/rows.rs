@@ -1,11 +1,16 @@
 //! The rows, each in a file of its own.
 
+mod clock;
 mod flips;
 mod identity;
 mod index;
+mod kill;
 mod memory;
+mod pressure;
+mod space;
 mod torn;
 mod truncate;
+mod wire;
 
 use crate::{Row, Tier};
 
@@ -19,6 +24,15 @@ pub const ROWS: &[Row] = &[
         full: 20_000,
         tiers: &[Tier::Host, Tier::Disk],
         inflict: identity::inflict,
+    },
+    Row {
+        name: "kill",
+        number: Some(1),
+        fault: "kill -9 of a store under load, at a random time",
+        sample: 12,
+        full: 1000,
+        tiers: &[Tier::Store],
+        inflict: kill::inflict,
     },
     Row {
         name: "torn",
@@ -48,6 +62,24 @@ pub const ROWS: &[Row] = &[
         inflict: memory::inflict,
     },
     Row {
+        name: "wire",
+        number: Some(7),
+        fault: "on the wire: flips, pieces twice, left out, cut short",
+        sample: 150,
+        full: 10000,
+        tiers: &[Tier::Store],
+        inflict: wire::inflict,
+    },
+    Row {
+        name: "space",
+        number: Some(8),
+        fault: "the file system is full, and has space again",
+        sample: 3,
+        full: 200,
+        tiers: &[Tier::Host, Tier::Disk],
+        inflict: space::inflict,
+    },
+    Row {
         name: "truncate",
         number: Some(11),
         fault: "segment files are cut short under the running store",
@@ -64,6 +96,24 @@ pub const ROWS: &[Row] = &[
         full: 5_000,
         tiers: &[Tier::Disk],
         inflict: index::inflict,
+    },
+    Row {
+        name: "clock",
+        number: Some(19),
+        fault: "the wall clock goes anywhere between lives, the monotonic one begins anywhere",
+        sample: 20,
+        full: 200,
+        tiers: &[Tier::Disk, Tier::Store],
+        inflict: clock::inflict,
+    },
+    Row {
+        name: "pressure",
+        number: Some(20),
+        fault: "a limit of memory: enough, far too little, enough again",
+        sample: 3,
+        full: 51,
+        tiers: &[Tier::Store],
+        inflict: pressure::inflict,
     },
 ];
 
