@@ -13,12 +13,16 @@ mod put;
 mod reserve;
 
 use std::{
-    sync::{Arc, Weak, atomic::AtomicUsize},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, AtomicUsize},
+    },
     time::Instant,
 };
 
 use kvasir_block::{BlockKey, KvSchema, LayerBlockKey, NamespaceId, Tenant};
-use kvasir_tier::{DiskConfig, DiskTier, DiskWatch, HostTier};
+use kvasir_device::Arena;
+use kvasir_tier::{DiskConfig, DiskTier, DiskWatch, HostConfig, HostTier};
 use parking_lot::Mutex;
 
 use self::availability::Available;
@@ -60,6 +64,10 @@ pub(crate) struct Shared {
     started: Instant,
     pub(crate) namespaces: Namespaces,
     disk: DiskTier,
+    /// The host tier's memory, to look things up in without its lock.
+    arena: Arena,
+    /// Bytes of puts that are received outside the arena.
+    heap_reserved: Arc<AtomicU64>,
     pub(crate) state: Mutex<State>,
     pub(crate) counters: Counters,
     disk_reads: AtomicUsize,
@@ -113,8 +121,21 @@ impl BlockCache {
             index_rebuilt = recovery.index_rebuilt,
             "block cache is open"
         );
+        let mut host = HostTier::new(HostConfig {
+            bytes_max: config.host_bytes_max,
+            policy: config.host_policy,
+            huge_pages: config.huge_pages,
+        })
+        .map_err(|error| CacheError::because(ErrorKind::Config, format!("host_bytes_max: {error}"), error))?;
+        for (tenant, owner) in namespaces.tenants() {
+            if let Some(bytes_max) = config.host_budget(&tenant) {
+                host.set_budget(owner, bytes_max);
+            }
+        }
+        let arena = host.arena().clone();
+        tracing::info!(bytes = arena.capacity(), pages = ?arena.page_kind(), "host tier has its memory");
         let state = State {
-            host: HostTier::new(config.host_bytes_max),
+            host,
             leases: Leases::new(config.leases_max, epoch),
             available,
             events: Hub::new(epoch, config.event_queue_max, config.subscribers_max),
@@ -126,6 +147,8 @@ impl BlockCache {
             started: Instant::now(),
             namespaces,
             disk,
+            arena,
+            heap_reserved: Arc::default(),
             state: Mutex::new(state),
             counters: Counters::default(),
             disk_reads: AtomicUsize::new(0),
@@ -160,6 +183,10 @@ impl BlockCache {
     pub fn open_namespace(&self, tenant: &Tenant, schema: &KvSchema) -> Result<NamespaceId, CacheError> {
         let (id, new) = self.shared.namespaces.declare(tenant, schema)?;
         if new {
+            if let Some(bytes_max) = self.shared.config.host_budget(tenant) {
+                let owner = self.shared.namespaces.owner(id);
+                self.shared.state.lock().host.set_budget(owner, bytes_max);
+            }
             // Its file was lost, perhaps, but not its blocks.
             let mut found = Vec::new();
             self.shared.disk.visit_blocks(|block, _| {

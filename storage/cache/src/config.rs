@@ -1,6 +1,9 @@
 //! Limits and places. A plain struct: services parse configuration, this crate does not.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::HashMap, path::PathBuf, time::Duration};
+
+use kvasir_block::Tenant;
+use kvasir_tier::{HostPolicy, HugePages};
 
 use crate::{CacheError, ErrorKind};
 
@@ -9,8 +12,17 @@ use crate::{CacheError, ErrorKind};
 pub struct CacheConfig {
     /// Folder that this cache has for itself; made where missing.
     pub data_dir: PathBuf,
-    /// Most bytes of the host tier, bookkeeping included.
+    /// Most bytes of the host tier: payloads in whole pages, and bookkeeping.
     pub host_bytes_max: u64,
+    /// What the host tier evicts first.
+    pub host_policy: HostPolicy,
+    /// Whether to ask for pages of 2 MiB for the host tier.
+    pub huge_pages: HugePages,
+    /// Most bytes of the host tier for single tenants: each evicts its own blocks beyond it, and has its part of a full tier for
+    /// itself (see [`kvasir_tier::Owner`]).
+    pub tenant_host_bytes_max: HashMap<Tenant, u64>,
+    /// The same for each tenant that is not named there; `None`: they share what there is.
+    pub tenant_host_bytes_max_default: Option<u64>,
     /// Most bytes of segment files; at least two segments.
     pub disk_bytes_max: u64,
     /// Bytes of one segment file: the unit in which disk space comes back.
@@ -46,6 +58,10 @@ impl CacheConfig {
         Self {
             data_dir: data_dir.into(),
             host_bytes_max: 1 << 30,
+            host_policy: HostPolicy::default(),
+            huge_pages: HugePages::Auto,
+            tenant_host_bytes_max: HashMap::new(),
+            tenant_host_bytes_max_default: None,
             disk_bytes_max: 16 << 30,
             segment_bytes: 256 << 20,
             flush_queue_bytes_max: 256 << 20,
@@ -60,6 +76,12 @@ impl CacheConfig {
             event_queue_max: 65_536,
             subscribers_max: 256,
         }
+    }
+
+    /// The budget of a tenant in the host tier, if it has one.
+    pub(crate) fn host_budget(&self, tenant: &Tenant) -> Option<u64> {
+        let own = self.tenant_host_bytes_max.get(tenant).copied();
+        own.or(self.tenant_host_bytes_max_default)
     }
 
     pub(crate) fn validate(&self) -> Result<(), CacheError> {

@@ -51,7 +51,7 @@ pub use cache::{BlockCache, GetOptions, GetOutcome, PrefixMatch, PutBuffer, PutO
 pub use config::CacheConfig;
 pub use error::{CacheError, ErrorKind};
 pub use event::{BlockEvent, EventKind, EventStep, Subscription};
-pub use kvasir_tier::{DiskStats, Recovery, SEGMENT_FORMAT};
+pub use kvasir_tier::{DiskStats, HostPolicy, HugePages, Recovery, SEGMENT_FORMAT};
 pub use lease::LeaseId;
 pub use namespace::BasisId;
 pub use stats::CacheStats;

@@ -6,21 +6,24 @@
 //! compared byte for byte with what was put.
 
 mod blocks;
-mod cost;
+mod churn;
 mod host;
 mod load;
+mod metrics;
+mod process;
 mod report;
 
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
+use kvasir_block::BlockHash;
 use kvasir_client::{ClientConfig, Namespace, PutOutcome, StoreClient};
 use kvasir_runtime::units::ByteSize;
 
 pub(super) use self::{
     blocks::{Payloads, Zipf, hash, schema},
-    cost::processor_time,
-    host::Host,
+    host::{Host, Wanted},
+    metrics::Metrics,
 };
 use self::{
     load::{Load, Operation},
@@ -35,20 +38,38 @@ use crate::{
 
 /// Tokens of a block; only what a name stands for.
 const BLOCK_TOKENS: u16 = 64;
-/// Blocks of a `match`: the size at which peers state their lookups.
+/// Blocks of a `match` and an `exists`: the size at which peers state their lookups.
 const MATCH_BLOCKS: usize = 256;
 const MATCH_BLOCK_BYTES: usize = 16 << 10;
+/// Memory of a store under churn.
+const CHURN_HOST: ByteSize = ByteSize::gib(2);
 /// Longest wait for a store that is busy while the data set is put.
 const BUSY_MAX: Duration = Duration::from_secs(120);
 
 /// Blocks that a measurement reads: `contexts` chains of `blocks` each.
 #[derive(Clone, Debug)]
 struct DataSet {
-    /// Apart from any other data set of this and earlier runs.
+    /// Apart from any other data set, but for one that `--data-set` names again.
     run: u64,
+    /// Of the blocks that puts make, never seen before.
+    put_run: u64,
     contexts: usize,
     blocks: usize,
     payloads: Arc<Payloads>,
+}
+
+impl DataSet {
+    /// The names of context `context`.
+    fn chain(&self, context: u64) -> Vec<BlockHash> {
+        (0..self.blocks as u64).map(|at| hash(self.run, context, at)).collect()
+    }
+
+    /// The names of the `context`th context that puts make.
+    fn new_chain(&self, context: u64) -> Vec<BlockHash> {
+        (0..self.blocks as u64)
+            .map(|at| hash(self.put_run, context, at))
+            .collect()
+    }
 }
 
 pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()> {
@@ -61,17 +82,21 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
         "--zipf {}: 0 or more",
         args.zipf
     );
+    if let Some(bytes) = args.churn {
+        return churn::run(args, bytes, config).await;
+    }
     let largest = args.sizes.iter().map(|size| size.as_usize()).max().unwrap_or(0);
-    let host_bytes = match args.tier {
+    let host_bytes = match (args.host, args.tier) {
+        (Some(bytes), _) => bytes,
         // Everything fits, and what is put meanwhile too.
-        StoreTier::Host => ByteSize::bytes(4 * args.data.as_u64() + (1 << 30)),
-        StoreTier::Disk => ByteSize::bytes((args.data.as_u64() / 16).max(4 * largest as u64)),
+        (None, StoreTier::Host) => ByteSize::bytes(4 * args.data.as_u64() + (1 << 30)),
+        (None, StoreTier::Disk) => ByteSize::bytes((args.data.as_u64() / 16).max(4 * largest as u64)),
     };
-    let host = Host::start(args.store.as_deref(), &args.out, host_bytes, config).await?;
+    let host = Host::start(wanted(args, host_bytes, None), config).await?;
     let mut cases = Vec::new();
     for operation in &args.operations {
         let (sizes, batches) = match operation {
-            StoreOperation::Match => (vec![MATCH_BLOCK_BYTES], vec![MATCH_BLOCKS]),
+            StoreOperation::Match | StoreOperation::Exists => (vec![MATCH_BLOCK_BYTES], vec![MATCH_BLOCKS]),
             _ => (
                 args.sizes.iter().map(|size| size.as_usize()).collect(),
                 args.batches.clone(),
@@ -93,7 +118,9 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
     }
     host.stop().await?;
     let report = Report {
+        schema: report::SCHEMA,
         cases,
+        path: args.path,
         tier: args.tier,
         connections: args.connections,
         depth: args.depth,
@@ -112,15 +139,31 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
     Ok(())
 }
 
+fn wanted(args: &StoreBenchArgs, host_bytes: ByteSize, disk_bytes: Option<ByteSize>) -> Wanted<'_> {
+    Wanted {
+        running: args.store.as_deref(),
+        running_pid: args.store_pid,
+        out: &args.out,
+        host_bytes,
+        disk_bytes,
+    }
+}
+
+/// A client of `host` that takes the wanted path.
+fn client(host: &Host, _args: &StoreBenchArgs) -> Result<StoreClient> {
+    Ok(StoreClient::new(ClientConfig::to(host.url()))?)
+}
+
 /// Puts the data set, applies the load, and compares a sample.
 async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<report::Measured> {
     say(format_args!("{case}"));
     let schema = schema(case.block_bytes, BLOCK_TOKENS)?;
-    let first = StoreClient::new(ClientConfig::to(host.url()))?;
+    let first = client(host, args)?;
     let namespace = first.open_namespace(&host.tenant()?, &schema).await?;
     let context_bytes = case.block_bytes * case.batch;
     let data = DataSet {
-        run: host.next_run(),
+        run: args.data_set.unwrap_or_else(|| host.next_run()),
+        put_run: host.next_run(),
         contexts: (args.data.as_usize() / context_bytes).max(1),
         blocks: case.batch,
         payloads: Arc::new(Payloads::new(case.block_bytes, args.seed)),
@@ -132,14 +175,15 @@ async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<repor
     let operation = match case.operation {
         StoreOperation::Get => Operation::Get,
         StoreOperation::Put => Operation::Put,
-        StoreOperation::Match => Operation::Match,
+        // By this path a match says it: the blocks that are asked for are those of one chain.
+        StoreOperation::Match | StoreOperation::Exists => Operation::Match,
         StoreOperation::Mix => Operation::Mix {
             read_share: args.read_share,
         },
     };
     let clients = (0..args.connections)
-        .map(|_| StoreClient::new(ClientConfig::to(host.url())))
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|_| client(host, args))
+        .collect::<Result<Vec<_>>>()?;
     let load = Load {
         clients,
         namespace: namespace.clone(),
@@ -150,27 +194,32 @@ async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<repor
         time: Duration::from_secs_f64(args.seconds),
         zipf: args.zipf,
         seed: args.seed,
+        next_new: Arc::default(),
     };
     // Connections, caches and the allocator; not counted.
     load.apply(Duration::from_secs_f64(args.seconds.min(0.5))).await?;
     let before = host.processor_times();
     let tally = load.apply(load.time).await?;
     let after = host.processor_times();
+    settle(&first).await?;
+    let mut compared = 0;
     if case.operation != StoreOperation::Put {
-        let compared = compare(&first, &namespace, &data).await?;
+        compared = compare(&first, &namespace, &data).await?;
         ensure!(
             compared > 0,
             "nothing of the data set is held any more: give the store more room or take less --data"
         );
     }
-    Ok(report::Measured::new(case, &tally, before, after))
+    Ok(report::Measured::new(case, &tally, compared, before, after))
 }
 
 /// Puts every block of `data`, as often as a busy store wants.
 async fn fill(client: &StoreClient, namespace: &Namespace, data: &DataSet) -> Result<()> {
     let begun = std::time::Instant::now();
     for context in 0..data.contexts as u64 {
-        let mut missing: Vec<_> = (0..data.blocks as u64).map(|at| hash(data.run, context, at)).collect();
+        let mut missing = data.chain(context);
+        let held = client.match_prefix(namespace.id, &missing, None).await?.hit_blocks;
+        missing.drain(..held);
         while !missing.is_empty() {
             let mut puts = client.put_blocks(namespace).await?;
             for &name in &missing {
@@ -198,7 +247,7 @@ async fn fill(client: &StoreClient, namespace: &Namespace, data: &DataSet) -> Re
 }
 
 /// Waits until what was put is durable, so that no measurement pays for the one before.
-async fn settle(client: &StoreClient) -> Result<()> {
+pub(super) async fn settle(client: &StoreClient) -> Result<()> {
     let begun = std::time::Instant::now();
     while client.stat().await?.flush_queue_blocks > 0 {
         ensure!(
@@ -214,7 +263,7 @@ async fn settle(client: &StoreClient) -> Result<()> {
 async fn compare(client: &StoreClient, namespace: &Namespace, data: &DataSet) -> Result<usize> {
     let mut held = 0;
     for context in (0..data.contexts as u64).step_by(data.contexts.div_ceil(8)) {
-        let chain: Vec<_> = (0..data.blocks as u64).map(|at| hash(data.run, context, at)).collect();
+        let chain = data.chain(context);
         let mut gets = client.get_blocks(namespace, &chain, 0..1, None, None).await?;
         while let Some(block) = gets.next().await? {
             if let Some(payload) = block.payload {

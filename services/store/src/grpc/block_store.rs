@@ -142,6 +142,7 @@ impl BlockStoreApi {
             index_format: INDEX_FORMAT,
             epoch: cache.epoch(),
             basis_id: basis.map_or_else(Bytes::new, |id| Bytes::copy_from_slice(id.as_bytes())),
+            bulk: None,
         })
     }
 

@@ -33,6 +33,7 @@ impl BlockCache {
     ) -> Result<PrefixMatch, CacheError> {
         let layers = usize::from(self.shared.schema_of(namespace)?.layers);
         let mut state = self.shared.state.lock();
+        state.host.note_chain(namespace, hashes);
         let chain = hashes.iter().map(|&hash| namespace.block(hash));
         let hit: Vec<BlockKey> = chain.take_while(|block| state.available.contains(block)).collect();
         let host_blocks = hit

@@ -17,12 +17,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{DataSet, Zipf, hash};
+use super::{DataSet, Zipf};
 
 /// Most requests of an open loop that are under way; beyond it a due request is not sent and counted as such.
 const UNDER_WAY_MAX: usize = 1024;
-/// Contexts that puts make begin here, apart from those of the data set.
-const NEW_CONTEXTS: u64 = 1 << 32;
 
 /// What is asked for, over and over.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +51,8 @@ pub(super) struct Load {
     pub(super) time: Duration,
     pub(super) zipf: f64,
     pub(super) seed: u64,
+    /// The next context that a put makes; never the same twice, or a put would be of blocks that are there.
+    pub(super) next_new: Arc<AtomicU64>,
 }
 
 /// What happened.
@@ -86,7 +86,7 @@ struct Shared {
     data: DataSet,
     operation: Operation,
     zipf: Zipf,
-    next_new: AtomicU64,
+    next_new: Arc<AtomicU64>,
 }
 
 impl Load {
@@ -97,7 +97,7 @@ impl Load {
             data: self.data.clone(),
             operation: self.operation,
             zipf: Zipf::new(self.data.contexts, self.zipf),
-            next_new: AtomicU64::new(NEW_CONTEXTS),
+            next_new: Arc::clone(&self.next_new),
         });
         let begun = Instant::now();
         let mut tally = match self.rate {
@@ -177,7 +177,7 @@ impl Shared {
             Operation::Put => self.put(client).await,
             Operation::Match => {
                 let held = client
-                    .match_prefix(self.namespace.id, &self.chain(context), None)
+                    .match_prefix(self.namespace.id, &self.data.chain(context), None)
                     .await?;
                 Ok(Done {
                     blocks: held.hit_blocks as u64,
@@ -196,7 +196,7 @@ impl Shared {
     }
 
     async fn get(&self, client: &StoreClient, context: u64) -> Result<Done, ClientError> {
-        let chain = self.chain(context);
+        let chain = self.data.chain(context);
         let mut gets = client.get_blocks(&self.namespace, &chain, 0..1, None, None).await?;
         let mut done = Done::default();
         while let Some(block) = gets.next().await? {
@@ -214,7 +214,7 @@ impl Shared {
     async fn put(&self, client: &StoreClient) -> Result<Done, ClientError> {
         let context = self.next_new.fetch_add(1, Ordering::Relaxed);
         let mut puts = client.put_blocks(&self.namespace).await?;
-        for name in self.chain(context) {
+        for name in self.data.new_chain(context) {
             puts.put(self.data.payloads.block(name)).await?;
         }
         let mut done = Done::default();
@@ -228,12 +228,6 @@ impl Shared {
             }
         }
         Ok(done)
-    }
-
-    fn chain(&self, context: u64) -> Vec<kvasir_block::BlockHash> {
-        (0..self.data.blocks as u64)
-            .map(|at| hash(self.data.run, context, at))
-            .collect()
     }
 }
 
