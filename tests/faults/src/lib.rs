@@ -19,8 +19,11 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bucket;
 pub mod corpus;
 mod data;
+#[cfg(feature = "planted-bugs")]
+pub mod planted;
 mod proxy;
 mod remote;
 mod rows;

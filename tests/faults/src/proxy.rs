@@ -34,6 +34,12 @@ pub(crate) enum Damage {
     Omit,
     /// Its first part comes, and then the connection ends.
     Cut,
+    /// It comes never, and nothing after it: the connection stays open.
+    Stall,
+    /// A new connection is answered 503 and closed, whatever it asks.
+    Unavailable,
+    /// A new connection is answered 403, as by S3 to a key that has expired.
+    Expired,
 }
 
 /// How much goes wrong.
@@ -46,7 +52,21 @@ pub(crate) struct Weather {
 }
 
 impl Weather {
-    pub(crate) const CLEAR: Self = Self { kinds: &[], share: 0.0 };
+    pub(crate) const CLEAR: Self = Self::of(&[], 0.0);
+
+    pub(crate) const fn of(kinds: &'static [Damage], share: f64) -> Self {
+        Self { kinds, share }
+    }
+
+    /// What happens, if anything, of what this is about.
+    fn draw(&self, rng: &mut StdRng, to_connections: bool) -> Option<Damage> {
+        let about = |kind: &&Damage| matches!(kind, Damage::Unavailable | Damage::Expired) == to_connections;
+        let kinds: Vec<&Damage> = self.kinds.iter().filter(about).collect();
+        if kinds.is_empty() || !rng.random_bool(self.share) {
+            return None;
+        }
+        Some(*kinds[rng.random_range(0..kinds.len())])
+    }
 }
 
 /// A listening proxy; it ends, with its connections, when dropped.
@@ -107,18 +127,43 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     // Aborts what is left when this task is.
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
+        let number = shared.connections.fetch_add(1, Ordering::Relaxed);
+        let rng = |way: u64| StdRng::seed_from_u64(shared.seed ^ number << 8 ^ way);
+        let weather = *shared.weather.lock();
+        if let Some(kind) = weather.draw(&mut rng(2), true) {
+            shared.damaged.fetch_add(1, Ordering::Relaxed);
+            connections.spawn(refuse(client, kind));
+            continue;
+        }
         let Ok(store) = TcpStream::connect(shared.target).await else {
             continue;
         };
         let _ = (client.set_nodelay(true), store.set_nodelay(true));
-        let number = shared.connections.fetch_add(1, Ordering::Relaxed);
         let (from_client, to_client) = client.into_split();
         let (from_store, to_store) = store.into_split();
-        let rng = |way: u64| StdRng::seed_from_u64(shared.seed ^ number << 8 ^ way);
         connections.spawn(pump(from_client, to_store, rng(0), Arc::clone(&shared)));
         connections.spawn(pump(from_store, to_client, rng(1), Arc::clone(&shared)));
         while connections.try_join_next().is_some() {}
     }
+}
+
+/// Answers for the store, over HTTP/1.1.
+async fn refuse(mut client: TcpStream, kind: Damage) {
+    let (status, body) = match kind {
+        Damage::Expired => (
+            "403 Forbidden",
+            "<?xml version=\"1.0\"?><Error><Code>ExpiredToken</Code><Message>expired</Message></Error>",
+        ),
+        _ => ("503 Service Unavailable", ""),
+    };
+    let mut request = [0; 4096];
+    let _ = client.read(&mut request).await;
+    let answer = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    let _ = client.write_all(answer.as_bytes()).await;
+    let _ = client.shutdown().await;
 }
 
 async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut rng: StdRng, shared: Arc<Shared>) {
@@ -126,30 +171,29 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut rng: StdRng, 
     while let Ok(count @ 1..) = from.read(&mut piece).await {
         let weather = *shared.weather.lock();
         let mut bytes = piece[..count].to_vec();
-        let mut last = false;
-        if !weather.kinds.is_empty() && rng.random_bool(weather.share) {
+        let kind = weather.draw(&mut rng, false);
+        if let Some(kind) = kind {
             shared.damaged.fetch_add(1, Ordering::Relaxed);
-            last = damage(&mut rng, weather.kinds, &mut bytes);
+            damage(&mut rng, kind, &mut bytes);
         }
-        if to.write_all(&bytes).await.is_err() || last {
+        if to.write_all(&bytes).await.is_err() || kind == Some(Damage::Cut) {
             break;
+        }
+        if kind == Some(Damage::Stall) {
+            std::future::pending::<()>().await;
         }
     }
     let _ = to.shutdown().await;
 }
 
-/// Damages a piece; true if nothing may follow it.
-fn damage(rng: &mut StdRng, kinds: &[Damage], bytes: &mut Vec<u8>) -> bool {
+/// Damages a piece.
+fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) {
     let start = rng.random_range(0..bytes.len());
     let end = rng.random_range(start..bytes.len()) + 1;
-    match kinds[rng.random_range(0..kinds.len())] {
+    match kind {
         Damage::Flip => {
             // Every other one near the start of the piece, where frames and headers are.
-            let at = if rng.random() {
-                start
-            } else {
-                start.min(200).min(bytes.len() - 1)
-            };
+            let at = if rng.random() { start } else { start % bytes.len().min(200) };
             bytes[at] ^= 1 << rng.random_range(0..8);
         }
         Damage::Duplicate => {
@@ -159,10 +203,8 @@ fn damage(rng: &mut StdRng, kinds: &[Damage], bytes: &mut Vec<u8>) -> bool {
         Damage::Omit => {
             bytes.drain(start..end);
         }
-        Damage::Cut => {
-            bytes.truncate(start);
-            return true;
-        }
+        Damage::Cut => bytes.truncate(start),
+        Damage::Stall => bytes.clear(),
+        Damage::Unavailable | Damage::Expired => {}
     }
-    false
 }

@@ -6,7 +6,10 @@ mod identity;
 mod index;
 mod kill;
 mod memory;
+mod misplaced;
+mod object;
 mod pressure;
+mod promises;
 mod space;
 mod torn;
 mod truncate;
@@ -24,6 +27,15 @@ pub const ROWS: &[Row] = &[
         full: 20_000,
         tiers: &[Tier::Host, Tier::Disk],
         inflict: identity::inflict,
+    },
+    Row {
+        name: "promises",
+        number: None,
+        fault: "leases, budgets and deadlines while memory and disk are full",
+        sample: 9,
+        full: 900,
+        tiers: &[Tier::Host, Tier::Disk],
+        inflict: promises::inflict,
     },
     Row {
         name: "kill",
@@ -51,6 +63,15 @@ pub const ROWS: &[Row] = &[
         full: 30_000,
         tiers: &[Tier::Disk],
         inflict: flips::inflict,
+    },
+    Row {
+        name: "misplaced",
+        number: Some(5),
+        fault: "whole records in the wrong place: swapped, copied, left over",
+        sample: 256,
+        full: 2_000,
+        tiers: &[Tier::Disk],
+        inflict: misplaced::inflict,
     },
     Row {
         name: "memory",
@@ -96,6 +117,15 @@ pub const ROWS: &[Row] = &[
         full: 5_000,
         tiers: &[Tier::Disk],
         inflict: index::inflict,
+    },
+    Row {
+        name: "object",
+        number: Some(18),
+        fault: "a bucket that resets, stalls, sends too little or something else, answers 503 or 403",
+        sample: 60,
+        full: 2_000,
+        tiers: &[Tier::Object],
+        inflict: object::inflict,
     },
     Row {
         name: "clock",

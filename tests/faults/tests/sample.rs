@@ -36,5 +36,5 @@ macro_rules! samples {
 }
 
 samples!(
-    identity, kill, torn, flips, memory, wire, space, truncate, index, clock, pressure
+    identity, kill, torn, flips, misplaced, memory, wire, space, truncate, index, object, clock, pressure
 );

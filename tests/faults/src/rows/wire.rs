@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use kvasir_client::{ClientConfig, ErrorKind, PutOutcome};
+use kvasir_client::{ClientConfig, PutOutcome};
 use rand::Rng;
 
 use crate::{
@@ -24,26 +24,11 @@ const ROUNDS: usize = 200;
 
 /// One kind at a time finds what it can find, all together what only a mixture can.
 const WEATHERS: [Weather; 5] = [
-    Weather {
-        kinds: &[Damage::Flip],
-        share: 0.05,
-    },
-    Weather {
-        kinds: &[Damage::Duplicate],
-        share: 0.03,
-    },
-    Weather {
-        kinds: &[Damage::Omit],
-        share: 0.03,
-    },
-    Weather {
-        kinds: &[Damage::Cut],
-        share: 0.02,
-    },
-    Weather {
-        kinds: &[Damage::Flip, Damage::Duplicate, Damage::Omit, Damage::Cut],
-        share: 0.1,
-    },
+    Weather::of(&[Damage::Flip], 0.05),
+    Weather::of(&[Damage::Duplicate], 0.03),
+    Weather::of(&[Damage::Omit], 0.03),
+    Weather::of(&[Damage::Cut], 0.02),
+    Weather::of(&[Damage::Flip, Damage::Duplicate, Damage::Omit, Damage::Cut], 0.1),
 ];
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
@@ -114,7 +99,7 @@ async fn one_round(run: &mut Run, remote: &Remote, direct: &Remote, corpus: &Cor
                 ensure!(!wrong, "{key:?} was answered {outcome:?} and is {read:?}");
             }
         }
-        Err(error) => broken(run, error.kind)?,
+        Err(_) => broken(run),
     }
     // Right ones into the store, and then out of it through the proxy.
     let put = direct.put(corpus, &corpus.chain).await?;
@@ -125,17 +110,15 @@ async fn one_round(run: &mut Run, remote: &Remote, direct: &Remote, corpus: &Cor
     );
     for part in corpus.chain.chunks(BATCH / 4) {
         let (_, error) = remote.read(&mut run.tally, corpus, part).await;
-        if let Some(error) = error {
-            broken(run, error.kind)?;
+        if error.is_some() {
+            broken(run);
         }
     }
     Ok(())
 }
 
-/// A connection that broke is what such a network is for; a refusal as wrong would be ours.
-fn broken(run: &mut Run, kind: ErrorKind) -> Result<()> {
+/// A call that broke is what such a network is for.
+fn broken(run: &mut Run) {
     run.tally.shed += 1;
     run.tally.note("calls that broke", 1);
-    let _ = kind;
-    Ok(())
 }
