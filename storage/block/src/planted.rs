@@ -50,8 +50,8 @@ bugs! {
     PutReplaces => "put-replaces",
     /// Eviction does not ask whether a block is leased.
     LeasedBlockEvicted => "leased-block-evicted",
-    /// The host tier takes what does not fit.
-    HostBudgetIgnored => "host-budget-ignored",
+    /// A tenant's budget in the host tier does not count.
+    TenantBudgetIgnored => "tenant-budget-ignored",
     /// Reads go on behind the deadline.
     DeadlineIgnored => "deadline-ignored",
     /// A restart takes the epoch of the life before.

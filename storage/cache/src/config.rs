@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
-use kvasir_block::Tenant;
+use kvasir_block::{
+    Tenant,
+    planted::{Bug, planted},
+};
 use kvasir_tier::{HostPolicy, HugePages};
 
 use crate::{CacheError, ErrorKind};
@@ -80,6 +83,9 @@ impl CacheConfig {
 
     /// The budget of a tenant in the host tier, if it has one.
     pub(crate) fn host_budget(&self, tenant: &Tenant) -> Option<u64> {
+        if planted(Bug::TenantBudgetIgnored) {
+            return None;
+        }
         let own = self.tenant_host_bytes_max.get(tenant).copied();
         own.or(self.tenant_host_bytes_max_default)
     }

@@ -19,10 +19,16 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bucket;
 pub mod corpus;
 mod data;
+#[cfg(feature = "planted-bugs")]
+pub mod planted;
+mod proxy;
+mod remote;
 mod rows;
 mod run;
+mod store;
 mod tally;
 
 pub use self::{

@@ -35,4 +35,6 @@ macro_rules! samples {
     };
 }
 
-samples!(identity, torn, flips, memory, truncate, index);
+samples!(
+    identity, kill, torn, flips, misplaced, memory, wire, space, truncate, index, object, clock, pressure
+);
