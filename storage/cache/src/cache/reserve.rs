@@ -1,12 +1,10 @@
 //! Room for a layer block before its bytes are there, so that they are received where they will rest.
 
-use std::time::Instant;
-
 use bytes::Bytes;
 use kvasir_block::{Checksum, LayerBlockKey, NamespaceId};
 
-use super::{BlockCache, GetOutcome, PutOutcome};
-use crate::{CacheError, LeaseId};
+use super::{BlockCache, PutOutcome};
+use crate::CacheError;
 
 /// Writable room for one layer block of a namespace; what is in it at first is not said. Dropping it gives the room back.
 #[derive(Debug)]
@@ -18,28 +16,6 @@ impl PutBuffer {
     /// The room: exactly a layer block.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         &mut self.bytes
-    }
-}
-
-/// How a get of many is done.
-#[derive(Clone, Copy, Debug)]
-pub struct GetOptions {
-    /// What was not read by then is answered [`GetOutcome::TooLate`]; looked at before each read of a slower tier.
-    pub deadline: Option<Instant>,
-    /// The lease that covers the blocks: it is then known that more of them will be asked for soon.
-    pub lease: Option<LeaseId>,
-    /// Whether bytes from memory are verified here. Off only where the receiver verifies them, which it says; bytes from
-    /// slower tiers are always verified.
-    pub verify: bool,
-}
-
-impl Default for GetOptions {
-    fn default() -> Self {
-        Self {
-            deadline: None,
-            lease: None,
-            verify: true,
-        }
     }
 }
 
@@ -65,21 +41,5 @@ impl BlockCache {
         checksum: Checksum,
     ) -> Result<PutOutcome, CacheError> {
         self.put(key, Bytes::from(buffer.bytes), checksum)
-    }
-
-    /// Reads many layer blocks, one outcome each, in their order.
-    ///
-    /// # Errors
-    /// `UnknownNamespace`; `InvalidArgument` for a layer that the schema lacks.
-    pub fn get_many(&self, keys: &[LayerBlockKey], options: &GetOptions) -> Result<Vec<GetOutcome>, CacheError> {
-        let late = |now: Instant| options.deadline.is_some_and(|deadline| now >= deadline);
-        keys.iter()
-            .map(|&key| {
-                if late(Instant::now()) {
-                    return Ok(GetOutcome::TooLate);
-                }
-                self.get(key)
-            })
-            .collect()
     }
 }
