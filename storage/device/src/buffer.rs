@@ -9,11 +9,14 @@ use std::{
 
 use bytes::Bytes;
 
+use crate::arena::Slot;
+
 /// Alignment of every buffer: what direct I/O asks of memory, lengths and offsets on the disks we know.
 pub const PAGE_BYTES: usize = 4096;
 
-/// Exclusive, writable memory that starts at a multiple of [`PAGE_BYTES`] and is usable for direct I/O. Its first content is
-/// zeros or what was there before.
+/// Exclusive, writable memory that starts at a multiple of [`PAGE_BYTES`] and is usable for direct I/O. From the heap it is zeros at
+/// first; from an arena ([`crate::Arena::try_reserve`]) it is what was there before, which may be another's: freeze only what
+/// was written.
 #[derive(Debug)]
 pub struct Buffer {
     memory: Memory,
@@ -23,6 +26,7 @@ pub struct Buffer {
 #[derive(Debug)]
 enum Memory {
     Heap(Pages),
+    Arena(Slot),
 }
 
 impl Buffer {
@@ -30,6 +34,15 @@ impl Buffer {
     pub fn heap(len: usize) -> Self {
         Self {
             memory: Memory::Heap(Pages::zeroed(len)),
+            len,
+        }
+    }
+
+    /// `len` bytes of a slot that holds at least as many.
+    pub(crate) fn in_arena(slot: Slot, len: usize) -> Self {
+        debug_assert!(len <= slot.len());
+        Self {
+            memory: Memory::Arena(slot),
             len,
         }
     }
@@ -48,6 +61,7 @@ impl Buffer {
     pub fn as_slice(&self) -> &[u8] {
         match &self.memory {
             Memory::Heap(pages) => &pages.as_slice()[..self.len],
+            Memory::Arena(slot) => &slot.as_slice()[..self.len],
         }
     }
 
@@ -55,6 +69,7 @@ impl Buffer {
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         match &mut self.memory {
             Memory::Heap(pages) => &mut pages.as_mut_slice()[..self.len],
+            Memory::Arena(slot) => &mut slot.as_mut_slice()[..self.len],
         }
     }
 
@@ -63,7 +78,11 @@ impl Buffer {
     /// # Panics
     /// When `part` is not inside the buffer.
     pub fn freeze(self, part: Range<usize>) -> Bytes {
-        Bytes::from_owner(self).slice(part)
+        assert!(part.end <= self.len, "{part:?} is not within a buffer of {}", self.len);
+        match self.memory {
+            Memory::Heap(_) => Bytes::from_owner(self).slice(part),
+            Memory::Arena(slot) => slot.share(part).bytes(),
+        }
     }
 }
 
