@@ -151,7 +151,6 @@ impl StoreConfig {
     /// The part of it that the cache wants.
     pub(crate) fn cache(&self) -> CacheConfig {
         CacheConfig {
-            data_dir: self.data_dir.clone(),
             host_bytes_max: self.host_bytes_max.as_u64(),
             disk_bytes_max: self.disk_bytes_max.as_u64(),
             segment_bytes: self.segment_bytes.as_u64(),
@@ -166,6 +165,7 @@ impl StoreConfig {
             namespaces_max: self.namespaces_max,
             event_queue_max: self.event_queue_max,
             subscribers_max: self.subscribers_max,
+            ..CacheConfig::in_dir(&self.data_dir)
         }
     }
 

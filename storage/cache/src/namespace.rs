@@ -9,7 +9,8 @@ mod codec;
 use std::{collections::HashMap, fs, path::PathBuf, sync::Arc};
 
 use kvasir_block::{KvSchema, NamespaceId, Tenant};
-use parking_lot::RwLock;
+use kvasir_tier::Owner;
+use parking_lot::{Mutex, RwLock};
 
 pub use self::basis::BasisId;
 pub(crate) use self::basis::NamespaceBasis;
@@ -20,20 +21,35 @@ pub(crate) struct Namespaces {
     max: usize,
     basis_bytes_max: u64,
     by_id: RwLock<HashMap<NamespaceId, Namespace>>,
+    owners: Owners,
 }
 
 #[derive(Debug)]
 struct Namespace {
     schema: Arc<KvSchema>,
+    owner: Owner,
     basis: Option<Arc<NamespaceBasis>>,
 }
 
-impl From<KvSchema> for Namespace {
-    fn from(schema: KvSchema) -> Self {
+impl Namespace {
+    fn new(schema: KvSchema, owner: Owner) -> Self {
         Self {
             schema: Arc::new(schema),
+            owner,
             basis: None,
         }
+    }
+}
+
+/// A number for each tenant, as the host tier counts them; as many as there are namespaces, at most.
+#[derive(Default)]
+struct Owners(Mutex<HashMap<Tenant, Owner>>);
+
+impl Owners {
+    fn of(&self, tenant: &Tenant) -> Owner {
+        let mut owners = self.0.lock();
+        let next = Owner::new(owners.len() as u32);
+        *owners.entry(tenant.clone()).or_insert(next)
     }
 }
 
@@ -48,7 +64,7 @@ impl Namespaces {
             )
         };
         fs::create_dir_all(&dir).map_err(failed)?;
-        let mut by_id = HashMap::new();
+        let (mut by_id, owners) = (HashMap::new(), Owners::default());
         for entry in fs::read_dir(&dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             if path.extension().is_none_or(|extension| extension != "kvns") {
@@ -58,8 +74,8 @@ impl Namespaces {
             let decoded = codec::decode(&bytes);
             let expected = path.file_stem().and_then(|stem| stem.to_str());
             match decoded {
-                Ok((id, schema)) if expected == Some(id.to_string().as_str()) => {
-                    by_id.insert(id, Namespace::from(schema));
+                Ok((id, tenant, schema)) if expected == Some(id.to_string().as_str()) => {
+                    by_id.insert(id, Namespace::new(schema, owners.of(&tenant)));
                 }
                 other => {
                     let reason = other
@@ -75,6 +91,7 @@ impl Namespaces {
             max,
             basis_bytes_max,
             by_id: RwLock::new(by_id),
+            owners,
         };
         namespaces.read_bases()?;
         Ok(namespaces)
@@ -120,12 +137,23 @@ impl Namespaces {
                 error,
             )
         })?;
-        by_id.insert(id, Namespace::from(schema.clone()));
+        by_id.insert(id, Namespace::new(schema.clone(), self.owners.of(tenant)));
         Ok(true)
     }
 
     pub(crate) fn get(&self, id: NamespaceId) -> Option<Arc<KvSchema>> {
         self.by_id.read().get(&id).map(|held| Arc::clone(&held.schema))
+    }
+
+    /// Every tenant that has a namespace here, with its number.
+    pub(crate) fn tenants(&self) -> Vec<(Tenant, Owner)> {
+        let owners = self.owners.0.lock();
+        owners.iter().map(|(tenant, &owner)| (tenant.clone(), owner)).collect()
+    }
+
+    /// Whose blocks a namespace's are.
+    pub(crate) fn owner(&self, id: NamespaceId) -> Owner {
+        self.by_id.read().get(&id).map(|held| held.owner).unwrap_or_default()
     }
 
     /// Layers of a namespace's schema.

@@ -1,6 +1,6 @@
 //! Where layer blocks are kept: host memory and disk.
 //!
-//! [`HostTier`] is a bounded map in memory that evicts whole blocks, least recently used first. [`DiskTier`] appends
+//! [`HostTier`] is a bounded map in shared memory that evicts whole blocks by a policy of choice. [`DiskTier`] appends
 //! records to segment files behind a bounded queue, finds them through a RocksDB index, verifies every byte it reads and
 //! comes back warm after a crash; `FORMAT.md` has its bytes. Neither knows tenants, leases or prefixes: the owner
 //! says what must stay, through a closure (host) or a [`DiskWatch`] (disk).
@@ -10,12 +10,14 @@
 //! ```
 //! use bytes::Bytes;
 //! use kvasir_block::{BlockHash, Checksum, NamespaceId};
-//! use kvasir_tier::HostTier;
+//! use kvasir_tier::{HostConfig, HostPolicy, HostTier, Owner};
 //! let key = NamespaceId::from_bytes([1; 32]).block(BlockHash::from_bytes([2; 32])).layer(0);
 //! let payload = Bytes::from_static(b"keys and values");
-//! let mut host = HostTier::new(1 << 20);
-//! host.insert(key, payload.clone(), Checksum::of(&payload), |_| false).unwrap();
-//! assert_eq!(host.get(key).unwrap().0, payload);
+//! let config = HostConfig { bytes_max: 1 << 20, policy: HostPolicy::default(), huge_pages: Default::default() };
+//! let mut host = HostTier::new(config)?;
+//! host.insert(key, payload.clone(), Checksum::of(&payload), Owner::default(), |_| false)?;
+//! assert_eq!(host.get(key).expect("just put").0, payload);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 #![forbid(unsafe_code)]
 
@@ -25,4 +27,5 @@ mod host;
 pub use disk::{
     DiskConfig, DiskRead, DiskStats, DiskTier, DiskWatch, FlushError, Offer, OpenError, Recovery, SEGMENT_FORMAT,
 };
-pub use host::{HostTier, NoRoom};
+pub use host::{HostConfig, HostPolicy, HostStats, HostTier, NoRoom, Owner};
+pub use kvasir_device::HugePages;

@@ -66,6 +66,7 @@ impl Flights {
     }
 
     /// Reads under way.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.flying.lock().len()
     }

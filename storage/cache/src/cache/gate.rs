@@ -153,11 +153,6 @@ impl ReadGate {
         (inside.running, inside.waiting)
     }
 
-    /// How long a batch of `bytes` would take from now, waiting included.
-    pub(crate) fn estimate(&self, bytes: u64) -> Duration {
-        self.inside.lock().estimate(bytes, Instant::now())
-    }
-
     fn pass(&self, inside: &mut Inside, reads: usize, bytes: u64) -> Pass<'_> {
         inside.running += reads;
         inside.running_bytes += bytes;

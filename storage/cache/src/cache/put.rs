@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use bytes::Bytes;
-use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
+use kvasir_block::{BlockKey, Checksum, LayerBlockKey, NamespaceId};
+use kvasir_device::Buffer;
 use kvasir_tier::Offer;
 
 use super::{BlockCache, Shared, State, Tier};
@@ -23,12 +24,25 @@ pub enum PutOutcome {
 }
 
 impl BlockCache {
-    /// Takes a layer block. The payload is copied: it is usually a part of a larger message, and keeping the part would
-    /// keep the whole message in memory, outside every budget.
+    /// Takes a layer block. The payload is copied once, into the memory where it rests: it is usually a part of a larger message, and
+    /// keeping the part would keep the whole message in memory, outside every budget. [`Self::put_reserved`] copies nothing.
     ///
     /// # Errors
     /// `UnknownNamespace`; `InvalidArgument` for a layer that the schema lacks or a payload of another size.
     pub fn put(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> Result<PutOutcome, CacheError> {
+        self.put_as(key, payload, checksum, |shared, payload| {
+            shared.copy_in(key.namespace, &payload)
+        })
+    }
+
+    /// Checks a payload, and keeps what `rest` makes of it.
+    pub(super) fn put_as(
+        &self,
+        key: LayerBlockKey,
+        payload: Bytes,
+        checksum: Checksum,
+        rest: impl FnOnce(&Shared, Bytes) -> Bytes,
+    ) -> Result<PutOutcome, CacheError> {
         let schema = self.shared.schema_of_layer(key)?;
         let expected = schema.layer_block_bytes();
         if payload.len() != expected {
@@ -46,7 +60,7 @@ impl BlockCache {
             counters.put_checksum_mismatch.add(1);
             return Ok(PutOutcome::ChecksumMismatch);
         }
-        let outcome = self.shared.keep(key, Bytes::copy_from_slice(&payload), checksum);
+        let outcome = self.shared.keep(key, rest(&self.shared, payload), checksum);
         match outcome {
             PutOutcome::Stored => {
                 counters.put_blocks.add(1);
@@ -75,22 +89,56 @@ impl Shared {
         }
     }
 
+    /// A copy in the arena, or outside it where that has no room: then it is the disk's queue that bounds it.
+    fn copy_in(&self, namespace: NamespaceId, payload: &Bytes) -> Bytes {
+        match self.reserve(namespace, payload.len()) {
+            Some(mut buffer) => {
+                buffer.as_mut_slice().copy_from_slice(payload);
+                buffer.freeze(0..payload.len())
+            }
+            None => Bytes::copy_from_slice(payload),
+        }
+    }
+
+    /// Memory of the host tier, for which others make room.
+    pub(super) fn reserve(&self, namespace: NamespaceId, bytes: usize) -> Option<Buffer> {
+        let owner = self.namespaces.owner(namespace);
+        let mut state = self.state.lock();
+        state.leases.expire(Instant::now());
+        let State { host, leases, .. } = &mut *state;
+        let (buffer, evicted) = match host.reserve(bytes, owner, |block: &BlockKey| leases.is_pinned(block)) {
+            Ok((buffer, evicted)) => (Some(buffer), evicted),
+            Err(no_room) => (None, no_room.evicted),
+        };
+        for block in evicted {
+            self.refresh(&mut state, block, Tier::Host);
+        }
+        buffer
+    }
+
     fn keep(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> PutOutcome {
         let mut state = self.state.lock();
         state.leases.expire(Instant::now());
-        let offer = self.disk.offer(key, payload.clone(), checksum);
+        let admitted = self.admits(&state, &key.block());
+        let offer = if admitted {
+            self.disk.offer(key, payload.clone(), checksum)
+        } else {
+            // As if the disk took nothing: it rests in memory or not at all.
+            Offer::Degraded
+        };
         match offer {
             Offer::Present => return PutOutcome::Present,
             // Stored must come to mean durable while the disk works, so what it cannot take now is shed.
             Offer::Full => return PutOutcome::Busy,
             Offer::Queued | Offer::Degraded => {}
         }
-        let in_host = self.insert_host(&mut state, key, payload, checksum);
+        // What does not lie in the arena lies where it does because there was no room.
+        let in_host = self.arena.locate(&payload).is_some() && self.insert_host(&mut state, key, payload, checksum);
         if offer == Offer::Degraded {
             if !in_host {
                 return PutOutcome::Busy;
             }
-            self.counters.put_host_only.add(1);
+            self.note_unsaved(&mut state, key, admitted);
         }
         self.refresh(&mut state, key.block(), if in_host { Tier::Host } else { Tier::Disk });
         PutOutcome::Stored
@@ -104,13 +152,18 @@ impl Shared {
         payload: Bytes,
         checksum: Checksum,
     ) -> bool {
+        let owner = self.namespaces.owner(key.namespace);
         let State { host, leases, .. } = state;
-        let Ok(evicted) = host.insert(key, payload, checksum, |block: &BlockKey| leases.is_pinned(block)) else {
-            return false;
+        let inserted = host.insert(key, payload, checksum, owner, |block: &BlockKey| {
+            leases.is_pinned(block)
+        });
+        let (is_in, evicted) = match inserted {
+            Ok(evicted) => (true, evicted),
+            Err(no_room) => (false, no_room.evicted),
         };
         for block in evicted {
             self.refresh(state, block, Tier::Host);
         }
-        true
+        is_in
     }
 }

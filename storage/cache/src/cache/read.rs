@@ -49,7 +49,13 @@ impl Shared {
     }
 
     /// Reads a batch from the disk; counted, and its time taken for estimates.
-    pub(super) fn read_disk(&self, keys: &[LayerBlockKey], pass: Pass<'_>) -> Vec<DiskRead> {
+    pub(super) fn read_disk(
+        &self,
+        keys: &[LayerBlockKey],
+        deadline: Option<Instant>,
+        pass: Pass<'_>,
+    ) -> Vec<DiskRead> {
+        let _ = deadline;
         let reads: Vec<DiskRead> = keys.iter().map(|&key| self.disk.get(key)).collect();
         self.counters.disk_reads.add(keys.len() as u64);
         pass.done();
@@ -106,7 +112,7 @@ struct Reading<'a> {
 impl<'a> Reading<'a> {
     /// Answers what is in memory; returns the others.
     fn from_host(&mut self, wanted: Vec<usize>) -> Vec<usize> {
-        let mut below = Vec::new();
+        let (mut below, mut unsaved) = (Vec::new(), Vec::new());
         let mut found = Vec::with_capacity(wanted.len());
         {
             let mut state = self.shared.state.lock();
@@ -115,18 +121,22 @@ impl<'a> Reading<'a> {
                 match state.host.get(key) {
                     Some(slot) => {
                         state.ahead.used(key);
-                        found.push((at, slot));
+                        let only_here = !state.unsaved.is_empty() && state.unsaved.contains(&key);
+                        found.push((at, slot, only_here));
                     }
                     None => below.push(at),
                 }
             }
         }
-        for (at, (payload, checksum)) in found {
+        for (at, (payload, checksum), only_here) in found {
             if self.options.verify && !checksum.verifies(&payload) {
                 self.shared.drop_from_host(self.keys[at]);
                 self.corrupt.insert(at);
                 below.push(at);
             } else {
+                if only_here {
+                    unsaved.push((self.keys[at], payload.clone(), checksum));
+                }
                 let tier = Tier::Host;
                 self.outcomes[at] = GetOutcome::Hit {
                     payload,
@@ -135,6 +145,7 @@ impl<'a> Reading<'a> {
                 };
             }
         }
+        self.shared.save(unsaved);
         below.sort_unstable();
         below
     }
@@ -167,6 +178,10 @@ impl<'a> Reading<'a> {
             match flight.wait(self.options.deadline) {
                 Some(Landed::With(outcome)) => {
                     shared.counters.reads_shared.add(1);
+                    if self.options.lease.is_some() {
+                        // It may have been read ahead, for this reader.
+                        shared.state.lock().ahead.used(self.keys[at]);
+                    }
                     self.settle(at, outcome);
                 }
                 Some(Landed::GaveUp) => again.push(at),
@@ -224,7 +239,7 @@ impl<'a> Reading<'a> {
             }
         };
         let keys: Vec<LayerBlockKey> = batch.iter().map(|(_, lead)| lead.key()).collect();
-        let reads = shared.read_disk(&keys, pass);
+        let reads = shared.read_disk(&keys, self.options.deadline, pass);
         let worth = shared.are_worth_promoting(&keys);
         let (mut found, mut gone) = (Vec::new(), Vec::new());
         for (((at, _), read), worth) in batch.iter().zip(reads).zip(worth) {

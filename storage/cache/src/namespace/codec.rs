@@ -58,8 +58,8 @@ pub(super) fn encode(tenant: &Tenant, schema: &KvSchema) -> Vec<u8> {
     out
 }
 
-/// The namespace in a file, under the id that its fields hash to.
-pub(super) fn decode(bytes: &[u8]) -> Result<(NamespaceId, KvSchema), DecodeError> {
+/// The namespace in a file, under the id that its fields hash to, and its tenant.
+pub(super) fn decode(bytes: &[u8]) -> Result<(NamespaceId, Tenant, KvSchema), DecodeError> {
     let (body, checksum) = bytes.split_last_chunk::<4>().ok_or(DecodeError::Magic)?;
     let mut reader = Reader { rest: body };
     if reader.array("magic").ok() != Some(*MAGIC) {
@@ -112,7 +112,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(NamespaceId, KvSchema), DecodeErro
         return Err(DecodeError::Trailing);
     }
     schema.validate().map_err(|error| DecodeError::Field(error.field))?;
-    Ok((NamespaceId::new(&tenant, &schema), schema))
+    Ok((NamespaceId::new(&tenant, &schema), tenant, schema))
 }
 
 struct Reader<'a> {
