@@ -8,37 +8,44 @@
 mod availability;
 mod contains;
 mod epoch;
+mod flights;
+mod gate;
 mod get;
 mod match_prefix;
+mod numbers;
+mod policy;
+mod prefetch;
 mod put;
+mod read;
 mod reserve;
 
 use std::{
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicU64, AtomicUsize},
-    },
+    collections::HashSet,
+    sync::{Arc, atomic::AtomicU64},
     time::Instant,
 };
 
-use kvasir_block::{BlockKey, KvSchema, LayerBlockKey, NamespaceId, Tenant};
+use kvasir_block::{KvSchema, LayerBlockKey, NamespaceId, Tenant};
 use kvasir_device::Arena;
-use kvasir_tier::{DiskConfig, DiskTier, DiskWatch, HostConfig, HostTier};
+use kvasir_tier::{DiskConfig, DiskTier, HostConfig, HostTier};
 use parking_lot::Mutex;
 
-use self::availability::Available;
+use self::{availability::Available, flights::Flights, gate::ReadGate, policy::ReclaimWatch, prefetch::Prefetch};
 pub use self::{
-    get::GetOutcome,
+    get::{GetOptions, GetOutcome},
     match_prefix::PrefixMatch,
+    policy::Admission,
     put::PutOutcome,
-    reserve::{GetOptions, PutBuffer},
+    reserve::PutBuffer,
 };
 use crate::{
-    CacheConfig, CacheError, CacheStats, ErrorKind, LeaseId, Subscription,
+    CacheConfig, CacheError, ErrorKind, LeaseId, Subscription,
+    ahead::Ahead,
     event::Hub,
     lease::Leases,
     namespace::{BasisId, Namespaces},
     retrieve::{ContextBudget, Registry},
+    reuse::Reuse,
     stats::Counters,
 };
 
@@ -49,6 +56,8 @@ pub enum Tier {
     Host,
     /// Segment files, or the queue before them.
     Disk,
+    /// A bucket that several stores share.
+    Object,
 }
 
 /// Layer blocks of many namespaces, in memory and on disk. See the crate's documentation.
@@ -71,7 +80,9 @@ pub(crate) struct Shared {
     heap_reserved: Arc<AtomicU64>,
     pub(crate) state: Mutex<State>,
     pub(crate) counters: Counters,
-    disk_reads: AtomicUsize,
+    disk_gate: ReadGate,
+    flights: Flights,
+    prefetch: Arc<Prefetch>,
     pub(crate) contexts: ContextBudget,
     pub(crate) chains: Registry,
 }
@@ -81,6 +92,10 @@ pub(crate) struct State {
     pub(crate) leases: Leases,
     pub(crate) available: Available,
     events: Hub,
+    reuse: Reuse,
+    ahead: Ahead,
+    /// In memory and not on disk, though puts of it were accepted.
+    unsaved: HashSet<LayerBlockKey>,
 }
 
 impl BlockCache {
@@ -139,7 +154,12 @@ impl BlockCache {
             leases: Leases::new(config.leases_max, epoch),
             available,
             events: Hub::new(epoch, config.event_queue_max, config.subscribers_max),
+            reuse: Reuse::new(config.reuse_entries),
+            ahead: Ahead::default(),
+            unsaved: HashSet::new(),
         };
+        let disk_gate = ReadGate::new(config.disk_reads_max, config.disk_reads_waiting_max);
+        let prefetch = Arc::new(Prefetch::new(config.prefetch_queue_max));
         let contexts = ContextBudget::new(config.contexts_max, config.context_bytes_max);
         let shared = Arc::new(Shared {
             config,
@@ -151,19 +171,20 @@ impl BlockCache {
             heap_reserved: Arc::default(),
             state: Mutex::new(state),
             counters: Counters::default(),
-            disk_reads: AtomicUsize::new(0),
+            disk_gate,
+            flights: Flights::default(),
+            prefetch,
             contexts,
             chains: Registry::default(),
         });
-        let watch = Arc::new(ReclaimWatch(Arc::downgrade(&shared)));
-        shared.disk.start(watch).map_err(|error| {
-            CacheError::because(
-                ErrorKind::Disk,
-                format!("cannot start the flusher thread: {error}"),
-                error,
-            )
-        })?;
-        Ok(Self { shared })
+        let no_thread = |error: std::io::Error| {
+            CacheError::because(ErrorKind::Disk, format!("cannot start a thread: {error}"), error)
+        };
+        let cache = Self { shared };
+        let shared = &cache.shared;
+        shared.disk.start(ReclaimWatch::of(shared)).map_err(no_thread)?;
+        shared.prefetch.start(Arc::downgrade(shared)).map_err(no_thread)?;
+        Ok(cache)
     }
 
     /// Changes when the cache starts anew; rises.
@@ -253,61 +274,6 @@ impl BlockCache {
         self.shared.disk.flush().map_err(flush_failed)
     }
 
-    /// Counts and sizes.
-    pub fn stats(&self) -> CacheStats {
-        let shared = &self.shared;
-        let counters = &shared.counters;
-        let disk = shared.disk.stats();
-        let (with_basis, basis_bytes) = shared.namespaces.bases();
-        let mut state = shared.state.lock();
-        state.leases.expire(Instant::now());
-        CacheStats {
-            epoch: shared.epoch,
-            uptime: shared.started.elapsed(),
-            namespaces: shared.namespaces.len() as u64,
-            namespaces_with_basis: with_basis as u64,
-            basis_bytes,
-            basis_bytes_max: shared.config.basis_bytes_max,
-            blocks: state.available.len() as u64,
-            host_bytes: state.host.bytes(),
-            host_bytes_max: state.host.bytes_max(),
-            host_layer_blocks: state.host.layer_blocks(),
-            host_evicted_blocks: state.host.evicted_blocks(),
-            disk,
-            recovery: shared.disk.recovery(),
-            put_blocks: counters.put_blocks.get(),
-            put_bytes: counters.put_bytes.get(),
-            put_present: counters.put_present.get(),
-            put_busy: counters.put_busy.get(),
-            put_checksum_mismatch: counters.put_checksum_mismatch.get(),
-            put_host_only: counters.put_host_only.get(),
-            get_hits_host: counters.get_hits_host.get(),
-            get_hits_disk: counters.get_hits_disk.get(),
-            get_bytes: counters.get_bytes.get(),
-            misses_absent: counters.misses_absent.get(),
-            misses_corrupt: counters.misses_corrupt.get(),
-            misses_busy: counters.misses_busy.get(),
-            host_corrupt: counters.host_corrupt.get(),
-            leases: state.leases.len() as u64,
-            leases_max: shared.config.leases_max as u64,
-            leases_refused: state.leases.refused,
-            pinned_blocks: state.leases.pinned_blocks() as u64,
-            contexts: shared.contexts.open(),
-            contexts_max: shared.config.contexts_max as u64,
-            context_bytes: shared.contexts.bytes(),
-            context_bytes_max: shared.config.context_bytes_max,
-            retrieve_queries: counters.retrieve_queries.get(),
-            retrieve_joined: counters.retrieve_joined.get(),
-            retrieve_late: counters.retrieve_late.get(),
-            retrieve_keys_scanned: counters.retrieve_keys_scanned.get(),
-            retrieve_bytes: counters.retrieve_bytes.get(),
-            retrieve_missing: counters.retrieve_missing.get(),
-            sketched_blocks: counters.sketched_blocks.get(),
-            subscribers: state.events.subscribers() as u64,
-            subscribers_lagged: state.events.lagged,
-        }
-    }
-
     /// Ends subscriptions, flushes, and closes the data folder.
     ///
     /// # Errors
@@ -327,6 +293,7 @@ impl Drop for BlockCache {
 impl Shared {
     fn shut(&self) -> Result<(), CacheError> {
         self.state.lock().events.close();
+        self.prefetch.stop();
         self.disk.stop().map_err(flush_failed)
     }
 
@@ -362,25 +329,6 @@ impl std::fmt::Debug for Shared {
 
 fn flush_failed(error: kvasir_tier::FlushError) -> CacheError {
     CacheError::because(ErrorKind::Disk, error.to_string(), error)
-}
-
-/// Says what the disk tier may forget: what is not leased.
-struct ReclaimWatch(Weak<Shared>);
-
-impl DiskWatch for ReclaimWatch {
-    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
-        let Some(shared) = self.0.upgrade() else { return false };
-        let mut state = shared.state.lock();
-        state.leases.expire(Instant::now());
-        if blocks.iter().any(|block| state.leases.is_pinned(block)) {
-            return false;
-        }
-        forget();
-        for block in blocks {
-            shared.refresh(&mut state, *block, Tier::Disk);
-        }
-        true
-    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use kvasir_block::{
 };
 use kvasir_tier::{HostPolicy, HugePages};
 
-use crate::{CacheError, ErrorKind};
+use crate::{Admission, CacheError, ErrorKind};
 
 /// How much, how long, and where.
 #[derive(Clone, Debug)]
@@ -32,8 +32,22 @@ pub struct CacheConfig {
     pub segment_bytes: u64,
     /// Most payload bytes accepted but not yet synced; beyond it puts are answered busy.
     pub flush_queue_bytes_max: u64,
-    /// Most disk reads at a time; beyond it gets are answered busy.
+    /// Most layer blocks read from disk at a time; beyond it gets wait.
     pub disk_reads_max: usize,
+    /// Most layer blocks that wait to be read from disk; beyond it gets are answered busy.
+    pub disk_reads_waiting_max: usize,
+    /// Which puts are written to disk.
+    pub disk_admission: Admission,
+    /// How often a layer block must have been read from below memory, of late, to be kept in memory; 1 to 15.
+    pub promote_after_reads: u32,
+    /// Blocks, and layer blocks, whose reuse is told apart; 4 bytes for each.
+    pub reuse_entries: usize,
+    /// How many layers ahead of a reader with a lease are brought into memory; 0 for none.
+    pub prefetch_layers: u16,
+    /// Most bytes brought ahead and not read yet; beyond it nothing is brought.
+    pub prefetch_bytes_max: u64,
+    /// Most layers of leases that wait to be brought; beyond it they are not.
+    pub prefetch_queue_max: usize,
     /// Longest lease granted; longer wishes are cut to it.
     pub lease_max: Duration,
     /// Most leases at a time, open contexts included; beyond it a match comes without a lease.
@@ -69,6 +83,13 @@ impl CacheConfig {
             segment_bytes: 256 << 20,
             flush_queue_bytes_max: 256 << 20,
             disk_reads_max: 64,
+            disk_reads_waiting_max: 4096,
+            disk_admission: Admission::Always,
+            promote_after_reads: 1,
+            reuse_entries: 1 << 20,
+            prefetch_layers: 2,
+            prefetch_bytes_max: 64 << 20,
+            prefetch_queue_max: 1024,
             lease_max: Duration::from_secs(60),
             leases_max: 16_384,
             contexts_max: 1024,
@@ -93,6 +114,7 @@ impl CacheConfig {
     pub(crate) fn validate(&self) -> Result<(), CacheError> {
         let positive = [
             ("disk_reads_max", self.disk_reads_max),
+            ("reuse_entries", self.reuse_entries),
             ("leases_max", self.leases_max),
             ("contexts_max", self.contexts_max),
             ("context_blocks_max", self.context_blocks_max),
@@ -101,6 +123,10 @@ impl CacheConfig {
             ("subscribers_max", self.subscribers_max),
             ("lease_max", usize::from(!self.lease_max.is_zero())),
         ];
+        if !(1..=15).contains(&self.promote_after_reads) {
+            let message = format!("promote_after_reads is {}: must be from 1 to 15", self.promote_after_reads);
+            return Err(CacheError::new(ErrorKind::Config, message));
+        }
         match positive.iter().find(|(_, value)| *value == 0) {
             Some((field, _)) => Err(CacheError::new(
                 ErrorKind::Config,

@@ -35,6 +35,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod cache;
 mod config;
 mod error;
@@ -42,12 +43,13 @@ mod event;
 mod lease;
 mod namespace;
 pub mod retrieve;
+mod reuse;
 mod small_file;
 mod stats;
 #[cfg(test)]
 mod testing;
 
-pub use cache::{BlockCache, GetOptions, GetOutcome, PrefixMatch, PutBuffer, PutOutcome, Tier};
+pub use cache::{Admission, BlockCache, GetOptions, GetOutcome, PrefixMatch, PutBuffer, PutOutcome, Tier};
 pub use config::CacheConfig;
 pub use error::{CacheError, ErrorKind};
 pub use event::{BlockEvent, EventKind, EventStep, Subscription};

@@ -62,6 +62,12 @@ impl Shared {
         let Some(layers) = self.namespaces.layers(block.namespace) else {
             return;
         };
+        if !state.unsaved.is_empty() && state.host.layer_count(&block) == 0 {
+            // Evicted.
+            (0..layers).for_each(|layer| {
+                state.unsaved.remove(&block.layer(layer as u16));
+            });
+        }
         let (changed, kind) = if self.holds_all(state, &block, layers) {
             (state.available.insert(block), EventKind::Stored)
         } else {

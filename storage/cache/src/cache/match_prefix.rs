@@ -14,6 +14,10 @@ pub struct PrefixMatch {
     pub hit_blocks: usize,
     /// Of those, blocks whose layers are all in memory.
     pub host_blocks: usize,
+    /// Of the others, blocks whose layers are all in memory or on disk.
+    pub disk_blocks: usize,
+    /// Of the others, blocks that need the object tier.
+    pub object_blocks: usize,
     /// Keeps the hit until released or expired. `None` when none was asked for, nothing was hit, or too many are held.
     pub lease: Option<LeaseId>,
     /// How long it lasts: what was asked for, at most `lease_max`.
@@ -35,6 +39,9 @@ impl BlockCache {
         let mut state = self.shared.state.lock();
         state.host.note_chain(namespace, hashes);
         let chain = hashes.iter().map(|&hash| namespace.block(hash));
+        for block in chain.clone() {
+            state.reuse.note_asked(&block);
+        }
         let hit: Vec<BlockKey> = chain.take_while(|block| state.available.contains(block)).collect();
         let host_blocks = hit
             .iter()
@@ -53,9 +60,17 @@ impl BlockCache {
             _ => None,
         };
         let lease_for = lease.and(lease_for).unwrap_or_default();
+        drop(state);
+        if let Some(lease) = lease
+            && host_blocks < hit_blocks
+        {
+            self.shared.look_ahead_first(lease, layers);
+        }
         Ok(PrefixMatch {
             hit_blocks,
             host_blocks,
+            disk_blocks: hit_blocks - host_blocks,
+            object_blocks: 0,
             lease,
             lease_for,
         })

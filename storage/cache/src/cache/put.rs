@@ -124,7 +124,13 @@ impl Shared {
     fn keep(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> PutOutcome {
         let mut state = self.state.lock();
         state.leases.expire(Instant::now());
-        let offer = self.disk.offer(key, payload.clone(), checksum);
+        let admitted = self.admits(&state, &key.block());
+        let offer = if admitted {
+            self.disk.offer(key, payload.clone(), checksum)
+        } else {
+            // As if the disk took nothing: it rests in memory or not at all.
+            Offer::Degraded
+        };
         match offer {
             Offer::Present => return PutOutcome::Present,
             // Stored must come to mean durable while the disk works, so what it cannot take now is shed.
@@ -137,7 +143,7 @@ impl Shared {
             if !in_host {
                 return PutOutcome::Busy;
             }
-            self.counters.put_host_only.add(1);
+            self.note_unsaved(&mut state, key, admitted);
         }
         self.refresh(&mut state, key.block(), if in_host { Tier::Host } else { Tier::Disk });
         PutOutcome::Stored
