@@ -4,7 +4,10 @@ use std::{marker::PhantomData, sync::Arc};
 
 use cudarc::driver::{result, sys};
 
-use crate::{GpuError, gpu::Shared};
+use crate::{
+    GpuError,
+    gpu::{Memory, Shared},
+};
 
 /// Types that are the same bytes on host and device, any bits of which are a value.
 ///
@@ -134,12 +137,7 @@ impl<T: Plain> Buffer<T> {
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         // Work that was given to any stream may still use the memory; the driver would wait too, but does not promise it.
-        let waited = self.shared.wait_for_all("releasing a buffer");
-        // SAFETY: allocated by `zeroed`, freed once, and no work uses it any more.
-        let freed = unsafe { result::free_sync(self.pointer) };
-        if waited.is_err() || freed.is_err() {
-            tracing::warn!("a GPU buffer could not be released: the device has failed");
-        }
+        self.shared.release(Memory::Device(self.pointer));
     }
 }
 
@@ -205,11 +203,6 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        let waited = self.shared.wait_for_all("releasing page-locked memory");
-        // SAFETY: allocated by `zeroed`, freed once, and no copy is in flight.
-        let freed = unsafe { result::free_host(self.pointer.cast()) };
-        if waited.is_err() || freed.is_err() {
-            tracing::warn!("page-locked memory could not be released: the device has failed");
-        }
+        self.shared.release(Memory::Host(self.pointer));
     }
 }
