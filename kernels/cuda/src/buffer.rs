@@ -111,24 +111,36 @@ impl<T: Plain> Buffer<T> {
     /// # Errors
     /// If the device failed, now or in earlier work.
     pub fn download(&self) -> Result<Vec<T>, GpuError> {
-        if self.is_empty() {
+        self.download_range(0..self.len)
+    }
+
+    /// The same for some elements.
+    ///
+    /// # Errors
+    /// As there, and if they lie outside the buffer.
+    pub fn download_range(&self, range: std::ops::Range<usize>) -> Result<Vec<T>, GpuError> {
+        if range.start > range.end || range.end > self.len {
+            let why = format!("elements {range:?} of {}", self.len);
+            return Err(GpuError::shape("download", why));
+        }
+        if range.is_empty() {
             return Ok(Vec::new());
         }
         self.shared.bind("downloading")?;
-        let mut out: Vec<T> = Vec::with_capacity(self.len);
-        // SAFETY: the vector has room for `len` elements, any bits are a value of `T` (`Plain`), and the length is set only
+        let mut out: Vec<T> = Vec::with_capacity(range.len());
+        // SAFETY: the range lies in the buffer, the vector has room for it, any bits are a value of `T` (`Plain`), and the length is set only
         // after the copy was waited for.
         unsafe {
             sys::cuMemcpyDtoHAsync_v2(
                 out.as_mut_ptr().cast(),
-                self.pointer,
-                self.bytes(),
+                self.pointer + (range.start * size_of::<T>()) as u64,
+                range.len() * size_of::<T>(),
                 self.shared.stream.cu_stream(),
             )
             .result()
             .map_err(GpuError::driver("downloading"))?;
             self.shared.synchronize("downloading")?;
-            out.set_len(self.len);
+            out.set_len(range.len());
         }
         Ok(out)
     }
