@@ -250,7 +250,14 @@ struct Offered {
 
 fn push(offload: &Offload, pool: &PagePool, layer: usize, hash: BlockHash, page: PageId) {
     // The one copy of the put path: the page may be evicted and written again before the store has taken the bytes.
-    let payload = Bytes::from(pool.page_bytes(layer, page));
+    let payload = match pool.page_bytes(layer, page) {
+        Ok(bytes) => Bytes::from(bytes),
+        Err(error) => {
+            // Offloading is never worth a request.
+            tracing::warn!(%hash, layer, %error, "a finished layer block could not be read, it is not pushed");
+            return;
+        }
+    };
     offload.push(LayerBlock {
         hash,
         layer: layer as u16,
