@@ -92,7 +92,9 @@ impl Flusher {
                         .into_iter()
                         .map(|(key, _)| key)
                         .collect();
-                    gone.iter().for_each(|key| drop(state.table.remove(*key)));
+                    for key in &gone {
+                        state.table.remove(*key);
+                    }
                     state.counts.reclaimed_layer_blocks += gone.len() as u64;
                 });
                 if went {
@@ -123,7 +125,9 @@ impl Flusher {
             .into_iter()
             .partition(|block| !state.table.layers_in(block, at).is_empty());
         if let Some(segment) = state.table.segments.get_mut(&at) {
-            gone.iter().for_each(|block| drop(segment.blocks.remove(block)));
+            for block in &gone {
+                segment.blocks.remove(block);
+            }
         }
         here
     }
