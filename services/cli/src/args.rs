@@ -178,6 +178,8 @@ pub(crate) enum StoreOperation {
     Put,
     /// How much of a context of 256 blocks is held
     Match,
+    /// Which of 256 blocks are held
+    Exists,
     /// Gets with puts between them
     Mix,
 }
@@ -190,6 +192,26 @@ pub(crate) enum StoreTier {
     Host,
     /// On disk: the store has memory for a sixteenth of the data
     Disk,
+}
+
+/// How a client and the store exchange blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum StorePath {
+    /// The fastest that both have
+    Auto,
+    /// Streams of gRPC messages
+    Grpc,
+    /// Blocks over a plain connection
+    Bulk,
+    /// The store's memory, shared with clients on the same machine
+    Local,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
 }
 
 #[derive(Debug, clap::Args)]
@@ -212,9 +234,29 @@ pub(crate) struct StoreBenchArgs {
     /// Bytes of the blocks that are read
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize::mib(256))]
     pub(crate) data: ByteSize,
+    /// A number that names the data: a later run with the same one finds it in a store that still has it. New each time
+    /// if left out
+    #[arg(long, value_name = "N")]
+    pub(crate) data_set: Option<u64>,
     /// Where they lie
     #[arg(long, value_enum, default_value_t = StoreTier::Host)]
     pub(crate) tier: StoreTier,
+    /// How blocks travel
+    #[arg(long, value_enum, default_value_t = StorePath::Auto)]
+    pub(crate) path: StorePath,
+    /// Whether the client verifies the checksum of what it gets; off only to learn what that costs
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub(crate) verify: Switch,
+    /// Blocking connections, each on a thread of its own, in place of --connections; by --path bulk or local
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Put this many bytes of new blocks through a store with --host of memory, with gets beside them, and watch its
+    /// memory and the longest waits. The only measurement then; --sizes and --batches give one value each
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) churn: Option<ByteSize>,
+    /// Memory of the store that is started; if left out, what --tier wants, and 2GiB for --churn
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) host: Option<ByteSize>,
     /// Connections
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) connections: usize,
@@ -236,6 +278,9 @@ pub(crate) struct StoreBenchArgs {
     /// A store that runs already; else one is started
     #[arg(long, value_name = "URL")]
     pub(crate) store: Option<String>,
+    /// Its process, whose processor time and memory are then reported as well
+    #[arg(long, value_name = "PID", requires = "store")]
+    pub(crate) store_pid: Option<u32>,
     /// Folder for the data of a store that is started; removed at the end
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     pub(crate) out: PathBuf,
@@ -255,8 +300,8 @@ pub(crate) struct TraceArgs {
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize::bytes(256))]
     pub(crate) bytes_per_token: ByteSize,
     /// Tokens per second of the prefill that a hit saves
-    #[arg(long, value_name = "N", default_value_t = 8000.0)]
-    pub(crate) prefill_speed: f64,
+    #[arg(long, value_name = "N", default_value_t = 8000.0, value_parser = positive)]
+    pub(crate) prefill_tokens_per_second: f64,
     /// Requests to replay, from the first; all if left out
     #[arg(long, value_name = "N")]
     pub(crate) requests: Option<usize>,
@@ -266,6 +311,9 @@ pub(crate) struct TraceArgs {
     /// Memory of the store that is started
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize::gib(2))]
     pub(crate) host: ByteSize,
+    /// Its disk; what is configured if left out
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) disk: Option<ByteSize>,
     /// A store that runs already; else one is started
     #[arg(long, value_name = "URL")]
     pub(crate) store: Option<String>,

@@ -16,6 +16,8 @@ mod demo;
 mod explain;
 mod measure;
 mod output;
+#[cfg(feature = "planted-bugs")]
+mod planted;
 mod ready;
 mod token_bar;
 mod tree;
@@ -53,6 +55,8 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
+    #[cfg(feature = "planted-bugs")]
+    planted::choose()?;
     if let Command::Version = args.command {
         version::show();
         return Ok(());

@@ -201,12 +201,13 @@ fn name_the_key(error: anyhow::Error, tree: &Tree) -> anyhow::Error {
     else {
         return error;
     };
-    let listens: [(&str, SocketAddr); 5] = [
+    let listens: [(&str, SocketAddr); 6] = [
         ("router.listen", tree.router.listen),
         ("worker.listen", tree.worker.listen),
         ("worker.admin_listen", tree.worker.admin_listen),
         ("store.listen", tree.store.listen),
         ("store.admin_listen", tree.store.admin_listen),
+        ("store.bulk_listen", tree.store.bulk_listen),
     ];
     match listens.iter().find(|(_, listen)| *listen == addr) {
         Some((key, _)) => error.context(format!(

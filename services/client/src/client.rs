@@ -11,8 +11,8 @@ use kvasir_runtime::request_id::RequestId;
 use tonic::transport::Channel;
 
 use crate::{
-    ClientConfig, ClientError, DecodeStream, ErrorKind, EventStream, GetStream, Namespace, OpenContext, PrefixMatch,
-    PutStream, error::CallName, retry::Backoff,
+    BulkOffer, ClientConfig, ClientError, DecodeStream, ErrorKind, EventStream, GetStream, Namespace, OpenContext,
+    PrefixMatch, PutStream, error::CallName, retry::Backoff,
 };
 
 /// A store, seen from outside. Cheap to clone; connects lazily and reconnects by itself.
@@ -127,6 +127,7 @@ impl StoreClient {
                 [] => None,
                 id => Some(id.try_into().map_err(|_| name.broken("basis_id has not 32 bytes"))?),
             },
+            bulk: BulkOffer::of(reply.bulk.as_ref(), reply.epoch, self.url()).map_err(|what| name.broken(what))?,
         })
     }
 

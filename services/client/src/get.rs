@@ -4,7 +4,10 @@ use std::{collections::VecDeque, ops::Range, time::Duration};
 
 use bytes::Bytes;
 use futures::stream;
-use kvasir_block::BlockHash;
+use kvasir_block::{
+    BlockHash,
+    planted::{Bug, planted},
+};
 use kvasir_proto::{
     EntryHead, GetOutcome, convert,
     frame::{self, BulkLimits, BulkMessage, Incoming},
@@ -206,7 +209,7 @@ impl GetStream {
     fn verified(&self, head: &EntryHead, outcome: GetOutcome, bytes: Bytes) -> GotBlock {
         observe::bytes(self.name.call, bytes.len());
         let hit = outcome == GetOutcome::Hit;
-        let right = !hit || head.checksum.verifies(&bytes);
+        let right = !hit || head.checksum.verifies(&bytes) || planted(Bug::ClientChecksumSkipped);
         if !right {
             observe::corrupt();
             tracing::warn!(hash = ?head.hash, layer = head.layer, "received layer block is corrupt, dropping it");

@@ -34,6 +34,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bulk;
 mod client;
 mod config;
 mod decode;
@@ -45,8 +46,9 @@ mod observe;
 mod put;
 mod retry;
 
+pub use bulk::{BulkConnection, BulkOffer, PutBlock};
 pub use client::StoreClient;
-pub use config::ClientConfig;
+pub use config::{ClientConfig, DataPath};
 pub use decode::{
     AttendOptions, Certificate, DecodeStream, Form, Found, HeadRows, Hint, IndexChoice, OpenContext, Opened, Query,
     Reply, Report, Shortfall,

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use kvasir_block::{KvSchema, NamespaceId};
 
+use crate::BulkOffer;
+
 /// An open namespace and the limits of the store that holds it.
 #[derive(Clone, Debug)]
 pub struct Namespace {
@@ -21,6 +23,8 @@ pub struct Namespace {
     pub epoch: u64,
     /// Id of the basis that the store sketches this namespace's keys with; `None` where it has none.
     pub basis: Option<[u8; 32]>,
+    /// The store's faster paths to blocks, if it has any.
+    pub bulk: Option<BulkOffer>,
 }
 
 /// How much of a chain the store holds.

@@ -156,6 +156,7 @@ fn namespace() -> Namespace {
         hashes_max: 100,
         epoch: 1,
         basis: None,
+        bulk: None,
     }
 }
 

@@ -18,6 +18,9 @@ pub struct StoreConfig {
     pub listen: SocketAddr,
     /// Address of `/metrics`, `/healthz` and `/readyz`.
     pub admin_listen: SocketAddr,
+    /// Address of the bulk path, which moves blocks outside of gRPC. Clients learn it when they open a namespace, so port 0, a
+    /// free one, does; a fixed port is for firewalls.
+    pub bulk_listen: SocketAddr,
     /// Whether the addresses may be reachable from other machines. There is no authentication and no encryption yet.
     pub allow_remote: bool,
     /// Folder of the blocks and their index; the store has it for itself.
@@ -56,6 +59,12 @@ pub struct StoreConfig {
     /// Most put, get and decode streams at a time; beyond it a call is refused with `RESOURCE_EXHAUSTED`. An open stream
     /// holds at most three messages of about 1 MiB.
     pub streams_max: usize,
+    /// Most bulk connections at a time, each with a thread; one more is told so and closed.
+    pub bulk_connections_max: usize,
+    /// How long a bulk connection may do nothing before it is closed; clients connect again by themselves.
+    pub bulk_idle_timeout: HumanDuration,
+    /// How long a frame of about 1 MiB may take to leave on a bulk connection; then its reader is given up.
+    pub bulk_stall_timeout: HumanDuration,
     /// Most bytes of put messages that are being received or stored, over all streams; beyond it clients wait.
     pub put_bytes_max: ByteSize,
     /// How long a put waits for a thread; then its blocks are answered `BUSY`.
@@ -79,6 +88,7 @@ impl Default for StoreConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 7401)),
             admin_listen: SocketAddr::from(([127, 0, 0, 1], 7411)),
+            bulk_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             allow_remote: false,
             data_dir: PathBuf::from("kvasir-data/store"),
             host_bytes_max: ByteSize::gib(1),
@@ -96,6 +106,9 @@ impl Default for StoreConfig {
             event_queue_max: 65_536,
             subscribers_max: 256,
             streams_max: 1024,
+            bulk_connections_max: 256,
+            bulk_idle_timeout: HumanDuration::secs(300),
+            bulk_stall_timeout: HumanDuration::secs(120),
             put_bytes_max: ByteSize::mib(64),
             put_wait_max: HumanDuration::secs(1),
             message_bytes_max: ByteSize::mib(8),
@@ -121,8 +134,23 @@ impl StoreConfig {
             "store.allow_remote",
             self.allow_remote,
         )?;
+        loopback_or_allowed(
+            "store.bulk_listen",
+            self.bulk_listen,
+            "store.allow_remote",
+            self.allow_remote,
+        )?;
         let counts = [
             ("streams_max", self.streams_max),
+            ("bulk_connections_max", self.bulk_connections_max),
+            (
+                "bulk_idle_timeout",
+                usize::from(!self.bulk_idle_timeout.get().is_zero()),
+            ),
+            (
+                "bulk_stall_timeout",
+                usize::from(!self.bulk_stall_timeout.get().is_zero()),
+            ),
             ("hashes_max", self.hashes_max),
             ("io_threads", self.io_threads),
             ("retrieval_threads", self.retrieval_threads),
@@ -209,12 +237,14 @@ mod tests {
     #[test]
     fn what_cannot_work_names_the_key() {
         type Break = fn(&mut StoreConfig);
-        let table: [(Break, &str); 7] = [
+        let table: [(Break, &str); 9] = [
             (
                 |c| c.listen = ([0, 0, 0, 0], 7401).into(),
                 "store.listen = \"0.0.0.0:7401\"",
             ),
             (|c| c.admin_listen = ([10, 0, 0, 1], 1).into(), "store.admin_listen"),
+            (|c| c.bulk_listen = ([0, 0, 0, 0], 7402).into(), "store.bulk_listen"),
+            (|c| c.bulk_connections_max = 0, "store.bulk_connections_max is 0"),
             (|c| c.streams_max = 0, "store.streams_max is 0"),
             (|c| c.retrieval_threads = 0, "store.retrieval_threads is 0"),
             (

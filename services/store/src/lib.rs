@@ -5,6 +5,9 @@
 //! put is cut into layer blocks without copying, a get sends the host tier's own buffers. Work that may wait for the disk
 //! or takes the processor leaves the async threads through two bounded doors. Every limit is a key of [`StoreConfig`].
 //!
+//! The same blocks move faster over the bulk path, plain connections with frames of their own (`kvasir_proto::bulk`): a thread
+//! each, from the host tier's memory to the socket and from the socket to where a block rests.
+//!
 //! It deliberately does not know how blocks are kept (that is `kvasir-cache`), nor what they are for.
 //!
 //! Meet first: [`Store`], [`StoreConfig`].
@@ -22,6 +25,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bulk;
 mod config;
 mod door;
 mod grpc;

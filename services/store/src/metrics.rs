@@ -137,6 +137,22 @@ pub(crate) fn shed(outcome: &'static str, layer_blocks: usize) {
     counter!("kvasir_store_shed_total", "outcome" => outcome).increment(layer_blocks as u64);
 }
 
+/// Bulk connections now, and how many there may be.
+pub(crate) fn bulk_connections(open: usize, max: usize) {
+    gauge!("kvasir_store_bulk_connections").set(open as f64);
+    gauge!("kvasir_store_bulk_connections_max").set(max as f64);
+}
+
+/// A bulk connection panicked.
+pub(crate) fn bulk_panic() {
+    counter!("kvasir_store_bulk_panics_total").increment(1);
+}
+
+/// A reader said that so many layer blocks came wrong.
+pub(crate) fn suspected(layer_blocks: usize) {
+    counter!("kvasir_store_suspected_total").increment(layer_blocks as u64);
+}
+
 /// A retrieval was answered.
 pub(crate) fn retrieved(form: &'static str, fell_short: bool) {
     counter!("kvasir_store_queries_total", "form" => form).increment(1);

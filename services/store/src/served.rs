@@ -1,8 +1,12 @@
 //! What the services share: the cache, the doors, and the bounds.
 
-use std::sync::Arc;
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
 
 use kvasir_cache::{BlockCache, CacheError};
+use kvasir_proto::bulk::TOKEN_BYTES;
 use parking_lot::RwLock;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -13,9 +17,12 @@ use crate::{
     searches::Searches,
 };
 
-#[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) config: StoreConfig,
+    /// What a bulk connection must show.
+    pub(crate) bulk_token: [u8; TOKEN_BYTES],
+    /// Where the bulk path is, once it is.
+    pub(crate) bulk_addr: OnceLock<SocketAddr>,
     /// `None` once the store has stopped, even where a connection that would not end still holds its services.
     cache: RwLock<Option<Arc<BlockCache>>>,
     pub(crate) io: Door,
@@ -33,7 +40,12 @@ pub(crate) struct StreamSlot {
 }
 
 impl Served {
-    pub(crate) fn new(config: StoreConfig, cache: BlockCache, stopping: CancellationToken) -> Self {
+    pub(crate) fn new(
+        config: StoreConfig,
+        cache: BlockCache,
+        bulk_token: [u8; TOKEN_BYTES],
+        stopping: CancellationToken,
+    ) -> Self {
         // A permit is a KiB, since the semaphore hands out u32 at a time; rounded up, so that the largest message fits.
         let put_kib = config.put_bytes_max.as_usize().div_ceil(1024);
         Self {
@@ -43,6 +55,8 @@ impl Served {
             put_bytes: Arc::new(Semaphore::new(put_kib.min(Semaphore::MAX_PERMITS))),
             cache: RwLock::new(Some(Arc::new(cache))),
             config,
+            bulk_token,
+            bulk_addr: OnceLock::new(),
             stopping,
         }
     }
@@ -97,6 +111,16 @@ impl Served {
         };
         tokio::task::spawn_blocking(move || shut(cache)).await??;
         Ok(())
+    }
+}
+
+/// Without the token.
+impl std::fmt::Debug for Served {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Served")
+            .field("config", &self.config)
+            .field("bulk_addr", &self.bulk_addr)
+            .finish_non_exhaustive()
     }
 }
 

@@ -12,7 +12,12 @@ use kvasir_runtime::{
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::{StoreConfig, grpc, metrics, served::Served};
+use crate::{
+    StoreConfig,
+    bulk::{self, BulkServer},
+    grpc, metrics,
+    served::Served,
+};
 
 /// What `/readyz` calls this part.
 const PART: &str = "store";
@@ -22,6 +27,7 @@ const PART: &str = "store";
 pub struct Store {
     served: Arc<Served>,
     grpc: GrpcRunning,
+    bulk: BulkServer,
     admin: HttpRunning,
     metrics: JoinHandle<()>,
     stopping: CancellationToken,
@@ -42,9 +48,9 @@ impl Store {
             .await?
             .with_context(|| format!("cannot open the store in {}", config.data_dir.display()))?;
         let stopping = runtime.shutdown.child_token();
-        let served = Arc::new(Served::new(config.clone(), cache, stopping.clone()));
+        let served = Arc::new(Served::new(config.clone(), cache, bulk::new_token()?, stopping.clone()));
         let bound = bind(&served, runtime, &stopping).await;
-        let (grpc, admin) = match bound {
+        let (bulk, grpc, admin) = match bound {
             Ok(bound) => bound,
             Err(error) => {
                 served.close().await.context("closing the store again")?;
@@ -53,10 +59,11 @@ impl Store {
         };
         let metrics = tokio::spawn(metrics::publish(Arc::clone(&served)));
         runtime.readiness.ready(PART);
-        tracing::info!(grpc = %grpc.addr(), admin = %admin.addr(), data_dir = %config.data_dir.display(), "store is serving");
+        tracing::info!(grpc = %grpc.addr(), bulk = %bulk.addr(), admin = %admin.addr(), data_dir = %config.data_dir.display(), "store is serving");
         Ok(Self {
             served,
             grpc,
+            bulk,
             admin,
             metrics,
             stopping,
@@ -67,6 +74,11 @@ impl Store {
     /// Where the gRPC services are.
     pub fn grpc_addr(&self) -> SocketAddr {
         self.grpc.addr()
+    }
+
+    /// Where the bulk path is.
+    pub fn bulk_addr(&self) -> SocketAddr {
+        self.bulk.addr()
     }
 
     /// Where `/metrics`, `/healthz` and `/readyz` are.
@@ -83,6 +95,8 @@ impl Store {
         self.readiness.not_ready(PART, "stopping");
         self.grpc.set_serving(false).await;
         self.stopping.cancel();
+        let bulk = self.bulk;
+        tokio::task::spawn_blocking(move || bulk.stop()).await?;
         self.grpc.stop().await;
         let closed = self.served.close().await;
         if let Err(error) = self.metrics.await {
@@ -99,15 +113,26 @@ async fn bind(
     served: &Arc<Served>,
     runtime: &Runtime,
     stopping: &CancellationToken,
-) -> anyhow::Result<(GrpcRunning, HttpRunning)> {
+) -> anyhow::Result<(BulkServer, GrpcRunning, HttpRunning)> {
     let config = &served.config;
     let server = grpc::add_to(GrpcServer::new(), served).reflection(kvasir_proto::FILE_DESCRIPTOR_SET)?;
     // Until the end, so that a long flush can be watched.
     let routes = admin::router(runtime.metrics.clone(), runtime.readiness.clone());
     let admin = admin::serve(config.admin_listen, routes, &CancellationToken::new()).await?;
-    match server.serve(config.listen, stopping).await {
-        Ok(grpc) => Ok((grpc, admin)),
+    // Before gRPC, which tells where it is.
+    let bulk = match BulkServer::start(served) {
+        Ok(bulk) => bulk,
         Err(error) => {
+            admin.stop().await;
+            return Err(error);
+        }
+    };
+    // Set once: there is one listener.
+    let _ = served.bulk_addr.set(bulk.addr());
+    match server.serve(config.listen, stopping).await {
+        Ok(grpc) => Ok((bulk, grpc, admin)),
+        Err(error) => {
+            tokio::task::spawn_blocking(move || bulk.stop()).await?;
             admin.stop().await;
             Err(error.into())
         }

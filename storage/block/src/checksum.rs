@@ -13,6 +13,16 @@ impl Checksum {
         Self(crc32c::crc32c(payload))
     }
 
+    /// Checksum of nothing, to [`Self::append`] to.
+    pub const EMPTY: Self = Self(0);
+
+    /// Checksum of what this one is of with `more` behind it: bytes are then verified as they come, while they are in the
+    /// processor's cache.
+    #[must_use]
+    pub fn append(self, more: &[u8]) -> Self {
+        Self(crc32c::crc32c_append(self.0, more))
+    }
+
     /// A checksum as it was written down.
     pub const fn from_u32(value: u32) -> Self {
         Self(value)
@@ -44,6 +54,19 @@ mod tests {
         // RFC 3720 §B.4.
         assert_eq!(Checksum::of(&[0; 32]).to_u32(), 0x8A91_36AA);
         assert_eq!(Checksum::of(&[0xFF; 32]).to_u32(), 0x62A8_AB43);
+    }
+
+    #[test]
+    fn parts_give_what_the_whole_gives() {
+        let payload: Vec<u8> = (0..5000u32).map(|i| (i * 31) as u8).collect();
+        for at in [0, 1, 7, 64, 4095, 4999, 5000] {
+            let (head, tail) = payload.split_at(at);
+            assert_eq!(
+                Checksum::EMPTY.append(head).append(tail),
+                Checksum::of(&payload),
+                "{at}"
+            );
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod dtype;
 mod hash_chain;
 mod key;
 mod layout;
+pub mod planted;
 mod schema;
 
 pub use checksum::Checksum;

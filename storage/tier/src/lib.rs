@@ -23,9 +23,15 @@
 
 mod disk;
 mod host;
+mod object;
 
 pub use disk::{
-    DiskConfig, DiskRead, DiskStats, DiskTier, DiskWatch, FlushError, Offer, OpenError, Recovery, SEGMENT_FORMAT,
+    AbsentDisk, DiskConfig, DiskPath, DiskRead, DiskStats, DiskTier, DiskWatch, Fate, FlushError, Offer, OneDiskStats,
+    OpenError, Recovery, SEGMENT_FORMAT,
 };
 pub use host::{HostConfig, HostPolicy, HostStats, HostTier, NoRoom, Owner};
 pub use kvasir_device::HugePages;
+pub use object::{
+    BreakerConfig, BreakerState, Credentials, FailureCounts, ObjectConfig, ObjectError, ObjectFailure,
+    ObjectFlushError, ObjectRead, ObjectStats, ObjectTier, PACK_FORMAT, StoreId,
+};

@@ -6,28 +6,34 @@
 //! compared byte for byte with what was put.
 
 mod blocks;
-mod cost;
+mod churn;
 mod host;
+mod lane;
 mod load;
+mod metrics;
+mod process;
 mod report;
 
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use kvasir_client::{ClientConfig, Namespace, PutOutcome, StoreClient};
+use kvasir_block::BlockHash;
+use kvasir_client::{ClientConfig, DataPath, Namespace, PutOutcome, StoreClient};
 use kvasir_runtime::units::ByteSize;
+use parking_lot::Mutex;
 
 pub(super) use self::{
     blocks::{Payloads, Zipf, hash, schema},
-    cost::processor_time,
-    host::Host,
+    host::{Host, Wanted},
+    metrics::Metrics,
 };
 use self::{
+    lane::Lane,
     load::{Load, Operation},
     report::{Case, Report},
 };
 use crate::{
-    args::{ConfigArgs, StoreBenchArgs, StoreOperation, StoreTier},
+    args::{ConfigArgs, StoreBenchArgs, StoreOperation, StorePath, StoreTier, Switch},
     measure::Machine,
     output::{print, say},
     version::{PROFILE, VERSION},
@@ -35,20 +41,38 @@ use crate::{
 
 /// Tokens of a block; only what a name stands for.
 const BLOCK_TOKENS: u16 = 64;
-/// Blocks of a `match`: the size at which peers state their lookups.
+/// Blocks of a `match` and an `exists`: the size at which peers state their lookups.
 const MATCH_BLOCKS: usize = 256;
 const MATCH_BLOCK_BYTES: usize = 16 << 10;
+/// Memory of a store under churn.
+const CHURN_HOST: ByteSize = ByteSize::gib(2);
 /// Longest wait for a store that is busy while the data set is put.
 const BUSY_MAX: Duration = Duration::from_secs(120);
 
 /// Blocks that a measurement reads: `contexts` chains of `blocks` each.
 #[derive(Clone, Debug)]
 struct DataSet {
-    /// Apart from any other data set of this and earlier runs.
+    /// Apart from any other data set, but for one that `--data-set` names again.
     run: u64,
+    /// Of the blocks that puts make, never seen before.
+    put_run: u64,
     contexts: usize,
     blocks: usize,
     payloads: Arc<Payloads>,
+}
+
+impl DataSet {
+    /// The names of context `context`.
+    fn chain(&self, context: u64) -> Vec<BlockHash> {
+        (0..self.blocks as u64).map(|at| hash(self.run, context, at)).collect()
+    }
+
+    /// The names of the `context`th context that puts make.
+    fn new_chain(&self, context: u64) -> Vec<BlockHash> {
+        (0..self.blocks as u64)
+            .map(|at| hash(self.put_run, context, at))
+            .collect()
+    }
 }
 
 pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()> {
@@ -57,21 +81,29 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
         "--connections and --depth are at least 1"
     );
     ensure!(
+        args.threads == 0 || (args.rate.is_none() && args.path != StorePath::Grpc),
+        "--threads are blocking connections in a closed loop: take --path bulk or local, and no --rate"
+    );
+    ensure!(
         args.zipf >= 0.0 && args.zipf.is_finite(),
         "--zipf {}: 0 or more",
         args.zipf
     );
+    if let Some(bytes) = args.churn {
+        return churn::run(args, bytes, config).await;
+    }
     let largest = args.sizes.iter().map(|size| size.as_usize()).max().unwrap_or(0);
-    let host_bytes = match args.tier {
+    let host_bytes = match (args.host, args.tier) {
+        (Some(bytes), _) => bytes,
         // Everything fits, and what is put meanwhile too.
-        StoreTier::Host => ByteSize::bytes(4 * args.data.as_u64() + (1 << 30)),
-        StoreTier::Disk => ByteSize::bytes((args.data.as_u64() / 16).max(4 * largest as u64)),
+        (None, StoreTier::Host) => ByteSize::bytes(4 * args.data.as_u64() + (1 << 30)),
+        (None, StoreTier::Disk) => ByteSize::bytes((args.data.as_u64() / 16).max(4 * largest as u64)),
     };
-    let host = Host::start(args.store.as_deref(), &args.out, host_bytes, config).await?;
+    let host = Host::start(wanted(args, host_bytes, None), config).await?;
     let mut cases = Vec::new();
     for operation in &args.operations {
         let (sizes, batches) = match operation {
-            StoreOperation::Match => (vec![MATCH_BLOCK_BYTES], vec![MATCH_BLOCKS]),
+            StoreOperation::Match | StoreOperation::Exists => (vec![MATCH_BLOCK_BYTES], vec![MATCH_BLOCKS]),
             _ => (
                 args.sizes.iter().map(|size| size.as_usize()).collect(),
                 args.batches.clone(),
@@ -93,8 +125,12 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
     }
     host.stop().await?;
     let report = Report {
+        schema: report::SCHEMA,
         cases,
+        path: args.path,
         tier: args.tier,
+        verify: args.verify == Switch::On,
+        threads: args.threads,
         connections: args.connections,
         depth: args.depth,
         rate: args.rate,
@@ -112,15 +148,44 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
     Ok(())
 }
 
+fn wanted(args: &StoreBenchArgs, host_bytes: ByteSize, disk_bytes: Option<ByteSize>) -> Wanted<'_> {
+    Wanted {
+        running: args.store.as_deref(),
+        running_pid: args.store_pid,
+        out: &args.out,
+        host_bytes,
+        disk_bytes,
+    }
+}
+
+/// A client of `host` that takes the wanted path.
+fn client(host: &Host, args: &StoreBenchArgs) -> Result<StoreClient> {
+    Ok(StoreClient::new(client_config(host, args))?)
+}
+
+fn client_config(host: &Host, args: &StoreBenchArgs) -> ClientConfig {
+    ClientConfig {
+        path: match args.path {
+            StorePath::Auto => DataPath::Auto,
+            StorePath::Grpc => DataPath::Grpc,
+            StorePath::Bulk => DataPath::Bulk,
+            StorePath::Local => DataPath::Local,
+        },
+        verify: args.verify == Switch::On,
+        ..ClientConfig::to(host.url())
+    }
+}
+
 /// Puts the data set, applies the load, and compares a sample.
 async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<report::Measured> {
     say(format_args!("{case}"));
     let schema = schema(case.block_bytes, BLOCK_TOKENS)?;
-    let first = StoreClient::new(ClientConfig::to(host.url()))?;
+    let first = client(host, args)?;
     let namespace = first.open_namespace(&host.tenant()?, &schema).await?;
     let context_bytes = case.block_bytes * case.batch;
     let data = DataSet {
-        run: host.next_run(),
+        run: args.data_set.unwrap_or_else(|| host.next_run()),
+        put_run: host.next_run(),
         contexts: (args.data.as_usize() / context_bytes).max(1),
         blocks: case.batch,
         payloads: Arc::new(Payloads::new(case.block_bytes, args.seed)),
@@ -133,15 +198,21 @@ async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<repor
         StoreOperation::Get => Operation::Get,
         StoreOperation::Put => Operation::Put,
         StoreOperation::Match => Operation::Match,
+        StoreOperation::Exists => Operation::Exists,
         StoreOperation::Mix => Operation::Mix {
             read_share: args.read_share,
         },
     };
     let clients = (0..args.connections)
-        .map(|_| StoreClient::new(ClientConfig::to(host.url())))
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|_| client(host, args))
+        .collect::<Result<Vec<_>>>()?;
+    let config = client_config(host, args);
+    let lanes = (0..args.threads)
+        .map(|_| Lane::new(&namespace, &config, &data))
+        .collect::<Result<Vec<_>>>()?;
     let load = Load {
         clients,
+        lanes: Mutex::new(lanes),
         namespace: namespace.clone(),
         data: data.clone(),
         operation,
@@ -150,27 +221,32 @@ async fn measure(host: &Host, args: &StoreBenchArgs, case: Case) -> Result<repor
         time: Duration::from_secs_f64(args.seconds),
         zipf: args.zipf,
         seed: args.seed,
+        next_new: Arc::default(),
     };
     // Connections, caches and the allocator; not counted.
     load.apply(Duration::from_secs_f64(args.seconds.min(0.5))).await?;
     let before = host.processor_times();
     let tally = load.apply(load.time).await?;
     let after = host.processor_times();
+    settle(&first).await?;
+    let mut compared = 0;
     if case.operation != StoreOperation::Put {
-        let compared = compare(&first, &namespace, &data).await?;
+        compared = compare(&first, &namespace, &data).await?;
         ensure!(
             compared > 0,
             "nothing of the data set is held any more: give the store more room or take less --data"
         );
     }
-    Ok(report::Measured::new(case, &tally, before, after))
+    Ok(report::Measured::new(case, &tally, compared, before, after))
 }
 
 /// Puts every block of `data`, as often as a busy store wants.
 async fn fill(client: &StoreClient, namespace: &Namespace, data: &DataSet) -> Result<()> {
     let begun = std::time::Instant::now();
     for context in 0..data.contexts as u64 {
-        let mut missing: Vec<_> = (0..data.blocks as u64).map(|at| hash(data.run, context, at)).collect();
+        let mut missing = data.chain(context);
+        let held = client.match_prefix(namespace.id, &missing, None).await?.hit_blocks;
+        missing.drain(..held);
         while !missing.is_empty() {
             let mut puts = client.put_blocks(namespace).await?;
             for &name in &missing {
@@ -198,7 +274,7 @@ async fn fill(client: &StoreClient, namespace: &Namespace, data: &DataSet) -> Re
 }
 
 /// Waits until what was put is durable, so that no measurement pays for the one before.
-async fn settle(client: &StoreClient) -> Result<()> {
+pub(super) async fn settle(client: &StoreClient) -> Result<()> {
     let begun = std::time::Instant::now();
     while client.stat().await?.flush_queue_blocks > 0 {
         ensure!(
@@ -214,7 +290,7 @@ async fn settle(client: &StoreClient) -> Result<()> {
 async fn compare(client: &StoreClient, namespace: &Namespace, data: &DataSet) -> Result<usize> {
     let mut held = 0;
     for context in (0..data.contexts as u64).step_by(data.contexts.div_ceil(8)) {
-        let chain: Vec<_> = (0..data.blocks as u64).map(|at| hash(data.run, context, at)).collect();
+        let chain = data.chain(context);
         let mut gets = client.get_blocks(namespace, &chain, 0..1, None, None).await?;
         while let Some(block) = gets.next().await? {
             if let Some(payload) = block.payload {

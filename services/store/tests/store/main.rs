@@ -1,6 +1,7 @@
 //! The store over real sockets, with the real client and with others.
 
 mod bad_input;
+mod bulk;
 mod hostile;
 mod life;
 mod retrieval;

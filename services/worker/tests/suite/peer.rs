@@ -339,6 +339,7 @@ impl v1::block_store_server::BlockStore for Peer {
             index_format: 1,
             epoch: 1,
             basis_id: Bytes::new(),
+            bulk: None,
         }))
     }
 

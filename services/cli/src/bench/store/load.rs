@@ -11,18 +11,17 @@ use std::{
 use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
 use kvasir_client::{ClientError, GetOutcome, Namespace, PutOutcome, StoreClient};
+use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep_until},
 };
 
-use super::{DataSet, Zipf, hash};
+use super::{DataSet, Zipf, lane::Lane};
 
 /// Most requests of an open loop that are under way; beyond it a due request is not sent and counted as such.
 const UNDER_WAY_MAX: usize = 1024;
-/// Contexts that puts make begin here, apart from those of the data set.
-const NEW_CONTEXTS: u64 = 1 << 32;
 
 /// What is asked for, over and over.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +32,8 @@ pub(super) enum Operation {
     Put,
     /// How much of one context is held.
     Match,
+    /// Which blocks of one context are held; over streams as `Match`.
+    Exists,
     /// Gets, with puts between them.
     Mix {
         /// Share of gets.
@@ -43,6 +44,8 @@ pub(super) enum Operation {
 /// A load, ready to be applied.
 pub(super) struct Load {
     pub(super) clients: Vec<StoreClient>,
+    /// Blocking connections; where there are any, they carry the load and the clients do not.
+    pub(super) lanes: Mutex<Vec<Lane>>,
     pub(super) namespace: Namespace,
     pub(super) data: DataSet,
     pub(super) operation: Operation,
@@ -53,6 +56,8 @@ pub(super) struct Load {
     pub(super) time: Duration,
     pub(super) zipf: f64,
     pub(super) seed: u64,
+    /// The next context that a put makes; never the same twice, or a put would be of blocks that are there.
+    pub(super) next_new: Arc<AtomicU64>,
 }
 
 /// What happened.
@@ -74,19 +79,19 @@ pub(super) struct Tally {
 
 /// Of one request.
 #[derive(Clone, Copy, Debug, Default)]
-struct Done {
-    blocks: u64,
-    bytes: u64,
-    refused: u64,
+pub(super) struct Done {
+    pub(super) blocks: u64,
+    pub(super) bytes: u64,
+    pub(super) refused: u64,
 }
 
 /// What all requests share.
-struct Shared {
-    namespace: Namespace,
-    data: DataSet,
-    operation: Operation,
-    zipf: Zipf,
-    next_new: AtomicU64,
+pub(super) struct Shared {
+    pub(super) namespace: Namespace,
+    pub(super) data: DataSet,
+    pub(super) operation: Operation,
+    pub(super) zipf: Zipf,
+    pub(super) next_new: Arc<AtomicU64>,
 }
 
 impl Load {
@@ -97,10 +102,12 @@ impl Load {
             data: self.data.clone(),
             operation: self.operation,
             zipf: Zipf::new(self.data.contexts, self.zipf),
-            next_new: AtomicU64::new(NEW_CONTEXTS),
+            next_new: Arc::clone(&self.next_new),
         });
         let begun = Instant::now();
+        let lanes = std::mem::take(&mut *self.lanes.lock());
         let mut tally = match self.rate {
+            _ if !lanes.is_empty() => self.blocking(lanes, &shared, time).await?,
             None => self.closed(&shared, begun + time).await?,
             Some(rate) => self.open(&shared, begun, time, rate).await?,
         };
@@ -129,6 +136,33 @@ impl Load {
         let mut all = Tally::empty()?;
         while let Some(tally) = loops.join_next().await {
             all.join(&tally.context("a loop of the load broke")??);
+        }
+        Ok(all)
+    }
+
+    /// A closed loop on a thread for each lane.
+    async fn blocking(&self, lanes: Vec<Lane>, shared: &Arc<Shared>, time: Duration) -> Result<Tally> {
+        let mut loops = JoinSet::new();
+        for (at, mut lane) in lanes.into_iter().enumerate() {
+            let shared = Arc::clone(shared);
+            let seed = self.seed ^ (at as u64).wrapping_mul(0x2545_F491_4F6C_DD1D);
+            loops.spawn_blocking(move || {
+                let mut rng = SmallRng::seed_from_u64(seed);
+                let mut tally = Tally::empty()?;
+                let until = Instant::now() + time;
+                while Instant::now() < until {
+                    let due = Instant::now();
+                    let done = lane.once(&shared, &mut rng)?;
+                    tally.add(done, due.elapsed());
+                }
+                anyhow::Ok((lane, tally))
+            });
+        }
+        let mut all = Tally::empty()?;
+        while let Some(done) = loops.join_next().await {
+            let (lane, tally) = done.context("a loop of the load broke")??;
+            all.join(&tally);
+            self.lanes.lock().push(lane);
         }
         Ok(all)
     }
@@ -175,9 +209,9 @@ impl Shared {
         match self.operation {
             Operation::Get => self.get(client, context).await,
             Operation::Put => self.put(client).await,
-            Operation::Match => {
+            Operation::Match | Operation::Exists => {
                 let held = client
-                    .match_prefix(self.namespace.id, &self.chain(context), None)
+                    .match_prefix(self.namespace.id, &self.data.chain(context), None)
                     .await?;
                 Ok(Done {
                     blocks: held.hit_blocks as u64,
@@ -196,7 +230,7 @@ impl Shared {
     }
 
     async fn get(&self, client: &StoreClient, context: u64) -> Result<Done, ClientError> {
-        let chain = self.chain(context);
+        let chain = self.data.chain(context);
         let mut gets = client.get_blocks(&self.namespace, &chain, 0..1, None, None).await?;
         let mut done = Done::default();
         while let Some(block) = gets.next().await? {
@@ -214,7 +248,7 @@ impl Shared {
     async fn put(&self, client: &StoreClient) -> Result<Done, ClientError> {
         let context = self.next_new.fetch_add(1, Ordering::Relaxed);
         let mut puts = client.put_blocks(&self.namespace).await?;
-        for name in self.chain(context) {
+        for name in self.data.new_chain(context) {
             puts.put(self.data.payloads.block(name)).await?;
         }
         let mut done = Done::default();
@@ -228,12 +262,6 @@ impl Shared {
             }
         }
         Ok(done)
-    }
-
-    fn chain(&self, context: u64) -> Vec<kvasir_block::BlockHash> {
-        (0..self.data.blocks as u64)
-            .map(|at| hash(self.data.run, context, at))
-            .collect()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 
 use super::*;
-use crate::disk::format::{RECORD_ALIGN, RECORD_HEADER_BYTES};
+use crate::disk::format::{PAGE, RECORD_HEADER_BYTES};
 
 /// A folder with `keys` flushed, and its segment's length.
 fn folder_with(keys: impl IntoIterator<Item = u32>) -> (TempDir, u64) {
@@ -197,7 +197,7 @@ fn an_index_that_is_gone_or_broken_is_made_again() {
 #[test]
 fn nothing_is_appended_to_a_segment_shorter_than_the_index_says() {
     let (dir, bytes) = folder_with(0..20);
-    cut(&segment_file(dir.path()), (bytes / 2).next_multiple_of(RECORD_ALIGN));
+    cut(&segment_file(dir.path()), (bytes / 2).next_multiple_of(PAGE));
     let tier = open(dir.path());
     let index = TempDir::new().unwrap();
     copy_dir(&dir.path().join("index"), index.path());

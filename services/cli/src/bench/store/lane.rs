@@ -1,0 +1,104 @@
+//! A blocking connection under load: blocks are received into memory that was made before, and sent from where they lie.
+
+use std::sync::atomic::Ordering;
+
+use anyhow::Result;
+use kvasir_client::{BulkConnection, ClientConfig, GetOutcome, Namespace, PutBlock, PutOutcome};
+use rand::{Rng, rngs::SmallRng};
+
+use super::{
+    DataSet,
+    load::{Done, Operation, Shared},
+};
+
+/// A connection and the memory that it receives into.
+pub(super) struct Lane {
+    connection: BulkConnection,
+    memory: Vec<u8>,
+}
+
+impl Lane {
+    /// Connects to the store that offered the path when `namespace` was opened, and makes memory for a context of `data`.
+    pub(super) fn new(namespace: &Namespace, config: &ClientConfig, data: &DataSet) -> Result<Self> {
+        Ok(Self {
+            connection: BulkConnection::connect(namespace, config)?,
+            // Written once, so that no measurement pays for the system's first touch.
+            memory: vec![0xA5; namespace.layer_block_bytes * data.blocks],
+        })
+    }
+
+    /// One request.
+    pub(super) fn once(&mut self, shared: &Shared, rng: &mut SmallRng) -> Result<Done> {
+        let context = shared.zipf.draw(rng) as u64;
+        match shared.operation {
+            Operation::Get => self.get(shared, context),
+            Operation::Put => self.put(shared),
+            Operation::Match => {
+                let chain = shared.data.chain(context);
+                let held = self
+                    .connection
+                    .match_prefix(&shared.namespace, &chain, None)?
+                    .hit_blocks;
+                Ok(found(held, chain.len()))
+            }
+            Operation::Exists => {
+                let chain = shared.data.chain(context);
+                let held = self.connection.exists(&shared.namespace, &chain)?;
+                Ok(found(held.iter().filter(|held| **held).count(), chain.len()))
+            }
+            Operation::Mix { read_share } => {
+                if rng.random::<f64>() < read_share {
+                    self.get(shared, context)
+                } else {
+                    self.put(shared)
+                }
+            }
+        }
+    }
+
+    fn get(&mut self, shared: &Shared, context: u64) -> Result<Done> {
+        let keys: Vec<_> = shared.data.chain(context).into_iter().map(|hash| (hash, 0)).collect();
+        let outcomes = self.connection.get_into(&shared.namespace, &keys, &mut self.memory)?;
+        let hits = outcomes.iter().filter(|outcome| **outcome == GetOutcome::Hit).count();
+        Ok(moved(shared, hits, keys.len()))
+    }
+
+    fn put(&mut self, shared: &Shared) -> Result<Done> {
+        let context = shared.next_new.fetch_add(1, Ordering::Relaxed);
+        let chain = shared.data.new_chain(context);
+        let blocks: Vec<_> = chain.iter().map(|&name| shared.data.payloads.block(name)).collect();
+        let puts: Vec<_> = blocks
+            .iter()
+            .map(|block| PutBlock {
+                hash: block.hash,
+                layer: block.layer,
+                checksum: block.checksum,
+                payload: &block.payload,
+            })
+            .collect();
+        let outcomes = self.connection.put_from(&shared.namespace, &puts)?;
+        let stored = outcomes
+            .iter()
+            .filter(|outcome| matches!(outcome, PutOutcome::Stored | PutOutcome::Present))
+            .count();
+        Ok(moved(shared, stored, puts.len()))
+    }
+}
+
+/// Of `asked` blocks `held` are there; no bytes travelled.
+fn found(held: usize, asked: usize) -> Done {
+    Done {
+        blocks: held as u64,
+        bytes: 0,
+        refused: (asked - held) as u64,
+    }
+}
+
+/// Of `asked` blocks `came` travelled.
+fn moved(shared: &Shared, came: usize, asked: usize) -> Done {
+    Done {
+        blocks: came as u64,
+        bytes: (came * shared.namespace.layer_block_bytes) as u64,
+        refused: (asked - came) as u64,
+    }
+}

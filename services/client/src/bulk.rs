@@ -1,0 +1,12 @@
+//! The bulk path: blocks over a plain connection.
+//!
+//! [`BulkConnection`] is for a thread of its own: it blocks, and payloads are received where the caller wants them. The streams of
+//! [`crate::StoreClient`] take the same path by themselves where the store offers it.
+
+mod check;
+mod connection;
+mod offer;
+mod socket;
+
+pub use connection::{BulkConnection, PutBlock};
+pub use offer::BulkOffer;

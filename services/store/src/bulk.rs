@@ -1,0 +1,219 @@
+//! The bulk path: blocks over plain connections, a thread each, by the frames of `kvasir_proto::bulk`.
+//!
+//! A hit goes from the host tier's own memory to the socket with no thread in between and no copy but the kernel's; a put is
+//! received into the room where it will rest and verified there. A connection does one request at a time, in order, and holds
+//! at most a frame of about 1 MiB (or one block) of memory beside it.
+//!
+//! What is bounded: connections (`bulk_connections_max`; one more is told so and closed), the time a request takes to arrive
+//! (`message_timeout`) and a frame to leave (`bulk_stall_timeout`), the time a connection does nothing (`bulk_idle_timeout`).
+//! Places are taken before the token is shown, so who connects and says nothing has one for `message_timeout`.
+
+mod answer;
+mod connection;
+mod socket;
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{SocketAddr, TcpListener},
+    os::fd::AsFd,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use kvasir_proto::bulk::{Refusal, TOKEN_BYTES, Welcome};
+use parking_lot::Mutex;
+
+use self::{connection::Connection, socket::Socket};
+use crate::{metrics, served::Served};
+
+/// How long connections may finish what they are sending when the store stops.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// The listener and its connections; [`Self::stop`] ends them.
+#[derive(Debug)]
+pub(crate) struct BulkServer {
+    addr: SocketAddr,
+    shared: Arc<Shared>,
+    accepting: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    served: Arc<Served>,
+    listener: TcpListener,
+    epoch: u64,
+    token: [u8; TOKEN_BYTES],
+    stopping: AtomicBool,
+    connections: Mutex<Connections>,
+}
+
+#[derive(Debug, Default)]
+struct Connections {
+    next: u64,
+    open: HashMap<u64, Arc<Socket>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl BulkServer {
+    /// Binds `store.bulk_listen` and serves.
+    pub(crate) fn start(served: &Arc<Served>) -> anyhow::Result<Self> {
+        let wanted = served.config.bulk_listen;
+        let listener = TcpListener::bind(wanted)
+            .with_context(|| format!("cannot listen on store.bulk_listen = {wanted}: choose a free address"))?;
+        let addr = listener.local_addr()?;
+        let shared = Arc::new(Shared {
+            epoch: served.cache()?.epoch(),
+            token: served.bulk_token,
+            served: Arc::clone(served),
+            listener,
+            stopping: AtomicBool::new(false),
+            connections: Mutex::default(),
+        });
+        let accepting = thread::Builder::new().name("bulk-accept".to_owned()).spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.accept()
+        })?;
+        Ok(Self {
+            addr,
+            shared,
+            accepting,
+        })
+    }
+
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Takes no more, lets requests that are being answered end within a second, and closes. Blocks; for a thread that may.
+    pub(crate) fn stop(self) {
+        let shared = &self.shared;
+        shared.stopping.store(true, Ordering::Release);
+        // Wakes the thread in `accept`, which then sees the flag.
+        if let Err(error) = rustix::net::shutdown(shared.listener.as_fd(), rustix::net::Shutdown::Both) {
+            tracing::debug!(%error, "cannot wake the bulk listener");
+        }
+        if self.accepting.join().is_err() {
+            tracing::error!("the bulk listener panicked");
+        }
+        shared.each(Socket::end_reading);
+        let until = Instant::now() + DRAIN;
+        while Instant::now() < until && !shared.connections.lock().open.is_empty() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        shared.each(Socket::cut);
+        let threads = std::mem::take(&mut shared.connections.lock().threads);
+        for thread in threads {
+            // A panic inside was caught and counted.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn accept(self: Arc<Self>) {
+        loop {
+            let accepted = self.listener.accept();
+            if self.stopping.load(Ordering::Acquire) {
+                return;
+            }
+            match accepted {
+                Ok((stream, _)) => self.admit(Socket::tcp(stream)),
+                Err(error) => {
+                    // Out of descriptors, or a peer that left at once: neither ends the listener.
+                    tracing::warn!(%error, "cannot take a bulk connection");
+                    thread::sleep(Duration::from_millis(10));
+                }
+            }
+        }
+    }
+
+    /// A thread for the connection, or a refusal.
+    fn admit(self: &Arc<Self>, socket: Socket) {
+        let config = &self.served.config;
+        if let Err(error) = socket.set_up(config.message_timeout.get()) {
+            tracing::debug!(%error, "a bulk connection left before it began");
+            return;
+        }
+        let mut connections = self.connections.lock();
+        let (done, running) = std::mem::take(&mut connections.threads)
+            .into_iter()
+            .partition(JoinHandle::is_finished);
+        connections.threads = running;
+        for thread in Vec::<JoinHandle<()>>::from(done) {
+            let _ = thread.join();
+        }
+        if connections.open.len() >= config.bulk_connections_max {
+            metrics::refused("bulk_connect", "RESOURCE_EXHAUSTED");
+            // Fits into the socket's buffer, so it does not wait.
+            let _ = socket.send(&[&Welcome::encode(Err(Refusal::Full))], Instant::now());
+            return;
+        }
+        let number = connections.next;
+        connections.next += 1;
+        let socket = Arc::new(socket);
+        let spawned = thread::Builder::new().name(format!("bulk-{number}")).spawn({
+            let (shared, socket) = (Arc::clone(self), Arc::clone(&socket));
+            move || shared.serve(number, &socket)
+        });
+        match spawned {
+            Ok(thread) => {
+                connections.open.insert(number, socket);
+                connections.threads.push(thread);
+                metrics::bulk_connections(connections.open.len(), config.bulk_connections_max);
+            }
+            Err(error) => tracing::error!(%error, "cannot start a thread for a bulk connection"),
+        }
+    }
+
+    /// Serves a connection to its end, however it ends.
+    fn serve(&self, number: u64, socket: &Arc<Socket>) {
+        let _open = Open { shared: self, number };
+        let connection = Connection::new(self, socket);
+        match catch_unwind(AssertUnwindSafe(|| connection.serve())) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(connection = number, %error, "a bulk connection ended early"),
+            Err(_) => {
+                metrics::bulk_panic();
+                tracing::error!(connection = number, "a bulk connection panicked");
+            }
+        }
+        socket.cut();
+    }
+
+    fn each(&self, act: impl Fn(&Socket)) {
+        self.connections.lock().open.values().for_each(|socket| act(socket));
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+}
+
+/// A place among the connections, given back on drop.
+struct Open<'a> {
+    shared: &'a Shared,
+    number: u64,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        let mut connections = self.shared.connections.lock();
+        connections.open.remove(&self.number);
+        metrics::bulk_connections(connections.open.len(), self.shared.served.config.bulk_connections_max);
+    }
+}
+
+/// A token that nobody can guess.
+pub(crate) fn new_token() -> io::Result<[u8; TOKEN_BYTES]> {
+    use std::io::Read;
+    let mut token = [0; TOKEN_BYTES];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut token)?;
+    Ok(token)
+}

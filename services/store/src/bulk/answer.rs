@@ -1,0 +1,291 @@
+//! What each request does with the cache.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvasir_block::{BlockHash, LayerBlockKey};
+use kvasir_cache::{BlockCache, CacheError, ErrorKind, GetOptions, GetOutcome, LeaseId, PutOutcome, Tier};
+use kvasir_proto::{
+    EntryHead, GetOutcome as Said, PutOutcome as Kept,
+    bulk::{self, FRAME_BYTES, GetRow, Op, PutRow, ReplyHead, RequestHead, Status},
+    convert,
+};
+
+use super::connection::{Connection, Ended};
+use crate::{door::Lost, metrics};
+
+/// Rows of a frame of a get; reached by misses and tiny blocks only.
+const FRAME_ROWS_MAX: usize = 4096;
+
+/// Why a request has no answer of its own.
+pub(super) enum Problem {
+    /// The peer is told in words, and the connection lives on.
+    Refused(Status, String),
+    /// The connection does not.
+    Ended(Ended),
+}
+
+impl From<Ended> for Problem {
+    fn from(ended: Ended) -> Self {
+        Self::Ended(ended)
+    }
+}
+
+impl From<CacheError> for Problem {
+    fn from(error: CacheError) -> Self {
+        let status = match error.kind() {
+            ErrorKind::UnknownNamespace | ErrorKind::NotHeld => Status::NotFound,
+            ErrorKind::LimitReached => Status::Exhausted,
+            ErrorKind::Locked => Status::Unavailable,
+            ErrorKind::Disk => Status::Internal,
+            ErrorKind::SchemaMismatch
+            | ErrorKind::BasisMismatch
+            | ErrorKind::Config
+            | ErrorKind::InvalidArgument
+            | ErrorKind::Unsupported => Status::Invalid,
+        };
+        Self::Refused(status, error.to_string())
+    }
+}
+
+pub(super) fn stopping(lost: Lost) -> Problem {
+    Problem::Refused(Status::Unavailable, lost.to_string())
+}
+
+/// What a get wants, in its order.
+enum Wanted {
+    Keys(Vec<(BlockHash, u16)>),
+    Chain(Vec<BlockHash>, u16),
+}
+
+impl Wanted {
+    fn key(&self, head: &RequestHead, i: usize) -> LayerBlockKey {
+        let (hash, layer) = match self {
+            Self::Keys(keys) => keys[i],
+            // Below the end of the layers, which is u16.
+            Self::Chain(chain, first) => (chain[i % chain.len()], first + (i / chain.len()) as u16),
+        };
+        head.namespace.block(hash).layer(layer)
+    }
+}
+
+/// Frame after frame of about 1 MiB, each read when the one before it has left.
+pub(super) fn get(
+    connection: &Connection<'_>,
+    cache: &BlockCache,
+    head: &RequestHead,
+    table: &[u8],
+    started: Instant,
+) -> Result<(), Problem> {
+    let schema = schema(cache, head)?;
+    let (wanted, total) = match head.op {
+        Op::GetChain => {
+            let layers = &head.layers;
+            if layers.is_empty() || layers.end > schema.layers {
+                let held = schema.layers;
+                let text = format!("layers {layers:?}: the namespace has layers 0 to {held}, ask for at least one");
+                return Err(Problem::Refused(Status::Invalid, text));
+            }
+            let chain: Vec<_> = bulk::hash_rows(table).collect();
+            let total = chain.len() * layers.len();
+            (Wanted::Chain(chain, layers.start), total)
+        }
+        _ => {
+            let keys: Vec<_> = bulk::key_rows(table).collect();
+            let total = keys.len();
+            (Wanted::Keys(keys), total)
+        }
+    };
+    let options = GetOptions {
+        deadline: head.deadline.and_then(|left| started.checked_add(left)),
+        lease: (head.lease != 0).then(|| LeaseId::from_u64(head.lease)),
+        verify: !head.receiver_verifies,
+        ..GetOptions::default()
+    };
+    let per_frame = (FRAME_BYTES / schema.layer_block_bytes()).clamp(1, FRAME_ROWS_MAX);
+    let (mut keys, mut rows) = (Vec::new(), Vec::new());
+    let mut first = 0;
+    loop {
+        let end = (first + per_frame).min(total);
+        keys.clear();
+        keys.extend((first..end).map(|i| wanted.key(head, i)));
+        let outcomes = cache.get_many(&keys, &options)?;
+        rows.clear();
+        let mut payloads = Vec::with_capacity(outcomes.len());
+        for outcome in outcomes {
+            let row = row(outcome, &mut payloads);
+            row.encode(false, &mut rows);
+        }
+        // Fewer rows than a chain and its layers can have.
+        let mut reply = ReplyHead::new(head.op, head.id).with_table(end - first, &rows);
+        reply.first = first as u32;
+        reply.last = end == total;
+        reply.payload_bytes = payloads.iter().map(|payload| payload.len() as u64).sum();
+        let reply = reply.encode();
+        let mut parts: Vec<&[u8]> = Vec::with_capacity(2 + payloads.len());
+        parts.extend([&reply[..], &rows]);
+        parts.extend(payloads.iter().map(|payload| &payload[..]));
+        connection.send(&parts)?;
+        first = end;
+        if first == total {
+            return Ok(());
+        }
+    }
+}
+
+fn row(outcome: GetOutcome, payloads: &mut Vec<Bytes>) -> GetRow {
+    match outcome {
+        GetOutcome::Hit {
+            payload,
+            checksum,
+            tier,
+        } => {
+            let row = GetRow {
+                tier: match tier {
+                    Tier::Host => convert::Tier::Host,
+                    Tier::Disk => convert::Tier::Disk,
+                    Tier::Object => convert::Tier::Object,
+                },
+                // A layer block of a schema, which is bounded.
+                length: payload.len() as u32,
+                checksum,
+                ..GetRow::without(Said::Hit)
+            };
+            payloads.push(payload);
+            row
+        }
+        GetOutcome::Miss => GetRow::without(Said::Miss),
+        GetOutcome::Corrupt => GetRow::without(Said::Corrupt),
+        GetOutcome::Busy => GetRow::without(Said::Busy),
+        GetOutcome::TooLate => {
+            metrics::shed("too_late", 1);
+            GetRow::without(Said::TooLate)
+        }
+    }
+}
+
+/// The rows, all of which fit the schema.
+pub(super) fn fitting(cache: &BlockCache, head: &RequestHead, rows: Vec<PutRow>) -> Result<Vec<PutRow>, Problem> {
+    let schema = schema(cache, head)?;
+    for (i, row) in rows.iter().enumerate() {
+        let entry = EntryHead {
+            hash: row.hash,
+            layer: row.layer,
+            length: row.length as usize,
+            checksum: row.checksum,
+        };
+        if let Err(error) = entry.fits(&schema) {
+            return Err(Problem::Refused(
+                Status::Invalid,
+                error.inside(&format!("rows[{i}]")).to_string(),
+            ));
+        }
+    }
+    Ok(rows)
+}
+
+/// Receives each block where it will rest.
+pub(super) fn put(
+    connection: &Connection<'_>,
+    cache: &BlockCache,
+    head: &RequestHead,
+    rows: &[PutRow],
+) -> Result<(), Problem> {
+    let mut outcomes = Vec::with_capacity(rows.len());
+    let mut failed = None;
+    for row in rows {
+        let room = if failed.is_none() {
+            cache.reserve(head.namespace)
+        } else {
+            Ok(None)
+        };
+        let kept = match room {
+            Ok(Some(mut room)) => {
+                connection.receive(room.as_mut_slice())?;
+                let key = head.namespace.block(row.hash).layer(row.layer);
+                cache.put_reserved(key, room, row.checksum)
+            }
+            other => {
+                connection.discard(row.length.into())?;
+                metrics::shed("busy", 1);
+                other.map(|_| PutOutcome::Busy)
+            }
+        };
+        match kept {
+            Ok(outcome) => outcomes.push(said(outcome)),
+            // Told when the rest has come.
+            Err(error) => failed = Some(error),
+        }
+    }
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    let table = bulk::put_reply_rows(&outcomes);
+    let reply = ReplyHead::new(head.op, head.id).with_table(outcomes.len(), &table);
+    Ok(connection.send(&[&reply.encode(), &table])?)
+}
+
+const fn said(outcome: PutOutcome) -> Kept {
+    match outcome {
+        PutOutcome::Stored => Kept::Stored,
+        PutOutcome::Present => Kept::Present,
+        PutOutcome::Busy => Kept::Busy,
+        PutOutcome::ChecksumMismatch => Kept::ChecksumMismatch,
+    }
+}
+
+pub(super) fn exists(
+    connection: &Connection<'_>,
+    cache: &BlockCache,
+    head: &RequestHead,
+    table: &[u8],
+) -> Result<(), Problem> {
+    let hashes: Vec<_> = bulk::hash_rows(table).collect();
+    let held = bulk::presence_table(&cache.contains_blocks(head.namespace, &hashes)?);
+    let reply = ReplyHead::new(head.op, head.id).with_table(hashes.len(), &held);
+    Ok(connection.send(&[&reply.encode(), &held])?)
+}
+
+pub(super) fn matched(
+    connection: &Connection<'_>,
+    cache: &BlockCache,
+    head: &RequestHead,
+    table: &[u8],
+) -> Result<(), Problem> {
+    let hashes: Vec<_> = bulk::hash_rows(table).collect();
+    let lease = (head.lease > 0).then(|| Duration::from_millis(head.lease));
+    let matched = cache.match_prefix(head.namespace, &hashes, lease)?;
+    let reply = ReplyHead {
+        // At most the rows of a request; a lease lasts at most lease_max.
+        hit_blocks: matched.hit_blocks as u32,
+        host_blocks: matched.host_blocks as u32,
+        lease: matched.lease.map_or(0, LeaseId::to_u64),
+        lease_ms: matched.lease_for.as_millis() as u32,
+        ..ReplyHead::new(head.op, head.id)
+    };
+    Ok(connection.send(&[&reply.encode()])?)
+}
+
+/// Looks at blocks whose bytes came wrong to a reader: a bad one is dropped by being read and verified.
+pub(super) fn suspect(cache: &BlockCache, head: &RequestHead, table: &[u8]) -> Result<(), Problem> {
+    let keys: Vec<_> = bulk::key_rows(table)
+        .map(|(hash, layer)| head.namespace.block(hash).layer(layer))
+        .collect();
+    tracing::warn!(layer_blocks = keys.len(), "a reader got wrong bytes, verifying ours");
+    metrics::suspected(keys.len());
+    for key in keys {
+        // Not answered, so neither is what is wrong with the question.
+        if cache.get_many(&[key], &GetOptions::default()).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn schema(cache: &BlockCache, head: &RequestHead) -> Result<std::sync::Arc<kvasir_block::KvSchema>, Problem> {
+    cache.schema(head.namespace).ok_or_else(|| {
+        let namespace = head.namespace;
+        let text = format!("namespace: {namespace} is not open here, open it with its schema first");
+        Problem::Refused(Status::NotFound, text)
+    })
+}
