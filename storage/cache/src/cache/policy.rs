@@ -84,7 +84,7 @@ impl Shared {
                     state.unsaved.remove(&key);
                 }
                 // Once more when it is hit again.
-                Offer::Full | Offer::Degraded => {}
+                Offer::Full | Offer::Degraded | Offer::TooLarge => {}
             }
         }
     }
@@ -115,12 +115,18 @@ impl DiskWatch for ReclaimWatch {
     }
 
     fn fate(&self, block: &BlockKey) -> Fate {
-        let Some(shared) = self.0.upgrade() else { return Fate::Forget };
+        let Some(shared) = self.0.upgrade() else {
+            return Fate::Forget;
+        };
         let state = shared.state.lock();
         if state.leases.is_pinned(block) || state.reuse.asked(block) >= REUSED_ASKED {
             return Fate::Readmit;
         }
-        if shared.object.is_some() { Fate::Demote } else { Fate::Forget }
+        if shared.object.is_some() {
+            Fate::Demote
+        } else {
+            Fate::Forget
+        }
     }
 
     fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) {

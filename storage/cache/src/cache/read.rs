@@ -161,9 +161,8 @@ impl<'a> Reading<'a> {
     /// Answers from disk and object, or with what another reader finds there; returns those to be looked for again, since the
     /// reader that was waited for gave up.
     fn from_below(&mut self, wanted: Vec<usize>) -> Vec<usize> {
-        let (held, gone): (Vec<usize>, Vec<usize>) = wanted
-            .into_iter()
-            .partition(|&at| self.shared.is_below(self.keys[at]));
+        let (held, gone): (Vec<usize>, Vec<usize>) =
+            wanted.into_iter().partition(|&at| self.shared.is_below(self.keys[at]));
         self.absent(&gone);
         if held.is_empty() {
             return held;
@@ -205,7 +204,10 @@ impl<'a> Reading<'a> {
             return;
         }
         // Another reader may have landed and promoted between the look into memory and the seat.
-        let open: HashSet<usize> = self.from_host(leads.iter().map(|(at, _)| *at).collect()).into_iter().collect();
+        let open: HashSet<usize> = self
+            .from_host(leads.iter().map(|(at, _)| *at).collect())
+            .into_iter()
+            .collect();
         let (leads, landed): (Vec<_>, Vec<_>) = leads.into_iter().partition(|(at, _)| open.contains(at));
         for (at, lead) in landed {
             lead.land(self.outcomes[at].clone());
@@ -297,7 +299,9 @@ impl<'a> Reading<'a> {
             DiskRead::TooLate => GetOutcome::TooLate,
         };
         let mut answers: Vec<GetOutcome> = reads.into_iter().map(answer).collect();
-        let Some(object) = &self.shared.object else { return answers };
+        let Some(object) = &self.shared.object else {
+            return answers;
+        };
         let lacks = |answer: &GetOutcome| matches!(answer, GetOutcome::Miss | GetOutcome::Corrupt);
         let places: Vec<usize> = (0..keys.len())
             .filter(|&i| lacks(&answers[i]) && object.contains(keys[i]))
