@@ -32,7 +32,9 @@ impl Bucket {
         let mut service = S3ServiceBuilder::new(files);
         service.set_auth(SimpleAuth::from_single(KEY_ID, SECRET));
         let service = service.build();
-        let listener = TcpListener::bind("127.0.0.1:0").await.context("a port for the bucket")?;
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .context("a port for the bucket")?;
         let addr = listener.local_addr()?;
         let serving = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();

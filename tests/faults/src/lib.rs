@@ -30,6 +30,8 @@ mod rows;
 mod run;
 mod store;
 mod tally;
+mod tier;
+mod witness;
 
 pub use self::{
     rows::{ROWS, row},

@@ -193,7 +193,11 @@ fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) {
     match kind {
         Damage::Flip => {
             // Every other one near the start of the piece, where frames and headers are.
-            let at = if rng.random() { start } else { start % bytes.len().min(200) };
+            let at = if rng.random() {
+                start
+            } else {
+                start % bytes.len().min(200)
+            };
             bytes[at] ^= 1 << rng.random_range(0..8);
         }
         Damage::Duplicate => {

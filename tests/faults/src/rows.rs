@@ -1,6 +1,7 @@
 //! The rows, each in a file of its own.
 
 mod clock;
+mod device;
 mod flips;
 mod identity;
 mod index;
@@ -8,6 +9,7 @@ mod kill;
 mod memory;
 mod misplaced;
 mod object;
+mod power;
 mod pressure;
 mod promises;
 mod space;
@@ -45,6 +47,15 @@ pub const ROWS: &[Row] = &[
         full: 1000,
         tiers: &[Tier::Store],
         inflict: kill::inflict,
+    },
+    Row {
+        name: "power",
+        number: Some(2),
+        fault: "the power goes at an operation of a write; unsynced sectors are there or not",
+        sample: 60,
+        full: 1200,
+        tiers: &[Tier::Disk],
+        inflict: power::inflict,
     },
     Row {
         name: "torn",
@@ -99,6 +110,24 @@ pub const ROWS: &[Row] = &[
         full: 200,
         tiers: &[Tier::Host, Tier::Disk],
         inflict: space::inflict,
+    },
+    Row {
+        name: "eio",
+        number: Some(9),
+        fault: "reads, writes, syncs and allocations fail; reads come short or flipped",
+        sample: 100,
+        full: 3000,
+        tiers: &[Tier::Disk],
+        inflict: device::fail,
+    },
+    Row {
+        name: "slow",
+        number: Some(10),
+        fault: "reads take 2 to 20 ms each, and have a deadline",
+        sample: 10,
+        full: 100,
+        tiers: &[Tier::Disk],
+        inflict: device::delay,
     },
     Row {
         name: "truncate",

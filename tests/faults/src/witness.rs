@@ -213,6 +213,9 @@ impl FileIo for Witness {
 /// Fails if anything was synced after its sync had failed.
 pub(crate) fn ensure_never_synced_again(witness: &Witness) -> Result<()> {
     let again = witness.synced_again();
-    ensure!(again == 0, "{again} files were synced again after their sync had failed");
+    ensure!(
+        again == 0,
+        "{again} files were synced again after their sync had failed"
+    );
     Ok(())
 }

@@ -36,5 +36,6 @@ macro_rules! samples {
 }
 
 samples!(
-    identity, kill, torn, flips, misplaced, memory, wire, space, truncate, index, object, clock, pressure
+    identity, promises, kill, power, torn, flips, misplaced, memory, wire, space, eio, slow, truncate, index, object,
+    clock, pressure
 );

@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use kvasir_block::LayerBlockKey;
+use kvasir_block::{
+    LayerBlockKey,
+    planted::{Bug, planted},
+};
 use kvasir_device::Buffer;
 
 use super::{
@@ -272,6 +275,9 @@ impl Flusher {
         };
         let published: Vec<_> = records.iter().map(|(key, ..)| *key).zip(locations).collect();
         volume.index.publish(writer.identity, writer.end, published.iter())?;
+        if planted(Bug::PublishBeforeSync) {
+            writer.sync(&*volume.io)?;
+        }
         let mut state = self.shared.state.lock();
         state.counts.syncs += 1;
         state.counts.bytes_written += writer.end - before;

@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Instant};
 
-use kvasir_block::{Checksum, LayerBlockKey};
+use kvasir_block::{
+    Checksum, LayerBlockKey,
+    planted::{Bug, planted},
+};
 use kvasir_device::{BlockFile, Buffer, ReadAt, ReadOutcome};
 
 use super::{
@@ -48,6 +51,7 @@ impl Shared {
         room: &mut dyn FnMut(usize) -> Option<Buffer>,
         deadline: Option<Instant>,
     ) -> Vec<DiskRead> {
+        let deadline = deadline.filter(|_| !planted(Bug::DeadlineIgnored));
         let mut outcomes: Vec<DiskRead> = Vec::with_capacity(keys.len());
         let mut stored = Vec::new();
         let mut late = false;
@@ -207,6 +211,9 @@ impl Shared {
             },
             _ => return,
         };
+        if planted(Bug::CorruptRecordKept) {
+            return;
+        }
         state.table.remove(key);
         drop(state);
         if let Some(volume) = volume

@@ -5,7 +5,10 @@
 //! one. At most half a segment is written again for one that goes, so reclaim always wins room. All reads and writes are
 //! done without a lock, and readers that hold the victim's file read on.
 
-use kvasir_block::{BlockKey, LayerBlockKey};
+use kvasir_block::{
+    BlockKey, LayerBlockKey,
+    planted::{Bug, planted},
+};
 
 use super::{
     Fate,
@@ -27,7 +30,7 @@ impl Flusher {
         let (number, bytes_max) = (self.volume().number, self.volume().bytes_max);
         loop {
             let disk_bytes = self.shared.state.lock().table.disk_bytes(number);
-            if disk_bytes + bytes <= bytes_max || disk_bytes == 0 {
+            if disk_bytes + bytes <= bytes_max || disk_bytes == 0 || planted(Bug::DiskBudgetIgnored) {
                 return Ok(());
             }
             if !self.drop_one(0) {
@@ -42,7 +45,7 @@ impl Flusher {
         let Some(writer) = &self.writer else { return };
         let disk_bytes = self.shared.state.lock().table.disk_bytes(self.volume().number);
         let half_full = writer.end * 2 >= writer.bytes;
-        if half_full && disk_bytes + segment_bytes > self.volume().bytes_max {
+        if half_full && disk_bytes + segment_bytes > self.volume().bytes_max && !planted(Bug::DiskBudgetIgnored) {
             let budget = writer.room().min(segment_bytes / 2);
             self.drop_one(budget);
         }
@@ -92,7 +95,9 @@ impl Flusher {
                         .into_iter()
                         .map(|(key, _)| key)
                         .collect();
-                    gone.iter().for_each(|key| drop(state.table.remove(*key)));
+                    for key in &gone {
+                        state.table.remove(*key);
+                    }
                     state.counts.reclaimed_layer_blocks += gone.len() as u64;
                 });
                 if went {
@@ -123,7 +128,9 @@ impl Flusher {
             .into_iter()
             .partition(|block| !state.table.layers_in(block, at).is_empty());
         if let Some(segment) = state.table.segments.get_mut(&at) {
-            gone.iter().for_each(|block| drop(segment.blocks.remove(block)));
+            for block in &gone {
+                segment.blocks.remove(block);
+            }
         }
         here
     }

@@ -292,7 +292,6 @@ fn scan_tail(
     let generation = identity.map(|identity| identity.generation);
     let found = scan(&*volume.io, &file, at, generation, from, segment.bytes);
     report.corrupt += found.corrupt;
-    report.torn_bytes += found.written_end.saturating_sub(found.end);
     if let Some(generation) = found.generation {
         segment.identity.generation = generation;
     }
@@ -303,6 +302,7 @@ fn scan_tail(
     } else {
         found.end.next_multiple_of(PAGE)
     };
+    report.torn_bytes += found.written_end.saturating_sub(end);
     segment.bytes = end;
     let settled = volume.io.truncate(&file, end).and_then(|()| volume.io.sync_data(&file));
     settled.map_err(|source| OpenError::io("cut the torn tail off the segment", &path, source))?;

@@ -8,7 +8,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use kvasir_block::{Checksum, LayerBlockKey};
+use kvasir_block::{
+    Checksum, LayerBlockKey,
+    planted::{Bug, planted},
+};
 use kvasir_device::{BlockFile, Buffer, FileIo, ReadAt, ReadOutcome, WriteAt};
 
 use super::{
@@ -135,9 +138,20 @@ impl SegmentWriter {
         let pieces = staged.chunks(WRITE_BYTES).zip((self.end..).step_by(WRITE_BYTES));
         let writes: Vec<_> = pieces.map(|(bytes, offset)| WriteAt { offset, bytes }).collect();
         io.write_many(&self.file, &writes)?;
-        io.sync_data(&self.file)?;
+        if !planted(Bug::PublishBeforeSync) {
+            self.sync(io)?;
+        }
         self.end += bytes;
         Ok(locations)
+    }
+
+    /// Once for what was written; never again after it failed.
+    pub(crate) fn sync(&self, io: &dyn FileIo) -> io::Result<()> {
+        let synced = io.sync_data(&self.file);
+        if synced.is_err() && planted(Bug::SyncRetried) {
+            return io.sync_data(&self.file);
+        }
+        synced
     }
 }
 
@@ -156,10 +170,10 @@ pub(crate) fn verify(pages: &[u8], segment: Identity, key: LayerBlockKey, locati
     let record = pages.get(skew..)?;
     let header = RecordHeader::decode(record.first_chunk()?, segment.id, u64::from(location.offset))?;
     let payload = record.get(RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + location.payload_bytes as usize)?;
-    let right = header.segment == segment
-        && header.key == key
+    let right = (header.segment == segment || planted(Bug::StaleGenerationAccepted))
+        && (header.key == key || planted(Bug::ForeignRecordAccepted))
         && header.payload_bytes == location.payload_bytes
-        && header.payload_checksum.verifies(payload);
+        && (header.payload_checksum.verifies(payload) || planted(Bug::DiskChecksumSkipped));
     right.then_some(header.payload_checksum)
 }
 
@@ -204,7 +218,10 @@ pub(crate) fn scan(
         let header = bytes
             .first_chunk()
             .and_then(|header| RecordHeader::decode(header, at.id(), offset))
-            .filter(|header| scan.generation.is_none_or(|known| known == header.segment.generation));
+            .filter(|header| {
+                let known = scan.generation.filter(|_| !planted(Bug::StaleGenerationAccepted));
+                known.is_none_or(|known| known == header.segment.generation)
+            });
         let Some(record) = header else {
             let step = &bytes[..RECORD_ALIGN as usize];
             if let Some(last) = step.iter().rposition(|&byte| byte != 0) {
@@ -227,7 +244,7 @@ pub(crate) fn scan(
             return scan;
         };
         let next = offset + record_bytes(record.payload_bytes as usize);
-        if record.payload_checksum.verifies(payload) {
+        if record.payload_checksum.verifies(payload) || planted(Bug::TornPayloadAccepted) {
             let location = Location {
                 segment: at,
                 offset: offset as u32,

@@ -3,6 +3,7 @@
 
 mod crash;
 mod flips;
+mod many;
 mod room;
 
 use kvasir_block::{BlockHash, NamespaceId};

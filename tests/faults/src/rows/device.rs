@@ -67,9 +67,14 @@ fn one_failing_disk(run: &mut Run, seed: u64) -> Result<()> {
     let shape = schema(LAYERS, LAYER_BLOCK_BYTES);
     let mut durable: Vec<(Corpus, Vec<LayerBlockKey>)> = Vec::new();
     // Writing: whatever fails, a flush that came back well has said the truth.
-    for (i, operation) in [Operation::Write, Operation::Sync, Operation::Preallocate, Operation::Sync]
-        .into_iter()
-        .enumerate()
+    for (i, operation) in [
+        Operation::Write,
+        Operation::Sync,
+        Operation::Preallocate,
+        Operation::Sync,
+    ]
+    .into_iter()
+    .enumerate()
     {
         let one_in = run.rng.random_range(1..4);
         let times = run.rng.random_range(1..4);
@@ -95,7 +100,9 @@ fn one_failing_disk(run: &mut Run, seed: u64) -> Result<()> {
     // Reading: what cannot be read is a miss, and what can be is right.
     device.faulty.add(Rule::new(Operation::Read, EIO).one_in(4));
     device.faulty.add(Rule::new(Operation::Read, Fault::Flip).one_in(4));
-    device.faulty.add(Rule::new(Operation::Read, Fault::Short(700)).one_in(8));
+    device
+        .faulty
+        .add(Rule::new(Operation::Read, Fault::Short(700)).one_in(8));
     for (corpus, keys) in &durable {
         for &key in keys {
             tier::read(&mut run.tally, &disk, corpus, key);
@@ -118,7 +125,10 @@ fn one_failing_disk(run: &mut Run, seed: u64) -> Result<()> {
 fn flush_again(run: &mut Run, disk: &DiskTier) -> Result<()> {
     let healed = Instant::now();
     while let Err(error) = disk.flush() {
-        ensure!(healed.elapsed() < BACK_WITHIN, "no write {BACK_WITHIN:?} after the disk works again: {error}");
+        ensure!(
+            healed.elapsed() < BACK_WITHIN,
+            "no write {BACK_WITHIN:?} after the disk works again: {error}"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
     run.note_longest("longest until it wrote again, ms", healed.elapsed());
@@ -169,13 +179,20 @@ pub(super) fn delay(run: &mut Run) -> Result<()> {
         run.tally.note("reads that were slow", device.faulty.faults() - before);
         // 128 reads of at least 2 ms each cannot be had in 60, one after the other; and nothing is begun after the deadline, so
         // only what was begun is waited for.
-        ensure!(late > 0, "{} slow reads of {each:?} were all in time for {patience:?}", keys.len());
+        ensure!(
+            late > 0,
+            "{} slow reads of {each:?} were all in time for {patience:?}",
+            keys.len()
+        );
         run.note_longest("longest past the deadline, ms", took.saturating_sub(patience));
     }
     // Nothing was lost to impatience.
     for &key in &keys {
         let got = tier::read(&mut run.tally, &disk, &corpus, key);
-        ensure!(matches!(got, Read::Hit(_) | Read::Wrong), "{key:?} came to {got:?} once the disk was quick");
+        ensure!(
+            matches!(got, Read::Hit(_) | Read::Wrong),
+            "{key:?} came to {got:?} once the disk was quick"
+        );
     }
     disk.stop()?;
     Ok(())

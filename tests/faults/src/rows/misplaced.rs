@@ -8,8 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use kvasir_block::LayerBlockKey;
+use kvasir_block::{Checksum, LayerBlockKey};
+use kvasir_cache::PutOutcome;
 use rand::Rng;
+use tempfile::TempDir;
 
 use crate::{
     Run,
@@ -30,11 +32,13 @@ enum Kind {
     Copied,
     /// The payload went to another record's place, the header did not.
     PayloadOnly,
-    /// The record that another life of the folder had at this place: valid there, of another key.
+    /// The record of the same key that another folder has at this place: valid there, with other bytes.
     Stale,
+    /// The record that was written to this place before, and whose place was then given to another: the later write was lost.
+    Lost,
 }
 
-const KINDS: [Kind; 4] = [Kind::Swapped, Kind::Copied, Kind::PayloadOnly, Kind::Stale];
+const KINDS: [Kind; 5] = [Kind::Swapped, Kind::Copied, Kind::PayloadOnly, Kind::Stale, Kind::Lost];
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
     let mut round = 0;
@@ -46,15 +50,25 @@ pub(super) fn inflict(run: &mut Run) -> Result<()> {
 }
 
 fn one_round(run: &mut Run, round: u64) -> Result<()> {
-    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let worlds = Worlds {
+        dir: tempfile::tempdir()?,
+        stale: tempfile::tempdir()?,
+        lost: tempfile::tempdir()?,
+    };
+    let dir = &worlds.dir;
     let corpus = Corpus::new("misplaced", &schema(LAYERS, 8192), run.plan.seed ^ round << 32, BLOCKS);
-    let mut backwards: Vec<_> = corpus.keys().collect();
-    fill(dir.path(), &corpus, &backwards)?;
-    backwards.reverse();
-    fill(other.path(), &corpus, &backwards)?;
+    let keys: Vec<_> = corpus.keys().collect();
+    let (early, late) = keys.split_at(keys.len() / 2);
+    fill(worlds.stale.path(), &corpus, early, 1)?;
+    fill(dir.path(), &corpus, early, 0)?;
+    // From here on the same folder lived on twice.
+    data::copy_dir(dir.path(), worlds.lost.path())?;
+    let backwards: Vec<_> = late.iter().rev().copied().collect();
+    fill(worlds.lost.path(), &corpus, &backwards, 0)?;
+    fill(dir.path(), &corpus, late, 0)?;
 
     let places = data::locate(dir.path(), &corpus)?;
-    ensure!(places.len() == backwards.len(), "{} records found", places.len());
+    ensure!(places.len() == keys.len(), "{} records found", places.len());
     let header = header_bytes(&places).context("records do not lie in a row")?;
     let indexed = round % 2 == 0;
     if !indexed {
@@ -69,7 +83,7 @@ fn one_round(run: &mut Run, round: u64) -> Result<()> {
     let mut hurt: Vec<LayerBlockKey> = Vec::new();
     for pair in places.chunks_exact(2).step_by(2) {
         let kind = KINDS[run.rng.random_range(0..KINDS.len())];
-        hurt.extend(misplace(kind, pair, header, dir.path(), other.path())?);
+        hurt.extend(misplace(kind, pair, header, &worlds)?);
         run.tally.faults += 1;
     }
     let cache = match cache {
@@ -94,9 +108,26 @@ fn one_round(run: &mut Run, round: u64) -> Result<()> {
     Ok(())
 }
 
-fn fill(dir: &Path, corpus: &Corpus, keys: &[LayerBlockKey]) -> Result<()> {
+/// A folder, and others that lived another life.
+struct Worlds {
+    dir: TempDir,
+    /// The same keys in the same order, with other bytes.
+    stale: TempDir,
+    /// The same folder up to half of it; then the rest in another order.
+    lost: TempDir,
+}
+
+fn fill(dir: &Path, corpus: &Corpus, keys: &[LayerBlockKey], generation: u32) -> Result<()> {
     let cache = data::open(data::config(dir), &[corpus])?;
-    data::put(&cache, corpus, keys.iter().copied())?;
+    for &key in keys {
+        let payload = corpus.payload_of(key, generation);
+        let checksum = Checksum::of(&payload);
+        ensure!(
+            cache.put(key, payload, checksum)? == PutOutcome::Stored,
+            "{key:?} was not taken"
+        );
+    }
+    cache.flush()?;
     cache.close()?;
     Ok(())
 }
@@ -112,7 +143,7 @@ fn header_bytes(places: &[Place]) -> Option<u64> {
 }
 
 /// Does it to the two records of `pair`; the keys that must not be found any more.
-fn misplace(kind: Kind, pair: &[Place], header: u64, dir: &Path, other: &Path) -> Result<Vec<LayerBlockKey>> {
+fn misplace(kind: Kind, pair: &[Place], header: u64, worlds: &Worlds) -> Result<Vec<LayerBlockKey>> {
     let (a, b) = (&pair[0], &pair[1]);
     let record = |place: &Place| place.bytes.start - header..place.bytes.end;
     let both = vec![a.key, b.key];
@@ -131,9 +162,21 @@ fn misplace(kind: Kind, pair: &[Place], header: u64, dir: &Path, other: &Path) -
             write(&b.file, &b.bytes, &read(&a.file, &a.bytes)?)?;
             Ok(vec![b.key])
         }
-        Kind::Stale => {
-            let file: PathBuf = other.join(a.file.strip_prefix(dir)?);
-            write(&a.file, &record(a), &read(&file, &record(a))?)?;
+        Kind::Stale | Kind::Lost => {
+            let other = if kind == Kind::Stale {
+                &worlds.stale
+            } else {
+                &worlds.lost
+            };
+            let file: PathBuf = other.path().join(a.file.strip_prefix(worlds.dir.path())?);
+            // Nothing was there: then nothing is put there.
+            let Ok(old) = read(&file, &record(a)) else {
+                return Ok(Vec::new());
+            };
+            if old == read(&a.file, &record(a))? {
+                return Ok(Vec::new());
+            }
+            write(&a.file, &record(a), &old)?;
             Ok(vec![a.key])
         }
     }

@@ -85,19 +85,29 @@ async fn one_bucket(run: &mut Run, round: u64) -> Result<()> {
             for key in extra.keys() {
                 let payload = extra.payload(key);
                 let checksum = Checksum::of(&payload);
-                ensure!(reader.offer(key, payload, checksum) == Offer::Queued, "an offer was not taken");
+                ensure!(
+                    reader.offer(key, payload, checksum) == Offer::Queued,
+                    "an offer was not taken"
+                );
             }
             let flushed = reader.flush(Instant::now() + DEADLINE).is_ok();
             run.tally.note("flushes that did not come through", u64::from(!flushed));
             proxy.set(Weather::CLEAR);
-            run.tally.note("times that the breaker opened", reader.stats().breaker_opened);
+            run.tally
+                .note("times that the breaker opened", reader.stats().breaker_opened);
             // What it had queued is lost with it, or was taken: both are said.
             let _ = reader.stop(Instant::now() + DEADLINE);
             writer.refresh(extra.namespace, Instant::now() + Duration::from_secs(5));
             let keys: Vec<_> = extra.keys().collect();
-            for (key, read) in keys.iter().zip(writer.get_many(&keys, Instant::now() + Duration::from_secs(5))) {
+            for (key, read) in keys
+                .iter()
+                .zip(writer.get_many(&keys, Instant::now() + Duration::from_secs(5)))
+            {
                 let got = count(run, &extra, *key, &read);
-                ensure!(!flushed || got || run.tally.wrong > 0, "{key:?} was flushed and came to {read:?}");
+                ensure!(
+                    !flushed || got || run.tally.wrong > 0,
+                    "{key:?} was flushed and came to {read:?}"
+                );
             }
             run.tally.faults = before + proxy.damaged();
         }
@@ -134,7 +144,10 @@ fn put(tier: &ObjectTier, corpus: &Corpus) -> Result<()> {
     for key in corpus.keys() {
         let payload = corpus.payload(key);
         let checksum = Checksum::of(&payload);
-        ensure!(tier.offer(key, payload, checksum) == Offer::Queued, "an offer was not taken");
+        ensure!(
+            tier.offer(key, payload, checksum) == Offer::Queued,
+            "an offer was not taken"
+        );
     }
     Ok(tier.flush(Instant::now() + Duration::from_secs(20))?)
 }

@@ -32,7 +32,10 @@ pub(super) fn inflict(run: &mut Run) -> Result<()> {
             run.tally.note(point, 1);
         }
         round += 1;
-        ensure!(round < 20 * run.plan.count + 20, "the writer was hardly ever met: {points:?}");
+        ensure!(
+            round < 20 * run.plan.count + 20,
+            "the writer was hardly ever met: {points:?}"
+        );
     }
     for point in ["write", "sync", "index"] {
         ensure!(
@@ -109,7 +112,10 @@ fn one_loss(run: &mut Run, round: u64) -> Result<Option<&'static str>> {
     disk.flush()?;
     for key in more {
         let got = tier::read(&mut run.tally, &disk, &after, key);
-        ensure!(matches!(got, Read::Hit(_) | Read::Wrong), "{key:?} was synced after it and came to {got:?}");
+        ensure!(
+            matches!(got, Read::Hit(_) | Read::Wrong),
+            "{key:?} was synced after it and came to {got:?}"
+        );
     }
     disk.stop()?;
     Ok(Some(point))
