@@ -19,11 +19,11 @@ use crate::{
     weights::{Columns, LayerWeights, ModelWeights},
 };
 
+pub use self::batch::{Attention, Logits, StepSequence};
 pub(crate) use self::{
     attention::check_remote,
     batch::{Plan, Sequence as PlannedSequence, Span},
 };
-pub use self::batch::{Attention, Logits, StepSequence};
 
 /// Threads that a model may be asked for.
 const THREADS_MAX: usize = 1024;

@@ -124,7 +124,10 @@ impl CacheConfig {
             ("lease_max", usize::from(!self.lease_max.is_zero())),
         ];
         if !(1..=15).contains(&self.promote_after_reads) {
-            let message = format!("promote_after_reads is {}: must be from 1 to 15", self.promote_after_reads);
+            let message = format!(
+                "promote_after_reads is {}: must be from 1 to 15",
+                self.promote_after_reads
+            );
             return Err(CacheError::new(ErrorKind::Config, message));
         }
         match positive.iter().find(|(_, value)| *value == 0) {

@@ -44,9 +44,8 @@ impl RowLayout {
             let count = asked.tokens.len();
             let logits = planned.logits.len();
             let prompt = if planned.local { 0 } else { count - logits };
-            let (table, seen) = table(planned, block_tokens).map_err(|problem| {
-                StepError::Invalid(format!("sequence {index} of the batch {problem}"))
-            })?;
+            let (table, seen) = table(planned, block_tokens)
+                .map_err(|problem| StepError::Invalid(format!("sequence {index} of the batch {problem}")))?;
             let row = |token: usize| {
                 let slot = &plan.slots[planned.rows.start + token];
                 StepRow {

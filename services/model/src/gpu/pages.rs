@@ -90,8 +90,7 @@ impl DevicePages {
     /// A page's bytes: those that were sent, or now, behind all work that was given so far.
     pub(crate) fn read(&self, layer: usize, page: PageId) -> Result<Vec<u8>, PoolError> {
         let bytes = self.layout.bytes();
-        if let (Some(&place), Some(sent), Some(outbound)) =
-            (self.places.get(&page), &self.sent[layer], &self.outbound)
+        if let (Some(&place), Some(sent), Some(outbound)) = (self.places.get(&page), &self.sent[layer], &self.outbound)
         {
             let all = outbound.read(sent).map_err(pool_error)?;
             return Ok(all[place * bytes..][..bytes].to_vec());

@@ -2,7 +2,9 @@
 
 use std::{ops::Range, sync::Arc};
 
-use kvasir_cuda::{Dtype, GpuError, KvView, Prefill, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm, silu_mul};
+use kvasir_cuda::{
+    Dtype, GpuError, KvView, Prefill, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm, silu_mul,
+};
 
 use super::{
     GpuModel,
@@ -183,10 +185,7 @@ impl GpuModel {
         if scratch.launched.insert(count) {
             return self.sampled_rows(count, pages, scratch);
         }
-        let graph = self
-            .gpu
-            .clone()
-            .record(|_| self.sampled_rows(count, pages, scratch))?;
+        let graph = self.gpu.clone().record(|_| self.sampled_rows(count, pages, scratch))?;
         graph.replay()?;
         scratch.graphs.insert(count, graph);
         Ok(())
@@ -203,7 +202,13 @@ impl GpuModel {
     }
 
     fn embed(&self, rows: usize, scratch: &mut Scratch) -> Result<(), GpuError> {
-        embed(&self.gpu, &self.weights.embedding, &scratch.step, 0..rows, &mut scratch.x)
+        embed(
+            &self.gpu,
+            &self.weights.embedding,
+            &scratch.step,
+            0..rows,
+            &mut scratch.x,
+        )
     }
 
     /// Norm, projections, rope and the way into pages. Rows below `prompt` are prompt rows.
@@ -299,12 +304,27 @@ impl GpuModel {
             linear(gpu, kind, &weights.attention_output, &scratch.attended, rows, sums, to)?;
         }
         let (norm, epsilon) = (&weights.feed_forward_norm, self.shape.norm_epsilon);
-        rms_norm(gpu, Dtype::F16, &scratch.x, norm, epsilon, first..rows, &mut scratch.normed)?;
+        rms_norm(
+            gpu,
+            Dtype::F16,
+            &scratch.x,
+            norm,
+            epsilon,
+            first..rows,
+            &mut scratch.normed,
+        )?;
         for (rows, kind) in kinds(first, end, rows) {
             let (to, sums) = (rows.start, Sums::Store(&mut scratch.gate_up));
             linear(gpu, kind, &weights.gate_up, &scratch.normed, rows, sums, to)?;
         }
-        silu_mul(gpu, Dtype::F16, &scratch.gate_up, inner, first..rows, &mut scratch.inner)?;
+        silu_mul(
+            gpu,
+            Dtype::F16,
+            &scratch.gate_up,
+            inner,
+            first..rows,
+            &mut scratch.inner,
+        )?;
         for (rows, kind) in kinds(first, end, rows) {
             let (to, sums) = (rows.start, Sums::Add(&mut scratch.x));
             linear(gpu, kind, &weights.down, &scratch.inner, rows, sums, to)?;
@@ -315,7 +335,15 @@ impl GpuModel {
     /// Final norm and output matrix over the sampled rows.
     fn finish(&self, sampled: Range<usize>, scratch: &mut Scratch) -> Result<(), GpuError> {
         let (gpu, norm, epsilon) = (&self.gpu, &self.weights.output_norm, self.shape.norm_epsilon);
-        rms_norm(gpu, Dtype::F16, &scratch.x, norm, epsilon, sampled.clone(), &mut scratch.normed)?;
+        rms_norm(
+            gpu,
+            Dtype::F16,
+            &scratch.x,
+            norm,
+            epsilon,
+            sampled.clone(),
+            &mut scratch.normed,
+        )?;
         let sums = Sums::StoreF32(&mut scratch.logits);
         linear(gpu, Rows::Few, self.weights.output(), &scratch.normed, sampled, sums, 0)
     }

@@ -62,8 +62,7 @@ impl GpuModel {
     fn predict(&self, sequence: &SequenceRows, layer: usize, scratch: &mut Scratch) -> Result<Vec<f32>, StepError> {
         let weights = &self.weights.layers[layer];
         for (rows, kind) in [(&sequence.prompt, Rows::Many), (&sequence.sampled, Rows::Few)] {
-            self.project(rows.clone(), kind, weights, scratch)
-                .map_err(step_error)?;
+            self.project(rows.clone(), kind, weights, scratch).map_err(step_error)?;
         }
         self.queries(&scratch.attended, sequence)
     }
@@ -77,7 +76,15 @@ impl GpuModel {
     ) -> Result<(), kvasir_cuda::GpuError> {
         let (gpu, epsilon) = (&self.gpu, self.shape.norm_epsilon);
         let norm = &weights.attention_norm;
-        rms_norm(gpu, Dtype::F16, &scratch.x, norm, epsilon, rows.clone(), &mut scratch.normed)?;
+        rms_norm(
+            gpu,
+            Dtype::F16,
+            &scratch.x,
+            norm,
+            epsilon,
+            rows.clone(),
+            &mut scratch.normed,
+        )?;
         let sums = Sums::Store(&mut scratch.qkv);
         linear(gpu, kind, &weights.qkv, &scratch.normed, rows.clone(), sums, rows.start)?;
         let pages = None::<&mut kvasir_cuda::Buffer<u16>>;
@@ -105,7 +112,13 @@ impl GpuModel {
         partials: &mut Vec<LocalPartials>,
     ) -> Result<(), StepError> {
         let (gpu, head_dim) = (&self.gpu, self.shape.head_dim);
-        let locals = || layout.sequences.iter().enumerate().filter(|(_, sequence)| sequence.local);
+        let locals = || {
+            layout
+                .sequences
+                .iter()
+                .enumerate()
+                .filter(|(_, sequence)| sequence.local)
+        };
         for (nth, (index, sequence)) in locals().enumerate() {
             let rows = sequence.sampled.clone();
             if rows.len() > SAMPLED_ROWS {

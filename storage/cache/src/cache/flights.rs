@@ -161,7 +161,10 @@ mod tests {
         let (first, other) = (lead(&flights, 0), lead(&flights, 1));
         let flight = follow(&flights, 0);
         assert_eq!(flight.wait(Some(Instant::now())), None, "not yet");
-        assert_eq!((flights.len(), flights.followers(key(0)), flights.followers(key(1))), (2, 1, 0));
+        assert_eq!(
+            (flights.len(), flights.followers(key(0)), flights.followers(key(1))),
+            (2, 1, 0)
+        );
         first.land(GetOutcome::Miss);
         assert_eq!(flight.wait(None), Some(Landed::With(GetOutcome::Miss)));
         drop(other);
@@ -177,6 +180,10 @@ mod tests {
         drop(first);
         assert_eq!(flight.wait(None), Some(Landed::GaveUp));
         lead(&flights, 0).land(GetOutcome::Miss);
-        assert_eq!(flight.wait(None), Some(Landed::GaveUp), "the end of a flight does not change");
+        assert_eq!(
+            flight.wait(None),
+            Some(Landed::GaveUp),
+            "the end of a flight does not change"
+        );
     }
 }

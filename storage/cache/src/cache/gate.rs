@@ -168,7 +168,9 @@ impl ReadGate {
 
 impl Inside {
     fn estimate(&self, bytes: u64, now: Instant) -> Duration {
-        let Some(sampled) = self.sampled else { return Duration::ZERO };
+        let Some(sampled) = self.sampled else {
+            return Duration::ZERO;
+        };
         let idle = now.saturating_duration_since(sampled).as_secs_f64() / HALF_LIFE.as_secs_f64();
         let bytes = self.running_bytes + self.waiting_bytes + bytes;
         Duration::from_nanos((bytes as f64 * self.pace * 0.5f64.powf(idle)) as u64)
@@ -227,7 +229,10 @@ mod tests {
         assert_eq!(gate.load(), (4, 0));
         assert!(enter(&gate, 1).is_none(), "no place before its deadline");
         drop(first);
-        assert!(enter(&gate, 9).is_none(), "a batch larger than the gate waits for all of it");
+        assert!(
+            enter(&gate, 9).is_none(),
+            "a batch larger than the gate waits for all of it"
+        );
         drop(second);
         assert!(enter(&gate, 9).is_some());
         assert_eq!(gate.load(), (0, 0));
@@ -249,7 +254,9 @@ mod tests {
             for (at, reads) in [(0, 2), (1, 1), (2, 1)] {
                 let (gate, order) = (&gate, &order);
                 scope.spawn(move || {
-                    let Entry::In(pass) = gate.enter(reads, 100, Patience::default()) else { panic!("no deadline") };
+                    let Entry::In(pass) = gate.enter(reads, 100, Patience::default()) else {
+                        panic!("no deadline")
+                    };
                     order.lock().push(at);
                     drop(pass);
                 });
@@ -258,7 +265,10 @@ mod tests {
                     std::thread::yield_now();
                 }
             }
-            assert!(gate.enter_idle(1, 100, Duration::ZERO).is_none(), "prefetch stands behind everyone");
+            assert!(
+                gate.enter_idle(1, 100, Duration::ZERO).is_none(),
+                "prefetch stands behind everyone"
+            );
             drop(first);
         });
         assert_eq!(order.lock()[0], 0);
@@ -271,7 +281,10 @@ mod tests {
         let ahead = gate.enter_idle(2, 100, Duration::ZERO);
         assert!(ahead.is_some());
         assert!(gate.enter_idle(1, 100, Duration::ZERO).is_none());
-        assert!(enter(&gate, 2).is_some(), "a reader that someone waits for gets the other half");
+        assert!(
+            enter(&gate, 2).is_some(),
+            "a reader that someone waits for gets the other half"
+        );
     }
 
     #[test]
@@ -286,7 +299,10 @@ mod tests {
         assert!(near(inside.estimate(1 << 20, now), 50.0), "those before come first");
         assert!(near(inside.estimate(1 << 20, now + HALF_LIFE), 25.0));
         inside.sample(Duration::from_millis(2), 1 << 20, now);
-        assert!(near(inside.estimate(1 << 20, now), 45.0), "an eighth of the way to 2 ms");
+        assert!(
+            near(inside.estimate(1 << 20, now), 45.0),
+            "an eighth of the way to 2 ms"
+        );
     }
 
     #[test]
@@ -303,7 +319,10 @@ mod tests {
             worth: Some(Duration::from_millis(200)),
         };
         assert!(matches!(gate.enter(1, 100, cheap), Entry::Estimated));
-        assert!(matches!(gate.enter(1, 1, cheap), Entry::In(_)), "a small one is worth it");
+        assert!(
+            matches!(gate.enter(1, 1, cheap), Entry::In(_)),
+            "a small one is worth it"
+        );
         let past = Patience {
             deadline: Some(Instant::now()),
             worth: None,

@@ -123,7 +123,9 @@ impl Prefetch {
 impl Shared {
     /// A reader with `lease` got `keys`: asks for the layers after them.
     pub(super) fn look_ahead(&self, lease: LeaseId, keys: &[LayerBlockKey]) {
-        let Some(last) = keys.iter().max_by_key(|key| key.layer) else { return };
+        let Some(last) = keys.iter().max_by_key(|key| key.layer) else {
+            return;
+        };
         let (depth, Some(layers)) = (self.config.prefetch_layers, self.namespaces.layers(last.namespace)) else {
             return;
         };
@@ -181,7 +183,9 @@ impl Shared {
                 self.counters.prefetch_dropped.add(absent.len() as u64);
                 return;
             }
-            let Some(pass) = self.disk_gate.enter_idle(reads, bytes, LOOK) else { continue };
+            let Some(pass) = self.disk_gate.enter_idle(reads, bytes, LOOK) else {
+                continue;
+            };
             let batch: Vec<LayerBlockKey> = absent.drain(..reads).collect();
             // What somebody reads already is not read twice.
             let seats = batch.into_iter().map(|key| self.flights.board(key));

@@ -49,12 +49,7 @@ impl Shared {
     }
 
     /// Reads a batch from the disk; counted, and its time taken for estimates.
-    pub(super) fn read_disk(
-        &self,
-        keys: &[LayerBlockKey],
-        deadline: Option<Instant>,
-        pass: Pass<'_>,
-    ) -> Vec<DiskRead> {
+    pub(super) fn read_disk(&self, keys: &[LayerBlockKey], deadline: Option<Instant>, pass: Pass<'_>) -> Vec<DiskRead> {
         let _ = deadline;
         let reads: Vec<DiskRead> = keys.iter().map(|&key| self.disk.get(key)).collect();
         self.counters.disk_reads.add(keys.len() as u64);
@@ -153,9 +148,8 @@ impl<'a> Reading<'a> {
     /// Answers from disk and object, or with what another reader finds there; returns those to be looked for again, since the
     /// reader that was waited for gave up.
     fn from_below(&mut self, wanted: Vec<usize>) -> Vec<usize> {
-        let (held, gone): (Vec<usize>, Vec<usize>) = wanted
-            .into_iter()
-            .partition(|&at| self.shared.is_below(self.keys[at]));
+        let (held, gone): (Vec<usize>, Vec<usize>) =
+            wanted.into_iter().partition(|&at| self.shared.is_below(self.keys[at]));
         self.absent(&gone);
         if held.is_empty() {
             return held;
@@ -197,7 +191,10 @@ impl<'a> Reading<'a> {
             return;
         }
         // Another reader may have landed and promoted between the look into memory and the seat.
-        let open: HashSet<usize> = self.from_host(leads.iter().map(|(at, _)| *at).collect()).into_iter().collect();
+        let open: HashSet<usize> = self
+            .from_host(leads.iter().map(|(at, _)| *at).collect())
+            .into_iter()
+            .collect();
         let (leads, landed): (Vec<_>, Vec<_>) = leads.into_iter().partition(|(at, _)| open.contains(at));
         for (at, lead) in landed {
             lead.land(self.outcomes[at].clone());

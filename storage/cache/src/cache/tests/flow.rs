@@ -61,12 +61,32 @@ fn many_are_answered_in_order_wherever_they_are() {
         .to_vec();
     let all = tiers(&cache, &wanted, &GetOptions::default());
     let disk = || Ok(Tier::Disk);
-    assert_eq!(all, [disk(), Ok(Tier::Host), Err(GetOutcome::Miss), disk(), Ok(Tier::Host), disk()]);
+    assert_eq!(
+        all,
+        [
+            disk(),
+            Ok(Tier::Host),
+            Err(GetOutcome::Miss),
+            disk(),
+            Ok(Tier::Host),
+            disk()
+        ]
+    );
     let stats = cache.stats();
-    assert_eq!((stats.disk_reads, stats.reads_shared), (2, 1), "asked for twice in one call, read once");
-    assert_eq!(tiers(&cache, &wanted[..1], &GetOptions::default()), [Ok(Tier::Host)], "promoted");
+    assert_eq!(
+        (stats.disk_reads, stats.reads_shared),
+        (2, 1),
+        "asked for twice in one call, read once"
+    );
+    assert_eq!(
+        tiers(&cache, &wanted[..1], &GetOptions::default()),
+        [Ok(Tier::Host)],
+        "promoted"
+    );
     let strange = namespace.block(hash(0)).layer(LAYERS);
-    let error = cache.get_many(&[wanted[0], strange], &GetOptions::default()).unwrap_err();
+    let error = cache
+        .get_many(&[wanted[0], strange], &GetOptions::default())
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
 }
 
@@ -79,7 +99,10 @@ fn readers_of_the_same_layer_block_share_one_read() {
     std::thread::scope(|scope| {
         for _ in 0..5 {
             scope.spawn(|| {
-                assert_eq!(tiers(&cache, &wanted, &GetOptions::default()), [Ok(Tier::Disk), Ok(Tier::Disk)]);
+                assert_eq!(
+                    tiers(&cache, &wanted, &GetOptions::default()),
+                    [Ok(Tier::Disk), Ok(Tier::Disk)]
+                );
             });
         }
         let late = GetOptions {
@@ -88,7 +111,11 @@ fn readers_of_the_same_layer_block_share_one_read() {
         };
         eventually("four follow one", || cache.shared.flights.followers(wanted[0]) == 4);
         let outcomes = tiers(&cache, &wanted, &late);
-        assert_eq!(outcomes, [Err(GetOutcome::TooLate), Err(GetOutcome::TooLate)], "each with its own deadline");
+        assert_eq!(
+            outcomes,
+            [Err(GetOutcome::TooLate), Err(GetOutcome::TooLate)],
+            "each with its own deadline"
+        );
         drop(disk);
     });
     let stats = cache.stats();
@@ -133,7 +160,10 @@ fn a_deadline_is_looked_at_before_the_disk_and_not_before_memory() {
         [Err(GetOutcome::TooLate), Ok(Tier::Host), Err(GetOutcome::Miss)]
     );
     let stats = cache.stats();
-    assert_eq!((stats.disk_reads, stats.misses_late, stats.misses_late_estimated), (0, 1, 0));
+    assert_eq!(
+        (stats.disk_reads, stats.misses_late, stats.misses_late_estimated),
+        (0, 1, 0)
+    );
 }
 
 #[test]
@@ -145,13 +175,26 @@ fn slower_than_computing_is_too_late_at_once() {
         ..GetOptions::default()
     };
     let first = keys(namespace, 0..1, 0);
-    assert_eq!(tiers(&cache, &first, &computing(Duration::from_nanos(3))), [Ok(Tier::Disk)], "no read was timed yet");
+    assert_eq!(
+        tiers(&cache, &first, &computing(Duration::from_nanos(3))),
+        [Ok(Tier::Disk)],
+        "no read was timed yet"
+    );
     let second = keys(namespace, 1..3, 0);
     let too_late = || Err(GetOutcome::TooLate);
-    assert_eq!(tiers(&cache, &second, &computing(Duration::from_nanos(3))), [too_late(), too_late()]);
-    assert_eq!(tiers(&cache, &second, &computing(MINUTE)), [Ok(Tier::Disk), Ok(Tier::Disk)]);
+    assert_eq!(
+        tiers(&cache, &second, &computing(Duration::from_nanos(3))),
+        [too_late(), too_late()]
+    );
+    assert_eq!(
+        tiers(&cache, &second, &computing(MINUTE)),
+        [Ok(Tier::Disk), Ok(Tier::Disk)]
+    );
     let stats = cache.stats();
-    assert_eq!((stats.disk_reads, stats.misses_late, stats.misses_late_estimated), (3, 2, 2));
+    assert_eq!(
+        (stats.disk_reads, stats.misses_late, stats.misses_late_estimated),
+        (3, 2, 2)
+    );
 }
 
 #[test]
@@ -167,7 +210,10 @@ fn gets_wait_for_the_disk_and_are_busy_only_when_too_many_do() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let wanted = keys(namespace, 0..2, 0);
-            assert_eq!(tiers(&cache, &wanted, &GetOptions::default()), [Ok(Tier::Disk), Ok(Tier::Disk)]);
+            assert_eq!(
+                tiers(&cache, &wanted, &GetOptions::default()),
+                [Ok(Tier::Disk), Ok(Tier::Disk)]
+            );
         });
         eventually("two wait", || cache.stats().disk_reads_waiting == 2);
         assert_eq!(cache.stats().disk_reads_running, 2);
@@ -176,7 +222,10 @@ fn gets_wait_for_the_disk_and_are_busy_only_when_too_many_do() {
         drop(disk);
     });
     let all = tiers(&cache, &keys(namespace, 0..6, 1), &GetOptions::default());
-    assert!(all.iter().all(|tier| *tier == Ok(Tier::Disk)), "in batches of two: {all:?}");
+    assert!(
+        all.iter().all(|tier| *tier == Ok(Tier::Disk)),
+        "in batches of two: {all:?}"
+    );
     assert_eq!(cache.stats().misses_busy, 1);
 }
 
@@ -234,7 +283,11 @@ fn with_admission_by_reuse_one_hit_blocks_cost_no_disk_write() {
     put_blocks(&cache, namespace, 0..2);
     cache.flush().unwrap();
     let stats = cache.stats();
-    assert_eq!((stats.disk.layer_blocks, stats.admission_skipped, stats.blocks), (0, 6, 2), "{stats:?}");
+    assert_eq!(
+        (stats.disk.layer_blocks, stats.admission_skipped, stats.blocks),
+        (0, 6, 2),
+        "{stats:?}"
+    );
     // Asked for again, and read: worth a write now.
     assert_eq!(ask(2), 2);
     assert_eq!(check(&cache, namespace.block(hash(0)).layer(0)), Ok(Tier::Host));
@@ -250,7 +303,11 @@ fn with_admission_by_reuse_one_hit_blocks_cost_no_disk_write() {
     assert_eq!(cache.stats().admission_skipped, 6);
     cache.close().unwrap();
     let (cache, namespace) = open(dir.path());
-    assert_eq!(cache.stats().blocks, 2, "what was never written is gone, and not said to be held");
+    assert_eq!(
+        cache.stats().blocks,
+        2,
+        "what was never written is gone, and not said to be held"
+    );
     assert_eq!(check(&cache, namespace.block(hash(3)).layer(2)), Ok(Tier::Disk));
     assert_eq!(check(&cache, namespace.block(hash(1)).layer(0)), Err(GetOutcome::Miss));
 }
@@ -280,23 +337,34 @@ fn the_next_layers_of_a_lease_are_brought_ahead() {
     let (cache, namespace) = cold(dir.path(), 20, config);
     let found = cache.match_prefix(namespace, &chain(20), Some(MINUTE)).unwrap();
     assert_eq!((found.hit_blocks, found.host_blocks, found.disk_blocks), (20, 0, 20));
-    eventually("the first layer comes by itself", || cache.stats().prefetch_issued == 20);
+    eventually("the first layer comes by itself", || {
+        cache.stats().prefetch_issued == 20
+    });
     eventually("and no more", || cache.stats().prefetch_waiting == 0);
     let options = GetOptions {
         lease: found.lease,
         ..GetOptions::default()
     };
     let from_memory = vec![Ok(Tier::Host); 20];
-    eventually("all is in memory", || cache.shared.state.lock().ahead.bytes() == 20 * 512);
+    eventually("all is in memory", || {
+        cache.shared.state.lock().ahead.bytes() == 20 * 512
+    });
     assert_eq!(tiers(&cache, &keys(namespace, 0..20, 0), &options), from_memory);
-    eventually("the second layer", || cache.shared.state.lock().ahead.bytes() == 20 * 512);
+    eventually("the second layer", || {
+        cache.shared.state.lock().ahead.bytes() == 20 * 512
+    });
     assert_eq!(cache.stats().disk_reads, 40);
     assert_eq!(tiers(&cache, &keys(namespace, 0..5, 1), &options), from_memory[..5]);
     eventually("the third", || cache.stats().prefetch_issued == 60);
-    eventually("the third is in memory", || cache.shared.state.lock().ahead.bytes() == 35 * 512);
+    eventually("the third is in memory", || {
+        cache.shared.state.lock().ahead.bytes() == 35 * 512
+    });
     cache.release(found.lease.unwrap());
     let stats = cache.stats();
-    assert_eq!((stats.prefetch_useful, stats.prefetch_wasted, stats.prefetch_bytes), (25, 35, 0));
+    assert_eq!(
+        (stats.prefetch_useful, stats.prefetch_wasted, stats.prefetch_bytes),
+        (25, 35, 0)
+    );
     assert_eq!((stats.prefetch_dropped, stats.disk_reads), (0, 60));
 }
 
@@ -306,7 +374,9 @@ fn prefetch_gives_way_to_readers_and_ends_with_its_lease() {
     let (cache, namespace) = cold(dir.path(), 8, config(dir.path()));
     let disk = close_gate(&cache);
     let found = cache.match_prefix(namespace, &chain(8), Some(MINUTE)).unwrap();
-    eventually("it waits for the disk to be idle", || cache.stats().prefetch_waiting < 2);
+    eventually("it waits for the disk to be idle", || {
+        cache.stats().prefetch_waiting < 2
+    });
     assert_eq!(cache.stats().prefetch_issued, 0);
     cache.release(found.lease.unwrap());
     eventually("nobody wants it", || cache.stats().prefetch_dropped == 8);
@@ -343,5 +413,8 @@ fn nothing_is_brought_where_everything_must_stay_or_beyond_the_bound() {
     eventually("no room", || cache.stats().prefetch_dropped > 0);
     let stats = cache.stats();
     assert!(stats.host_bytes <= 60_000, "{stats:?}");
-    assert_eq!(cache.match_prefix(namespace, &chain(4), None).unwrap().host_blocks, first.host_blocks);
+    assert_eq!(
+        cache.match_prefix(namespace, &chain(4), None).unwrap().host_blocks,
+        first.host_blocks
+    );
 }
