@@ -14,6 +14,7 @@ mod child;
 mod corpus;
 mod demo;
 mod explain;
+mod kernels;
 mod measure;
 mod output;
 #[cfg(feature = "planted-bugs")]
@@ -31,7 +32,7 @@ use clap::Parser;
 use kvasir_runtime::config::ConfigError;
 
 use crate::{
-    args::{Args, BenchCommand, Command, ConfigCommand},
+    args::{Args, BenchCommand, Command, ConfigCommand, KernelsCommand},
     output::say_error,
     tree::Configuration,
 };
@@ -67,7 +68,11 @@ fn run(args: Args) -> Result<()> {
         Command::Config {
             command: ConfigCommand::Explain { format },
         } => explain::explain(&configuration, format),
+        Command::Kernels {
+            command: KernelsCommand::Build { arch },
+        } => kernels::build(&configuration, &arch),
         Command::Bench { command } => match command {
+            BenchCommand::Gpu(options) => bench::gpu::run(&configuration, &options),
             BenchCommand::Engine(options) => bench::engine::run(&configuration, &options),
             BenchCommand::Store(options) => runtime()?.block_on(bench::store::run(&options, &args.config)),
             BenchCommand::Trace(options) => runtime()?.block_on(bench::trace::run(&options, &args.config)),

@@ -100,7 +100,7 @@ mod tests {
             assert_eq!(ahead.want(lease, at, 2, 8), expected, "at layer {at}");
         }
         assert_eq!(ahead.want(other, 0, 2, 8), 1..3, "another reader's are others");
-        assert_eq!(ahead.want(other, u16::MAX, u16::MAX, 8), 8..8);
+        assert!(ahead.want(other, u16::MAX, u16::MAX, 8).is_empty());
     }
 
     #[test]

@@ -22,12 +22,12 @@ mod reserve;
 use std::{
     collections::HashSet,
     sync::{Arc, atomic::AtomicU64},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use kvasir_block::{KvSchema, LayerBlockKey, NamespaceId, Tenant};
 use kvasir_device::Arena;
-use kvasir_tier::{DiskConfig, DiskTier, HostConfig, HostTier};
+use kvasir_tier::{DiskConfig, DiskTier, HostConfig, HostTier, ObjectTier};
 use parking_lot::Mutex;
 
 use self::{availability::Available, flights::Flights, gate::ReadGate, policy::ReclaimWatch, prefetch::Prefetch};
@@ -48,6 +48,9 @@ use crate::{
     reuse::Reuse,
     stats::Counters,
 };
+
+/// How long closing waits for what is on its way to the bucket; what is not there then is lost from the object tier.
+const OBJECT_STOP_MAX: Duration = Duration::from_secs(10);
 
 /// Where bytes were, or are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,6 +77,7 @@ pub(crate) struct Shared {
     started: Instant,
     pub(crate) namespaces: Namespaces,
     disk: DiskTier,
+    object: Option<ObjectTier>,
     /// The host tier's memory, to look things up in without its lock.
     arena: Arena,
     /// Bytes of puts that are received outside the arena.
@@ -107,11 +111,21 @@ impl BlockCache {
     pub fn open(config: CacheConfig) -> Result<Self, CacheError> {
         config.validate()?;
         // First of all: it takes the folder's lock.
-        let disk = DiskTier::open(DiskConfig {
+        let mut disk_config = DiskConfig {
+            absent: config.disk_absent,
             segment_bytes: config.segment_bytes,
             queue_bytes_max: config.flush_queue_bytes_max,
+            free_bytes_min: config.disk_free_bytes_min,
+            scrub_bytes_per_second: config.scrub_bytes_per_second,
             ..DiskConfig::in_dir(&config.data_dir, config.disk_bytes_max)
-        })?;
+        };
+        if !config.disks.is_empty() {
+            disk_config.disks.clone_from(&config.disks);
+        }
+        let disk = DiskTier::open(disk_config)?;
+        let object = config.object.clone().map(ObjectTier::open).transpose();
+        let object =
+            object.map_err(|error| CacheError::because(ErrorKind::Config, format!("object: {error}"), error))?;
         let namespaces = Namespaces::open(
             config.data_dir.join("namespaces"),
             config.namespaces_max,
@@ -167,6 +181,7 @@ impl BlockCache {
             started: Instant::now(),
             namespaces,
             disk,
+            object,
             arena,
             heap_reserved: Arc::default(),
             state: Mutex::new(state),
@@ -182,6 +197,11 @@ impl BlockCache {
         };
         let cache = Self { shared };
         let shared = &cache.shared;
+        if let Some(object) = &shared.object {
+            for namespace in shared.namespaces.ids() {
+                object.open_namespace(namespace);
+            }
+        }
         shared.disk.start(ReclaimWatch::of(shared)).map_err(no_thread)?;
         shared.prefetch.start(Arc::downgrade(shared)).map_err(no_thread)?;
         Ok(cache)
@@ -203,6 +223,9 @@ impl BlockCache {
     /// `InvalidArgument` for a schema that cannot be served, `SchemaMismatch`, `LimitReached`, `Disk`.
     pub fn open_namespace(&self, tenant: &Tenant, schema: &KvSchema) -> Result<NamespaceId, CacheError> {
         let (id, new) = self.shared.namespaces.declare(tenant, schema)?;
+        if let Some(object) = &self.shared.object {
+            object.open_namespace(id);
+        }
         if new {
             if let Some(bytes_max) = self.shared.config.host_budget(tenant) {
                 let owner = self.shared.namespaces.owner(id);
@@ -294,7 +317,14 @@ impl Shared {
     fn shut(&self) -> Result<(), CacheError> {
         self.state.lock().events.close();
         self.prefetch.stop();
-        self.disk.stop().map_err(flush_failed)
+        // The disk first: what it reclaims while it writes its last may go to the bucket.
+        let stopped = self.disk.stop();
+        if let Some(object) = &self.object
+            && let Err(error) = object.stop(Instant::now() + OBJECT_STOP_MAX)
+        {
+            tracing::warn!(%error, "closed with layer blocks that are not in the bucket");
+        }
+        stopped.map_err(flush_failed)
     }
 
     pub(crate) fn schema_of(&self, namespace: NamespaceId) -> Result<Arc<KvSchema>, CacheError> {

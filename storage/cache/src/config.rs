@@ -6,7 +6,7 @@ use kvasir_block::{
     Tenant,
     planted::{Bug, planted},
 };
-use kvasir_tier::{HostPolicy, HugePages};
+use kvasir_tier::{AbsentDisk, DiskPath, HostPolicy, HugePages, ObjectConfig};
 
 use crate::{Admission, CacheError, ErrorKind};
 
@@ -26,8 +26,18 @@ pub struct CacheConfig {
     pub tenant_host_bytes_max: HashMap<Tenant, u64>,
     /// The same for each tenant that is not named there; `None`: they share what there is.
     pub tenant_host_bytes_max_default: Option<u64>,
-    /// Most bytes of segment files; at least two segments.
+    /// Most bytes of segment files in `data_dir`, where no `disks` are named; at least two segments.
     pub disk_bytes_max: u64,
+    /// The disks that keep blocks; none: `data_dir` does. Namespaces and the epoch are always there.
+    pub disks: Vec<DiskPath>,
+    /// What to do about one of them that is not there at the start.
+    pub disk_absent: AbsentDisk,
+    /// Free bytes that are left to others on each disk.
+    pub disk_free_bytes_min: u64,
+    /// Most bytes per second that each disk's scrub reads; 0 turns it off.
+    pub scrub_bytes_per_second: u64,
+    /// The object tier, if there is one.
+    pub object: Option<ObjectConfig>,
     /// Bytes of one segment file: the unit in which disk space comes back.
     pub segment_bytes: u64,
     /// Most payload bytes accepted but not yet synced; beyond it puts are answered busy.
@@ -80,6 +90,11 @@ impl CacheConfig {
             tenant_host_bytes_max: HashMap::new(),
             tenant_host_bytes_max_default: None,
             disk_bytes_max: 16 << 30,
+            disks: Vec::new(),
+            disk_absent: AbsentDisk::Refuse,
+            disk_free_bytes_min: 0,
+            scrub_bytes_per_second: 8 << 20,
+            object: None,
             segment_bytes: 256 << 20,
             flush_queue_bytes_max: 256 << 20,
             disk_reads_max: 64,

@@ -53,7 +53,10 @@ pub use cache::{Admission, BlockCache, GetOptions, GetOutcome, PrefixMatch, PutB
 pub use config::CacheConfig;
 pub use error::{CacheError, ErrorKind};
 pub use event::{BlockEvent, EventKind, EventStep, Subscription};
-pub use kvasir_tier::{DiskStats, HostPolicy, HugePages, Recovery, SEGMENT_FORMAT};
+pub use kvasir_tier::{
+    AbsentDisk, BreakerConfig, BreakerState, Credentials, DiskPath, DiskStats, ObjectConfig, ObjectStats, StoreId,
+};
+pub use kvasir_tier::{HostPolicy, HugePages, Recovery, SEGMENT_FORMAT};
 pub use lease::LeaseId;
 pub use namespace::BasisId;
 pub use stats::CacheStats;

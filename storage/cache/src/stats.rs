@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use kvasir_tier::{DiskStats, Recovery};
+use kvasir_tier::{DiskStats, ObjectStats, Recovery};
 
 /// Counts since the start, and sizes at one moment. Counts are of layer blocks unless they say otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,6 +80,10 @@ pub struct CacheStats {
     pub reads_shared: u64,
     /// Layer blocks kept in memory after a read from below, prefetch included.
     pub promoted: u64,
+    /// Layer blocks handed to the object tier when the disk forgot them.
+    pub demoted: u64,
+    /// The object tier, if there is one.
+    pub object: Option<ObjectStats>,
     /// Layers of leases that wait to be brought into memory ahead.
     pub prefetch_waiting: u64,
     /// Bytes brought ahead and not read yet.
@@ -166,6 +170,7 @@ pub(crate) struct Counters {
     pub(crate) disk_reads: Counter,
     pub(crate) reads_shared: Counter,
     pub(crate) promoted: Counter,
+    pub(crate) demoted: Counter,
     pub(crate) prefetch_issued: Counter,
     pub(crate) prefetch_dropped: Counter,
     pub(crate) host_corrupt: Counter,

@@ -42,10 +42,16 @@ impl BlockCache {
         for block in chain.clone() {
             state.reuse.note_asked(&block);
         }
-        let hit: Vec<BlockKey> = chain.take_while(|block| state.available.contains(block)).collect();
+        let hit: Vec<BlockKey> = chain
+            .take_while(|block| self.shared.is_available(&mut state, block))
+            .collect();
         let host_blocks = hit
             .iter()
             .filter(|block| state.host.layer_count(block) >= layers)
+            .count();
+        let object_blocks = hit
+            .iter()
+            .filter(|block| !self.shared.is_near(&state, block, layers))
             .count();
         // From the tail to the head, so that eviction takes the tail first and what is left is still a prefix.
         for block in hit.iter().rev() {
@@ -69,8 +75,8 @@ impl BlockCache {
         Ok(PrefixMatch {
             hit_blocks,
             host_blocks,
-            disk_blocks: hit_blocks - host_blocks,
-            object_blocks: 0,
+            disk_blocks: hit_blocks - host_blocks - object_blocks,
+            object_blocks,
             lease,
             lease_for,
         })

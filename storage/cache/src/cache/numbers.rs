@@ -53,6 +53,8 @@ impl BlockCache {
             disk_reads_waiting: waiting as u64,
             reads_shared: counters.reads_shared.get(),
             promoted: counters.promoted.get(),
+            demoted: counters.demoted.get(),
+            object: shared.object.as_ref().map(kvasir_tier::ObjectTier::stats),
             prefetch_waiting: shared.prefetch.len() as u64,
             prefetch_bytes: state.ahead.bytes(),
             prefetch_issued: counters.prefetch_issued.get(),

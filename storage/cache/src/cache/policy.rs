@@ -7,7 +7,8 @@
 //!   block that nobody asks for twice costs no disk write.
 //! - *Demotion*: eviction from memory costs nothing, since the disk has what was admitted. What it does not have although it was
 //!   to (a failing disk) is offered again at each hit.
-//! - *Reclaim*: leased blocks and those that matches asked for twice of late are written again, others are forgotten.
+//! - *Reclaim*: leased blocks and those that matches asked for twice of late are written again; others go to the object tier
+//!   where there is one, and are forgotten where there is none.
 
 use std::{
     sync::{Arc, Weak},
@@ -16,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
-use kvasir_tier::{DiskWatch, Offer};
+use kvasir_tier::{DiskWatch, Fate, Offer};
 
 use super::{Shared, State, Tier};
 
@@ -36,7 +37,7 @@ pub enum Admission {
 impl Shared {
     /// Whether a slower tier than memory has `key`.
     pub(super) fn is_below(&self, key: LayerBlockKey) -> bool {
-        self.disk.contains(key)
+        self.disk.contains(key) || self.object.as_ref().is_some_and(|object| object.contains(key))
     }
 
     /// Notes that `keys` were read below memory, and says which of them to keep there.
@@ -89,7 +90,7 @@ impl Shared {
     }
 }
 
-/// Says what the disk tier may forget: what is not leased.
+/// Says what the disk tier may forget: what is neither leased nor hot; and takes what goes to the object tier instead.
 pub(super) struct ReclaimWatch(pub(super) Weak<Shared>);
 
 impl ReclaimWatch {
@@ -111,5 +112,29 @@ impl DiskWatch for ReclaimWatch {
             shared.refresh(&mut state, *block, Tier::Disk);
         }
         true
+    }
+
+    fn fate(&self, block: &BlockKey) -> Fate {
+        let Some(shared) = self.0.upgrade() else {
+            return Fate::Forget;
+        };
+        let state = shared.state.lock();
+        if state.leases.is_pinned(block) || state.reuse.asked(block) >= REUSED_ASKED {
+            return Fate::Readmit;
+        }
+        if shared.object.is_some() {
+            Fate::Demote
+        } else {
+            Fate::Forget
+        }
+    }
+
+    fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) {
+        let Some(shared) = self.0.upgrade() else { return };
+        if let Some(object) = &shared.object
+            && object.offer(key, payload, checksum) == Offer::Queued
+        {
+            shared.counters.demoted.add(1);
+        }
     }
 }

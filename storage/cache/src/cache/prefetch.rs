@@ -200,7 +200,7 @@ impl Shared {
                 continue;
             }
             self.counters.prefetch_issued.add(keys.len() as u64);
-            let reads = self.read_disk(&keys, None, pass);
+            let reads = self.read_disk(&keys, None, true, pass);
             let dropped = self.land_ahead(wish.lease, leads, reads);
             if dropped > 0 {
                 self.counters.prefetch_dropped.add((dropped + absent.len()) as u64);

@@ -10,8 +10,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
-use kvasir_tier::DiskRead;
+use kvasir_block::{
+    BlockKey, Checksum, LayerBlockKey,
+    planted::{Bug, planted},
+};
+use kvasir_tier::{DiskRead, ObjectRead};
 
 use super::{
     GetOptions, GetOutcome, Shared, Tier,
@@ -21,6 +24,8 @@ use super::{
 
 /// Payload bytes of a batch of disk reads, about: what its first reader waits for.
 const BATCH_BYTES: u64 = 8 << 20;
+/// How long a reader without a deadline waits for the object tier.
+const OBJECT_READ_MAX: Duration = Duration::from_secs(30);
 
 impl Shared {
     /// Reads one layer block as [`Self::read_many`] does, without a deadline.
@@ -48,10 +53,18 @@ impl Shared {
         reading.outcomes
     }
 
-    /// Reads a batch from the disk; counted, and its time taken for estimates.
-    pub(super) fn read_disk(&self, keys: &[LayerBlockKey], deadline: Option<Instant>, pass: Pass<'_>) -> Vec<DiskRead> {
-        let _ = deadline;
-        let reads: Vec<DiskRead> = keys.iter().map(|&key| self.disk.get(key)).collect();
+    /// Reads a batch from the disk, into the host tier's memory where it will stay there; counted, and its time taken for
+    /// estimates.
+    pub(super) fn read_disk(
+        &self,
+        keys: &[LayerBlockKey],
+        deadline: Option<Instant>,
+        promote: bool,
+        pass: Pass<'_>,
+    ) -> Vec<DiskRead> {
+        let namespace = keys.first().filter(|_| promote).map(|key| key.namespace);
+        let mut room = |bytes| self.reserve(namespace?, bytes);
+        let reads = self.disk.get_many(keys, &mut room, deadline);
         self.counters.disk_reads.add(keys.len() as u64);
         pass.done();
         reads
@@ -124,7 +137,7 @@ impl<'a> Reading<'a> {
             }
         }
         for (at, (payload, checksum), only_here) in found {
-            if self.options.verify && !checksum.verifies(&payload) {
+            if self.options.verify && !checksum.verifies(&payload) && !planted(Bug::HostChecksumSkipped) {
                 self.shared.drop_from_host(self.keys[at]);
                 self.corrupt.insert(at);
                 below.push(at);
@@ -154,7 +167,7 @@ impl<'a> Reading<'a> {
         if held.is_empty() {
             return held;
         }
-        if self.options.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        if self.deadline().is_some_and(|deadline| Instant::now() >= deadline) {
             self.answer(&held, &GetOutcome::TooLate);
             return Vec::new();
         }
@@ -169,7 +182,7 @@ impl<'a> Reading<'a> {
         self.lead(leads);
         let mut again = Vec::new();
         for (at, flight) in follows {
-            match flight.wait(self.options.deadline) {
+            match flight.wait(self.deadline()) {
                 Some(Landed::With(outcome)) => {
                     shared.counters.reads_shared.add(1);
                     if self.options.lease.is_some() {
@@ -199,6 +212,18 @@ impl<'a> Reading<'a> {
         for (at, lead) in landed {
             lead.land(self.outcomes[at].clone());
         }
+        let keys: Vec<LayerBlockKey> = leads.iter().map(|(_, lead)| lead.key()).collect();
+        let worth = self.shared.are_worth_promoting(&keys);
+        let mut split = [Vec::new(), Vec::new()];
+        for (lead, worth) in leads.into_iter().zip(worth) {
+            split[usize::from(worth)].push(lead);
+        }
+        let [passing, staying] = split;
+        self.lead_in_batches(passing, false);
+        self.lead_in_batches(staying, true);
+    }
+
+    fn lead_in_batches(&mut self, leads: Vec<(usize, Lead<'a>)>, promote: bool) {
         let mut leads = leads.into_iter().peekable();
         while leads.peek().is_some() {
             let (mut batch, mut bytes) = (Vec::new(), 0);
@@ -209,62 +234,103 @@ impl<'a> Reading<'a> {
                 bytes += self.shared.layer_block_bytes(lead.key());
                 batch.extend(leads.next());
             }
-            self.lead_batch(batch, bytes);
+            self.lead_batch(batch, bytes, promote);
         }
     }
 
-    fn lead_batch(&mut self, batch: Vec<(usize, Lead<'a>)>, bytes: u64) {
+    fn lead_batch(&mut self, batch: Vec<(usize, Lead<'a>)>, bytes: u64, promote: bool) {
         let shared = self.shared;
-        let patience = Patience {
-            deadline: self.options.deadline,
-            worth: self.worth(&batch),
-        };
-        let pass = match shared.disk_gate.enter(batch.len(), bytes, patience) {
-            Entry::In(pass) => pass,
-            refused => {
-                let outcome = match refused {
-                    Entry::Full => GetOutcome::Busy,
-                    Entry::Estimated => {
-                        shared.counters.misses_late_estimated.add(batch.len() as u64);
-                        GetOutcome::TooLate
-                    }
-                    _ => GetOutcome::TooLate,
-                };
-                let places: Vec<usize> = batch.iter().map(|(at, _)| *at).collect();
-                self.answer(&places, &outcome);
-                return;
-            }
-        };
         let keys: Vec<LayerBlockKey> = batch.iter().map(|(_, lead)| lead.key()).collect();
-        let reads = shared.read_disk(&keys, self.options.deadline, pass);
-        let worth = shared.are_worth_promoting(&keys);
-        let (mut found, mut gone) = (Vec::new(), Vec::new());
-        for (((at, _), read), worth) in batch.iter().zip(reads).zip(worth) {
-            let key = self.keys[*at];
-            let outcome = match read {
-                DiskRead::Hit { payload, checksum } => {
-                    if worth {
-                        found.push((key, payload.clone(), checksum));
-                    }
-                    GetOutcome::Hit {
-                        payload,
-                        checksum,
-                        tier: Tier::Disk,
-                    }
-                }
-                DiskRead::Miss => GetOutcome::Miss,
-                DiskRead::TooLate => GetOutcome::TooLate,
-                DiskRead::Corrupt => {
-                    gone.push(key.block());
-                    GetOutcome::Corrupt
-                }
+        let mut reads = vec![DiskRead::Miss; keys.len()];
+        if keys.iter().any(|key| shared.disk.contains(*key)) {
+            let patience = Patience {
+                deadline: self.deadline(),
+                worth: self.worth(&batch),
             };
+            match shared.disk_gate.enter(batch.len(), bytes, patience) {
+                Entry::In(pass) => reads = shared.read_disk(&keys, self.deadline(), promote, pass),
+                refused => {
+                    let outcome = if matches!(refused, Entry::Full) {
+                        GetOutcome::Busy
+                    } else {
+                        GetOutcome::TooLate
+                    };
+                    if matches!(refused, Entry::Estimated) {
+                        shared.counters.misses_late_estimated.add(batch.len() as u64);
+                    }
+                    let places: Vec<usize> = batch.iter().map(|(at, _)| *at).collect();
+                    self.answer(&places, &outcome);
+                    return;
+                }
+            }
+        }
+        let gone: Vec<BlockKey> = (keys.iter().zip(&reads))
+            .filter(|(_, read)| matches!(read, DiskRead::Corrupt))
+            .map(|(key, _)| key.block())
+            .collect();
+        let mut found = Vec::new();
+        let answers = self.below_disk(&keys, reads);
+        for ((at, _), outcome) in batch.iter().zip(answers) {
+            if promote && let GetOutcome::Hit { payload, checksum, .. } = &outcome {
+                found.push((self.keys[*at], payload.clone(), *checksum));
+            }
             self.settle(*at, outcome);
         }
         shared.promote(&found, &gone);
         for (at, lead) in batch {
-            lead.land(self.outcomes[at].clone());
+            match &self.outcomes[at] {
+                // Its own deadline: another reader may have more time.
+                GetOutcome::TooLate | GetOutcome::Busy => drop(lead),
+                outcome => lead.land(outcome.clone()),
+            }
         }
+    }
+
+    /// What the disk answered, with what the object tier has of the rest.
+    fn below_disk(&self, keys: &[LayerBlockKey], reads: Vec<DiskRead>) -> Vec<GetOutcome> {
+        let answer = |read| match read {
+            DiskRead::Hit { payload, checksum } => GetOutcome::Hit {
+                payload,
+                checksum,
+                tier: Tier::Disk,
+            },
+            DiskRead::Miss => GetOutcome::Miss,
+            DiskRead::Corrupt => GetOutcome::Corrupt,
+            DiskRead::TooLate => GetOutcome::TooLate,
+        };
+        let mut answers: Vec<GetOutcome> = reads.into_iter().map(answer).collect();
+        let Some(object) = &self.shared.object else {
+            return answers;
+        };
+        let lacks = |answer: &GetOutcome| matches!(answer, GetOutcome::Miss | GetOutcome::Corrupt);
+        let places: Vec<usize> = (0..keys.len())
+            .filter(|&i| lacks(&answers[i]) && object.contains(keys[i]))
+            .collect();
+        if places.is_empty() {
+            return answers;
+        }
+        let wanted: Vec<LayerBlockKey> = places.iter().map(|&i| keys[i]).collect();
+        let deadline = self.deadline().unwrap_or_else(|| Instant::now() + OBJECT_READ_MAX);
+        for (i, read) in places.into_iter().zip(object.get_many(&wanted, deadline)) {
+            answers[i] = match read {
+                ObjectRead::Hit { payload, checksum } => GetOutcome::Hit {
+                    payload,
+                    checksum,
+                    tier: Tier::Object,
+                },
+                // What the disk had was wrong, whatever the bucket has.
+                ObjectRead::Miss => answers[i].clone(),
+                ObjectRead::Corrupt => GetOutcome::Corrupt,
+                ObjectRead::TooLate => GetOutcome::TooLate,
+                ObjectRead::Unavailable => GetOutcome::Busy,
+            };
+        }
+        answers
+    }
+
+    /// When the caller gives up.
+    fn deadline(&self) -> Option<Instant> {
+        self.options.deadline.filter(|_| !planted(Bug::DeadlineIgnored))
     }
 
     /// How long a batch may take until computing its blocks is quicker.

@@ -248,6 +248,7 @@ fn a_scan_does_not_flush_what_is_read_often() {
     let dir = tempfile::tempdir().unwrap();
     let (cache, namespace) = open_with(CacheConfig {
         disk_bytes_max: 16 << 20,
+        flush_queue_bytes_max: 16 << 20,
         ..config(dir.path())
     });
     put_blocks(&cache, namespace, 0..1000);

@@ -33,7 +33,7 @@ fn golden_bytes() {
     assert_eq!(bytes.len(), 64 + (96 + 4) + (96 + 6) + 2 * 56 + 64);
     assert_eq!(
         pack.name.to_string(),
-        "0000000000005701-0000000000001234-00000002-6d21b00be8d5bab4bc4d7e38cfc22f53.kvpack"
+        "0000000000005701-0000000000001234-00000002-6907362e9a5804876c8bea1840539060.kvpack"
     );
     let table: [(usize, &[u8]); 22] = [
         (0, b"KVPACK\r\n"),

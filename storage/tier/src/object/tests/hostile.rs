@@ -124,7 +124,6 @@ fn every_kind_of_answer_is_counted_and_none_is_served() {
 
 #[test]
 fn a_failure_that_passes_is_asked_again() {
-    // Each draw spoils about half of the answers; three more attempts get nearly all of them.
     let Bad { tier, proxy, _server } = bad(|config| {
         config.retries_max = 8;
         config.range_bytes_max = 4 << 10;
@@ -257,7 +256,7 @@ fn a_bucket_that_is_not_there_does_not_keep_a_store_from_starting() {
     );
 }
 
-/// Row 18 of the fault matrix. `KVASIR`-free: the count is in the test, and seeds are printed where it fails.
+/// Random faults of every kind on every request; a failure prints its seed.
 #[test]
 fn a_storm_of_faults_serves_no_wrong_byte() {
     for seed in 0..4 {
