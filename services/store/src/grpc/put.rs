@@ -81,8 +81,12 @@ impl Call {
 
     /// Stores blocks, and those that find no thread or no room in the flush queue again, until `put_wait_max` has passed: meanwhile
     /// the sender is held back by flow control, which loses less than an answer of `BUSY`.
-    async fn put_patiently(&self, cache: &Arc<BlockCache>, entries: &[Entry]) -> Result<Vec<PutOutcome>, Status> {
-        let until = Instant::now() + self.served.config.put_wait_max.get();
+    async fn put_patiently(
+        served: &Served,
+        cache: &Arc<BlockCache>,
+        entries: &[Entry],
+    ) -> Result<Vec<PutOutcome>, Status> {
+        let until = Instant::now() + served.config.put_wait_max.get();
         let (mut pause, longest) = PAUSES;
         let mut outcomes = vec![PutOutcome::Busy; entries.len()];
         loop {
@@ -90,7 +94,7 @@ impl Call {
             let open: Vec<usize> = (0..entries.len()).filter(is_open).collect();
             let batch = open.iter().map(|&i| entries[i].clone()).collect();
             let (cache, left) = (Arc::clone(cache), until.saturating_duration_since(Instant::now()));
-            let Some(tried) = self.served.io.run_within(left, move || put_all(&cache, batch)).await? else {
+            let Some(tried) = served.io.run_within(left, move || put_all(&cache, batch)).await? else {
                 metrics::shed("busy", open.len());
                 return Ok(outcomes);
             };
@@ -101,7 +105,7 @@ impl Call {
                 return Ok(outcomes);
             }
             tokio::select! {
-                () = self.served.stopping.cancelled() => return Ok(outcomes),
+                () = served.stopping.cancelled() => return Ok(outcomes),
                 () = tokio::time::sleep(pause) => pause = (2 * pause).min(longest),
             }
         }
@@ -121,7 +125,7 @@ impl Call {
         let message = BulkMessage::parse(message, &self.served.config.bulk_limits())?;
         let cache = self.served.cache()?;
         let entries = cut(&cache, message)?;
-        let outcomes = self.put_patiently(&cache, &entries).await?;
+        let outcomes = Self::put_patiently(&self.served, &cache, &entries).await?;
         let outcomes = outcomes.into_iter().map(|outcome| wire(outcome).into()).collect();
         Ok(frame::encode_message(&v1::PutBlocksReply { outcomes })?)
     }
