@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench peers-bench calibrate system rust tools model openai nvrtc peers stores clean-cache
+.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench peers-bench calibrate system rust tools model openai nvrtc peers stores faults planted clean-cache
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvasir
 CARGO_HOME_BIN := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -59,6 +59,20 @@ peers-bench: build stores ## our store beside Mooncake, LMCache and Redis, the s
 
 calibrate: build model ## the basis that the model's keys are sketched in, learnt from two windows of text (minutes)
 	$(KVASIR) calibrate
+
+# ROWS=kill,torn SEED=7 COUNT=100 run less of it, SCALE=0.1 a tenth of all; JSON=file keeps what was counted.
+faults: rust ## the fault matrix in full (an hour), then the suites against planted bugs
+	$(CARGO) build $(FLAGS) --bin kvasir --example matrix
+	$(TARGET_DIR)/debug/examples/matrix
+	$(if $(ROWS),,$(MAKE) --no-print-directory planted)
+
+PLANTED := $(FLAGS) --features kvasir/planted-bugs,kvasir-faults/planted-bugs
+
+planted: rust ## the fault suites against planted bugs: each must be found
+	$(CARGO) build $(PLANTED) --bin kvasir
+	cp -f $(KVASIR) $(KVASIR)-planted
+	KVASIR_BIN=$(abspath $(KVASIR)-planted) $(CARGO) test $(PLANTED) --test planted -- --nocapture
+	$(CARGO) build $(FLAGS) --bin kvasir
 
 system rust tools model openai nvrtc peers stores:
 	@$(BOOTSTRAP) $@

@@ -26,7 +26,16 @@ struct DecodeParams {
     u32 q_heads;
     u32 heads_per_kv;  // query heads of a KV head
     u32 groups_per_kv; // groups of at most 8 that they are cut into
+    // Rows of a step, each with keys of its own in pages of view 0; the grid's third dimension counts them.
+    u64 row_tables;  // u32 [rows]: which page table is the row's
+    u64 row_lengths; // u32 [rows]: tokens that it sees, its own included
+    u64 out_16;      // [rows, q_heads, D] in the type of the products, or 0: then `out` and `out_lse` are written
+    u32 table_stride; // numbers from one page table to the next
+    u32 table_tokens; // tokens that a table has room for
 };
+
+// Tiles that make a split worth its place in the merge.
+constexpr u32 SPLIT_TILES = 11;
 
 template <u32 DTYPE, u32 D>
 struct Values {
@@ -101,11 +110,13 @@ constexpr u32 MAX_SPLITS = 256; // what `merge_splits` has room for
 
 // Splits of one group, joined by a whole CTA. Weights first, in shared memory; then the outputs, four elements a thread
 // with many loads in flight, since nothing but latency stands between here and the end.
-template <u32 D>
-__device__ __forceinline__ void merge_splits(const DecodeParams& params, u32 first_head, u32 heads, u32 splits,
+template <u32 D, bool IS_BF16>
+__device__ __forceinline__ void merge_splits(const DecodeParams& params, u32 row, u32 first_head, u32 heads, u32 splits,
                                              float* shared) {
-    const float* part_lse = reinterpret_cast<const float*>(params.splits_lse);
-    const float4* part_o = reinterpret_cast<const float4*>(params.splits_o);
+    const u64 before = u64(row) * gridDim.x * params.q_heads; // split results of the rows before
+    const float* part_lse = reinterpret_cast<const float*>(params.splits_lse) + before;
+    const float4* part_o = reinterpret_cast<const float4*>(params.splits_o) + before * (D / 4);
+    const u64 out_head = u64(row) * params.q_heads + first_head;
     float(*weights)[MAX_SPLITS] = reinterpret_cast<float(*)[MAX_SPLITS]>(shared);
     float4* sums = reinterpret_cast<float4*>(shared + 8 * MAX_SPLITS);
 
@@ -145,7 +156,7 @@ __device__ __forceinline__ void merge_splits(const DecodeParams& params, u32 fir
         const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
         for (u32 i = 0; i < MAX_SPLITS / 32; ++i) weights[warp][i * 32 + lane] = own[i] * inverse;
-        if (lane == 0) reinterpret_cast<float*>(params.out_lse)[first_head + warp] = log_sum(m, sum);
+        if (lane == 0 && params.out_16 == 0) reinterpret_cast<float*>(params.out_lse)[out_head + warp] = log_sum(m, sum);
     }
     __syncthreads();
 
@@ -175,13 +186,35 @@ __device__ __forceinline__ void merge_splits(const DecodeParams& params, u32 fir
             o.z += x.z;
             o.w += x.w;
         }
-        reinterpret_cast<float4*>(params.out)[(first_head + head) * (D / 4) + column] = o;
+        const u64 at = (out_head + head) * (D / 4) + column;
+        if (params.out_16 != 0) {
+            reinterpret_cast<uint2*>(params.out_16)[at] =
+                IS_BF16 ? uint2{pack_bf16(o.x, o.y), pack_bf16(o.z, o.w)} : uint2{pack_f16(o.x, o.y), pack_f16(o.z, o.w)};
+        } else {
+            reinterpret_cast<float4*>(params.out)[at] = o;
+        }
     }
 }
 
-template <u32 DTYPE, u32 D>
+// With OF_ROWS every row of a step attends to its own keys; how its keys are split depends on their number alone, so a row
+// has the same bits in any step.
+template <u32 DTYPE, u32 D, bool OF_ROWS>
 __device__ __forceinline__ void decode(const DecodeParams& params) {
+    __shared__ View own;
+    const u32 row = OF_ROWS ? blockIdx.z : 0;
+    const View* views = OF_ROWS ? &own : params.views;
+    const u32 view_count = OF_ROWS ? 1 : params.view_count;
+    if constexpr (OF_ROWS) {
+        if (threadIdx.x == 0) {
+            own = params.views[0];
+            const u32 table = reinterpret_cast<const u32*>(params.row_tables)[row];
+            own.pages = own.pages + u64(table) * params.table_stride * 4;
+            own.tokens = min(reinterpret_cast<const u32*>(params.row_lengths)[row], params.table_tokens);
+        }
+        __syncthreads();
+    }
     constexpr u32 TILES = D / 16;
+    constexpr bool IS_BF16 = DTYPE == BF16;
     __shared__ alignas(16) float shared_o[WARPS][8][D]; // then the weights and sums of `merge_splits`
     __shared__ float shared_m[WARPS][8], shared_l[WARPS][8];
     __shared__ u32 ends[MAX_VIEWS], lengths[MAX_VIEWS]; // last tile number + 1, and tokens, of each view
@@ -193,17 +226,19 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     const u32 first_head = kv_head * params.heads_per_kv + part * 8;
     const u32 heads = min(8u, params.heads_per_kv - part * 8);
 
-    if (threadIdx.x < params.view_count) lengths[threadIdx.x] = tokens_of(params.views[threadIdx.x], kv_head);
+    if (threadIdx.x < view_count) lengths[threadIdx.x] = tokens_of(views[threadIdx.x], kv_head);
     __syncthreads();
     u32 total = 0;
-    for (u32 i = 0; i < params.view_count; ++i) {
+    for (u32 i = 0; i < view_count; ++i) {
         total += (lengths[i] + TILE - 1) / TILE;
         if (threadIdx.x == 0) ends[i] = total;
     }
     __syncthreads();
 
-    const u32 begin = u32(u64(total) * blockIdx.x / gridDim.x);
-    const u32 end = u32(u64(total) * (blockIdx.x + 1) / gridDim.x);
+    const u32 splits = OF_ROWS ? min(max((total + SPLIT_TILES - 1) / SPLIT_TILES, 1u), gridDim.x) : gridDim.x;
+    if (blockIdx.x >= splits) return;
+    const u32 begin = u32(u64(total) * blockIdx.x / splits);
+    const u32 end = u32(u64(total) * (blockIdx.x + 1) / splits);
 
     Keys<DTYPE, D> keys;
     Values<DTYPE, D> values;
@@ -219,24 +254,25 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     auto find = [&](u32 tile, Place& where, u32& there) {
         while (tile >= ends[index]) ++index;
         const u32 first = (tile - (index == 0 ? 0u : ends[index - 1])) * TILE;
-        where = place(params.views[index], kv_head, first);
+        where = place(views[index], kv_head, first);
         there = lengths[index] - first;
     };
 
     u32 tile = begin + warp;
     if (tile < end) {
         find(tile, at, count);
-        keys.load(params.views[index], at.offset, count);
-        values.load(params.views[index], at.offset, count);
+        keys.load(views[index], at.offset, count);
+        values.load(views[index], at.offset, count);
     }
     // The queries come while the first rows are on their way.
-    Keys<DTYPE, D>::store_query(query, reinterpret_cast<const void*>(params.q), params.q_dtype, first_head + g, g < heads);
+    Keys<DTYPE, D>::store_query(query, reinterpret_cast<const void*>(params.q), params.q_dtype,
+                                 u64(row) * params.q_heads + first_head + g, g < heads);
     __syncthreads();
     while (tile < end) {
         float s[4];
         float v_scale[2] = {1.0f, 1.0f};
         if constexpr (DTYPE == E4M3) {
-            const View& view = params.views[index];
+            const View& view = views[index];
             float k_scale[2];
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
@@ -257,7 +293,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
         const u32 here = count;
         if (next < end) {
             find(next, at, count);
-            keys.load(params.views[index], at.offset, count);
+            keys.load(views[index], at.offset, count);
         }
 
         // The value's scale goes into the weight's exponent: weights stay in [0, 1] whatever the scales are, and the sum
@@ -301,7 +337,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
         const u32 near = DTYPE == BF16 ? pack_bf16(s[0], s[1]) : pack_f16(s[0], s[1]);
         const u32 far = DTYPE == BF16 ? pack_bf16(s[2], s[3]) : pack_f16(s[2], s[3]);
         values.accumulate(o, transpose_8x8(near), transpose_8x8(far));
-        if (next < end) values.load(params.views[index], at.offset, count);
+        if (next < end) values.load(views[index], at.offset, count);
         tile = next;
     }
 
@@ -326,9 +362,10 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     }
     __syncthreads();
 
-    const bool direct = gridDim.x == 1;
+    const bool direct = splits == 1, rounded = direct && params.out_16 != 0;
     float* to_o = reinterpret_cast<float*>(direct ? params.out : params.splits_o);
     float* to_lse = reinterpret_cast<float*>(direct ? params.out_lse : params.splits_lse);
+    const u64 first_row = (direct ? u64(row) : u64(row) * gridDim.x + blockIdx.x) * params.q_heads + first_head;
     for (u32 i = threadIdx.x; i < heads * D; i += blockDim.x) {
         const u32 head = i / D, d = i % D;
         float top = NEGATIVE_INFINITY;
@@ -341,9 +378,14 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
             sum += factor * shared_l[w][head];
             x += factor * shared_o[w][head][d];
         }
-        const u64 row = u64(blockIdx.x) * params.q_heads + first_head + head;
-        to_o[row * D + d] = sum > 0.0f ? x / sum : 0.0f;
-        if (d == 0) to_lse[row] = log_sum(top, sum);
+        const u64 to = first_row + head;
+        const float out = sum > 0.0f ? x / sum : 0.0f;
+        if (rounded) {
+            reinterpret_cast<u16*>(params.out_16)[to * D + d] = u16(IS_BF16 ? pack_bf16(out, 0.0f) : pack_f16(out, 0.0f));
+            continue;
+        }
+        to_o[to * D + d] = out;
+        if (d == 0) to_lse[to] = log_sum(top, sum);
     }
     if (direct) return;
 
@@ -352,23 +394,28 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        u32* arrived = reinterpret_cast<u32*>(params.arrived) + blockIdx.y;
-        last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+        u32* arrived = reinterpret_cast<u32*>(params.arrived) + row * gridDim.y + blockIdx.y;
+        last = atomicAdd(arrived, 1u) == splits - 1;
         if (last) *arrived = 0;
         __threadfence();
     }
     __syncthreads();
-    if (last) merge_splits<D>(params, first_head, heads, gridDim.x, &shared_o[0][0][0]);
+    if (last) merge_splits<D, IS_BF16>(params, row, first_head, heads, splits, &shared_o[0][0][0]);
 }
 
 #define DECODE(NAME, DTYPE, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) NAME(const __grid_constant__ DecodeParams params) {    \
-        decode<DTYPE, D>(params);                                                                                      \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) decode_##NAME(                                         \
+        const __grid_constant__ DecodeParams params) {                                                                 \
+        decode<DTYPE, D, false>(params);                                                                               \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) decode_rows_##NAME(                                    \
+        const __grid_constant__ DecodeParams params) {                                                                 \
+        decode<DTYPE, D, true>(params);                                                                                \
     }
 
-DECODE(decode_bf16_64, BF16, 64)
-DECODE(decode_bf16_128, BF16, 128)
-DECODE(decode_f16_64, F16, 64)
-DECODE(decode_f16_128, F16, 128)
-DECODE(decode_e4m3_64, E4M3, 64)
-DECODE(decode_e4m3_128, E4M3, 128)
+DECODE(bf16_64, BF16, 64)
+DECODE(bf16_128, BF16, 128)
+DECODE(f16_64, F16, 64)
+DECODE(f16_128, F16, 128)
+DECODE(e4m3_64, E4M3, 64)
+DECODE(e4m3_128, E4M3, 128)

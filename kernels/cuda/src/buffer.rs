@@ -4,7 +4,10 @@ use std::{marker::PhantomData, sync::Arc};
 
 use cudarc::driver::{result, sys};
 
-use crate::{GpuError, gpu::Shared};
+use crate::{
+    GpuError,
+    gpu::{Memory, Shared},
+};
 
 /// Types that are the same bytes on host and device, any bits of which are a value.
 ///
@@ -108,24 +111,36 @@ impl<T: Plain> Buffer<T> {
     /// # Errors
     /// If the device failed, now or in earlier work.
     pub fn download(&self) -> Result<Vec<T>, GpuError> {
-        if self.is_empty() {
+        self.download_range(0..self.len)
+    }
+
+    /// The same for some elements.
+    ///
+    /// # Errors
+    /// As there, and if they lie outside the buffer.
+    pub fn download_range(&self, range: std::ops::Range<usize>) -> Result<Vec<T>, GpuError> {
+        if range.start > range.end || range.end > self.len {
+            let why = format!("elements {range:?} of {}", self.len);
+            return Err(GpuError::shape("download", why));
+        }
+        if range.is_empty() {
             return Ok(Vec::new());
         }
         self.shared.bind("downloading")?;
-        let mut out: Vec<T> = Vec::with_capacity(self.len);
-        // SAFETY: the vector has room for `len` elements, any bits are a value of `T` (`Plain`), and the length is set only
+        let mut out: Vec<T> = Vec::with_capacity(range.len());
+        // SAFETY: the range lies in the buffer, the vector has room for it, any bits are a value of `T` (`Plain`), and the length is set only
         // after the copy was waited for.
         unsafe {
             sys::cuMemcpyDtoHAsync_v2(
                 out.as_mut_ptr().cast(),
-                self.pointer,
-                self.bytes(),
+                self.pointer + (range.start * size_of::<T>()) as u64,
+                range.len() * size_of::<T>(),
                 self.shared.stream.cu_stream(),
             )
             .result()
             .map_err(GpuError::driver("downloading"))?;
             self.shared.synchronize("downloading")?;
-            out.set_len(self.len);
+            out.set_len(range.len());
         }
         Ok(out)
     }
@@ -134,12 +149,7 @@ impl<T: Plain> Buffer<T> {
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         // Work that was given to any stream may still use the memory; the driver would wait too, but does not promise it.
-        let waited = self.shared.wait_for_all("releasing a buffer");
-        // SAFETY: allocated by `zeroed`, freed once, and no work uses it any more.
-        let freed = unsafe { result::free_sync(self.pointer) };
-        if waited.is_err() || freed.is_err() {
-            tracing::warn!("a GPU buffer could not be released: the device has failed");
-        }
+        self.shared.release(Memory::Device(self.pointer));
     }
 }
 
@@ -205,11 +215,6 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        let waited = self.shared.wait_for_all("releasing page-locked memory");
-        // SAFETY: allocated by `zeroed`, freed once, and no copy is in flight.
-        let freed = unsafe { result::free_host(self.pointer.cast()) };
-        if waited.is_err() || freed.is_err() {
-            tracing::warn!("page-locked memory could not be released: the device has failed");
-        }
+        self.shared.release(Memory::Host(self.pointer));
     }
 }

@@ -1,9 +1,13 @@
 //! Attention of one token over views, and how partials join.
 
+mod rows;
+
 use crate::{
     Buffer, Dtype, Family, Gpu, GpuError, KvShape, KvView, Query,
     view::{Groups, RawView},
 };
+
+pub use self::rows::{DecodeRows, RowsOut};
 
 /// Views that one [`Decode::attend`] takes, and sets that one [`merge`] takes.
 pub const MAX_VIEWS: usize = 8;
@@ -114,6 +118,11 @@ struct DecodeParams {
     q_heads: u32,
     heads_per_kv: u32,
     groups_per_kv: u32,
+    row_tables: u64,
+    row_lengths: u64,
+    out_16: u64,
+    table_stride: u32,
+    table_tokens: u32,
 }
 
 impl Decode {
@@ -188,6 +197,11 @@ impl Decode {
             q_heads: self.q_heads as u32,
             heads_per_kv: self.groups.heads_per_kv,
             groups_per_kv: self.groups.groups_per_kv,
+            row_tables: 0,
+            row_lengths: 0,
+            out_16: 0,
+            table_stride: 0,
+            table_tokens: 0,
         };
         let kernel = match (self.shape.dtype, self.shape.head_dim) {
             (Dtype::Bf16, 64) => "decode_bf16_64",

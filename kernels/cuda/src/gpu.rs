@@ -1,6 +1,6 @@
 //! A device, the one stream that all work on it is given to, and its kernels.
 
-use std::{collections::HashMap, ffi::c_void, marker::PhantomData, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, ffi::c_void, path::PathBuf, sync::Arc};
 
 use cudarc::{
     driver::{CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, result, sys},
@@ -36,7 +36,26 @@ pub(crate) struct Shared {
     kernels: Kernels,
     modules: Mutex<HashMap<Family, Arc<CudaModule>>>,
     functions: Mutex<HashMap<&'static str, CudaFunction>>,
+    recorded: Mutex<Recorded>,
 }
+
+/// What recorded work may still use. A graph knows addresses, not owners, so memory that is released while any graph
+/// lives is kept until the last one goes.
+#[derive(Default)]
+struct Recorded {
+    graphs: usize,
+    kept: Vec<Memory>,
+}
+
+/// Memory without an owner.
+#[derive(Clone, Copy)]
+pub(crate) enum Memory {
+    Device(sys::CUdeviceptr),
+    Host(*mut u8),
+}
+
+// SAFETY: addresses to be released; nobody reads through them.
+unsafe impl Send for Memory {}
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -84,6 +103,7 @@ impl Gpu {
                 kernels,
                 modules: Mutex::default(),
                 functions: Mutex::default(),
+                recorded: Mutex::default(),
             }),
         })
     }
@@ -191,6 +211,27 @@ impl Gpu {
         .map_err(GpuError::driver("copying to the host"))
     }
 
+    /// Copies the first `bytes` of page-locked memory to a buffer, in the order of the stream.
+    ///
+    /// # Errors
+    /// If either is too short, or the page-locked memory belongs to another open GPU.
+    pub fn copy_from_host<T: Plain>(
+        &self,
+        from: &PinnedBuffer,
+        to: &mut Buffer<T>,
+        bytes: usize,
+    ) -> Result<(), GpuError> {
+        if bytes > from.len() || bytes > to.bytes() || !Arc::ptr_eq(&self.shared, &from.shared) {
+            let why = format!("{bytes} bytes from {} to {}, both of this GPU", from.len(), to.bytes());
+            return Err(GpuError::shape("copy_from_host", why));
+        }
+        self.shared.bind("copying from the host")?;
+        // SAFETY: the lengths were checked; both sides wait for the stream before they are written or released.
+        unsafe { sys::cuMemcpyHtoDAsync_v2(to.pointer, from.pointer.cast(), bytes, self.shared.stream.cu_stream()) }
+            .result()
+            .map_err(GpuError::driver("copying from the host"))
+    }
+
     /// Waits until all work that was given has run.
     ///
     /// # Errors
@@ -199,14 +240,20 @@ impl Gpu {
         self.shared.synchronize("waiting")
     }
 
-    /// Records what `work` launches, to be replayed at the price of one launch. What `work` borrows stays borrowed as long
-    /// as the graph lives, so a replay never meets memory that is gone. Kernels must have been launched once before:
-    /// loading code, allocating and copying from plain host memory are refused while recording.
+    /// Records what `work` launches, to be replayed at the price of one launch. Memory that it uses may be released before
+    /// the graph is: it is kept until the last graph of this GPU goes, so a replay never meets memory that is gone. Kernels
+    /// must have been launched once before: loading code, allocating and copying from plain host memory are refused while
+    /// recording.
     ///
     /// # Errors
     /// If `work` fails or does what cannot be recorded.
-    pub fn record<'a>(&self, work: impl FnOnce(&Self) -> Result<(), GpuError> + 'a) -> Result<Graph<'a>, GpuError> {
+    pub fn record(&self, work: impl FnOnce(&Self) -> Result<(), GpuError>) -> Result<Graph, GpuError> {
         let stream = &self.shared.stream;
+        self.shared.recorded.lock().graphs += 1;
+        let mut recorded = Graph {
+            graph: None,
+            shared: Arc::clone(&self.shared),
+        };
         stream
             .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             .map_err(GpuError::driver("starting to record"))?;
@@ -215,11 +262,8 @@ impl Gpu {
             .end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
             .map_err(GpuError::driver("recording"));
         worked?;
-        Ok(Graph {
-            graph: graph?,
-            shared: Arc::clone(&self.shared),
-            borrowed: PhantomData,
-        })
+        recorded.graph = graph?;
+        Ok(recorded)
     }
 
     /// Starts to measure time on the device.
@@ -288,6 +332,32 @@ impl Gpu {
 }
 
 impl Shared {
+    pub(crate) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// Releases memory once no work can use it any more: after all streams have run, or with the last graph.
+    pub(crate) fn release(&self, memory: Memory) {
+        {
+            let mut recorded = self.recorded.lock();
+            if recorded.graphs > 0 {
+                recorded.kept.push(memory);
+                return;
+            }
+        }
+        let waited = self.wait_for_all("releasing memory");
+        // SAFETY: an allocation of `Buffer` or `PinnedBuffer` that has lost its owner; freed once, and no work uses it.
+        let freed = unsafe {
+            match memory {
+                Memory::Device(pointer) => result::free_sync(pointer),
+                Memory::Host(pointer) => result::free_host(pointer.cast()),
+            }
+        };
+        if waited.is_err() || freed.is_err() {
+            tracing::warn!("memory of the GPU could not be released: the device has failed");
+        }
+    }
+
     /// Makes the context the calling thread's; the driver's calls need one.
     pub(crate) fn bind(&self, doing: &'static str) -> Result<(), GpuError> {
         self.context.bind_to_thread().map_err(GpuError::driver(doing))
@@ -333,13 +403,16 @@ impl Shared {
 }
 
 /// Recorded launches.
-pub struct Graph<'a> {
+pub struct Graph {
     graph: Option<CudaGraph>,
     shared: Arc<Shared>,
-    borrowed: PhantomData<&'a mut ()>,
 }
 
-impl Graph<'_> {
+// SAFETY: a graph is launched and released through the driver, which may be called from any thread; no two at a time,
+// because both take `&mut self` or the stream's own lock, and `Sync` is not promised.
+unsafe impl Send for Graph {}
+
+impl Graph {
     /// Gives the recorded work to the stream again.
     ///
     /// # Errors
@@ -352,11 +425,21 @@ impl Graph<'_> {
     }
 }
 
-impl Drop for Graph<'_> {
+impl Drop for Graph {
     fn drop(&mut self) {
-        if self.shared.synchronize("releasing a graph").is_err() {
+        if self.graph.is_some() && self.shared.synchronize("releasing a graph").is_err() {
             tracing::warn!("a graph was released on a failed device");
         }
+        self.graph = None;
+        let kept = {
+            let mut recorded = self.shared.recorded.lock();
+            recorded.graphs -= 1;
+            if recorded.graphs > 0 {
+                return;
+            }
+            std::mem::take(&mut recorded.kept)
+        };
+        kept.into_iter().for_each(|memory| self.shared.release(memory));
     }
 }
 

@@ -160,6 +160,37 @@ impl Prefill {
         out: &mut Buffer<T>,
         out_lse: &mut Buffer<f32>,
     ) -> Result<(), GpuError> {
+        let width = self.q_heads.saturating_mul(view.shape.head_dim);
+        if self.rows.checked_mul(width) != Some(out.len()) || out_lse.len() != self.rows * self.q_heads {
+            let why = format!(
+                "{} rows of {width} into room for {}, with {} logs",
+                self.rows,
+                out.len(),
+                out_lse.len()
+            );
+            return Err(GpuError::shape("prefill", why));
+        }
+        self.attend_at(gpu, q, view, tiles, out, 0, out_lse)
+    }
+
+    /// The same into the rows of `out`, `[.., q_heads, head_dim]`, that begin at `to`; `out_lse` may have room to spare.
+    ///
+    /// # Errors
+    /// As there.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a kernel's operands, each with a name of its own"
+    )]
+    pub fn attend_at<T: Plain>(
+        &self,
+        gpu: &Gpu,
+        q: Query<'_>,
+        view: &KvView<'_>,
+        tiles: &DeviceTiles,
+        out: &mut Buffer<T>,
+        to: usize,
+        out_lse: &mut Buffer<f32>,
+    ) -> Result<(), GpuError> {
         let (shape, refuse) = (view.shape, |why: String| Err(GpuError::shape("prefill", why)));
         let elements = self
             .rows
@@ -174,7 +205,10 @@ impl Prefill {
                 shape.dtype
             ));
         }
-        if elements != Some(q.elements) || elements != Some(out.len()) || out_lse.len() != self.rows * self.q_heads {
+        let first = to.checked_mul(self.q_heads * shape.head_dim);
+        let end = elements.and_then(|elements| elements.checked_add(first?));
+        let fits = end.is_some_and(|end| end <= out.len()) && out_lse.len() >= self.rows * self.q_heads;
+        if elements != Some(q.elements) || !fits {
             return refuse(format!(
                 "{} rows of {} heads of {}: {} query elements, room for {} and {} logs",
                 self.rows,
@@ -222,7 +256,7 @@ impl Prefill {
         let params = PrefillParams {
             view: view.raw,
             q: q.pointer,
-            out: out.pointer,
+            out: out.pointer + (2 * to * self.q_heads * shape.head_dim) as u64,
             out_lse: out_lse.pointer,
             heads: tiles.heads.pointer,
             lists: tiles.lists.pointer,

@@ -4,11 +4,13 @@
 //! a check compares with exactly what the device was given.
 
 mod e4m3;
+mod forward;
 mod prefill;
 
 use half::{bf16, f16};
 
 pub use self::e4m3::{dequantize, e4m3_from_f32, e4m3_to_f32, quantize};
+pub use self::forward::{linear, rms_norm, rope, silu_mul};
 pub use self::prefill::{prefill, vs_estimate};
 use crate::{Dtype, KvShape, Layout};
 

@@ -17,6 +17,10 @@ pub enum Family {
     TopK,
     /// `prefill`: attention of a prompt over a list of tiles.
     Prefill,
+    /// `linear`: rows times a matrix of weights.
+    Linear,
+    /// `embed`, `rms_norm`, `rope`, `silu_mul`, `round`: what a forward does to rows.
+    Rows,
     /// `vs_estimate` and `vs_build`: a Vertical-Slash list from the prompt itself.
     Plan,
 }
@@ -42,6 +46,8 @@ impl Family {
         Self::Scores,
         Self::TopK,
         Self::Prefill,
+        Self::Linear,
+        Self::Rows,
         Self::Plan,
     ];
 
@@ -54,6 +60,8 @@ impl Family {
             Self::Scores => "scores",
             Self::TopK => "top_k",
             Self::Prefill => "prefill",
+            Self::Linear => "linear",
+            Self::Rows => "rows",
             Self::Plan => "plan",
         }
     }
@@ -67,6 +75,8 @@ impl Family {
             Self::Scores => include_str!("../cuda/scores.cu"),
             Self::TopK => include_str!("../cuda/top_k.cu"),
             Self::Prefill => include_str!("../cuda/prefill.cu"),
+            Self::Linear => include_str!("../cuda/linear.cu"),
+            Self::Rows => include_str!("../cuda/rows.cu"),
             Self::Plan => include_str!("../cuda/plan.cu"),
         }
     }

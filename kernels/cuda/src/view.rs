@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::{Buffer, Dtype, GpuError, KvShape, Layout, Plain, tensor_map::Rows};
+use crate::{Buffer, Dtype, GpuError, KvShape, Layout, Plain, StepRows, tensor_map::Rows};
 
 /// Tokens in one view; more would overflow the kernels' 32-bit numbers.
 const MAX_TOKENS: usize = 1 << 30;
@@ -48,6 +48,11 @@ pub(crate) struct RawView {
 }
 
 impl RawView {
+    /// Address of the page numbers; 0 without pages.
+    pub(crate) const fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// Whether the device says how many tokens there are.
     pub(crate) const fn has_lengths(&self) -> bool {
         self.lengths != 0
@@ -231,6 +236,41 @@ impl<'a> KvView<'a> {
         })
     }
 
+    /// The first `tokens` of page table `table` of a step, in pages of `pool`.
+    ///
+    /// # Errors
+    /// If the step's pages are not all in the pool, the table has no room for the tokens, or the shape has no kernel.
+    pub fn of_step<T: Plain>(
+        shape: KvShape,
+        pool: &'a Buffer<T>,
+        step: &'a StepRows,
+        table: usize,
+        tokens: usize,
+    ) -> Result<Self, GpuError> {
+        shape.check()?;
+        let limits = step.limits();
+        let layout = Layout::block(shape, limits.page_tokens);
+        let (pointer, numbers) = step.table(table).unwrap_or_default();
+        if limits.pages > pool.bytes() / layout.bytes || tokens > numbers.saturating_mul(limits.page_tokens) {
+            let why = format!(
+                "{tokens} tokens of a table of {numbers} pages below {}, in a pool of {} bytes",
+                limits.pages,
+                pool.bytes()
+            );
+            return Err(GpuError::shape("pages", why));
+        }
+        let raw = RawView {
+            pages: pointer,
+            page_stride: layout.bytes as u64,
+            page_tokens: limits.page_tokens as u32,
+            ..RawView::new(&layout, pool.pointer, pool.pointer, tokens)?
+        };
+        Ok(Self {
+            pages: limits.pages,
+            ..Self::with(raw, shape)
+        })
+    }
+
     /// Where all keys and all values lie, for tensor copies of 64 rows; none if such 64 rows may be in several pages.
     pub(crate) fn rows(&self) -> Option<[Rows; 2]> {
         let (raw, paged) = (&self.raw, self.raw.pages != 0);
@@ -385,6 +425,28 @@ impl<'a> Query<'a> {
     /// Queries in bf16.
     pub fn bf16(buffer: &'a Buffer<half::bf16>) -> Self {
         Self::with(buffer, Dtype::Bf16.code())
+    }
+
+    /// Rows `rows` of queries of `width` elements each, as the bits of bf16 (`Dtype::Bf16`) or of f16.
+    ///
+    /// # Errors
+    /// If the rows lie outside the buffer.
+    pub fn rows(
+        buffer: &'a Buffer<u16>,
+        dtype: Dtype,
+        rows: std::ops::Range<usize>,
+        width: usize,
+    ) -> Result<Self, GpuError> {
+        if rows.start > rows.end || rows.end.checked_mul(width).is_none_or(|end| end > buffer.len()) {
+            let why = format!("rows {rows:?} of {width} in {} numbers", buffer.len());
+            return Err(GpuError::shape("queries", why));
+        }
+        let all = Self::bits(buffer, dtype);
+        Ok(Self {
+            pointer: all.pointer + (rows.start * width * 2) as u64,
+            elements: rows.len() * width,
+            ..all
+        })
     }
 
     /// Queries as the bits of bf16 (`Dtype::Bf16`) or of f16.

@@ -32,6 +32,12 @@ pub(crate) struct ConfigArgs {
     /// Short for --set model.path=FILE
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) model: Option<PathBuf>,
+    /// Short for --set worker.device=cpu or gpu
+    #[arg(long, global = true, value_name = "DEVICE")]
+    pub(crate) device: Option<String>,
+    /// Short for --set worker.kv_bytes_max=SIZE: memory for keys and values, on a GPU its own
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub(crate) gpu_memory: Option<ByteSize>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -53,6 +59,11 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Learns from text where a model's queries look, and writes the basis that its keys are sketched in
     Calibrate(CalibrateArgs),
+    /// The GPU's kernels
+    Kernels {
+        #[command(subcommand)]
+        command: KernelsCommand,
+    },
     /// Measurements
     Bench {
         #[command(subcommand)]
@@ -99,6 +110,16 @@ pub(crate) struct DemoArgs {
     pub(crate) max_tokens: u32,
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum KernelsCommand {
+    /// Compiles them ahead of the first start, as for an image; needs NVRTC and no GPU
+    Build {
+        /// Architecture, as in sm_90a for Hopper; may be repeated
+        #[arg(long, value_name = "ARCH", required = true)]
+        arch: Vec<String>,
+    },
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct CalibrateArgs {
     /// Text to calibrate on, UTF-8; the reference topics of python3 if none is named
@@ -120,6 +141,8 @@ pub(crate) struct CalibrateArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
+    /// The model on a GPU: speed, what pushing costs, and its greedy tokens beside the CPU's
+    Gpu(GpuArgs),
     /// Prefill and decode speed beside llama.cpp's, same model file, same threads
     Engine(EngineArgs),
     /// A store under load: throughput, latency percentiles, processor time per byte
@@ -147,6 +170,22 @@ pub(crate) struct DumpArgs {
     /// Threads; 0 takes one per core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) threads: usize,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct GpuArgs {
+    /// Print the result as one JSON object on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Rounds per measurement; the median counts
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=50))]
+    pub(crate) rounds: u16,
+    /// Tokens of each greedy text that is compared with the CPU's; 0 compares none
+    #[arg(long, value_name = "N", default_value_t = 48)]
+    pub(crate) compare: usize,
+    /// Text to run, UTF-8; the reference topics of python3 if none is named
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) text: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

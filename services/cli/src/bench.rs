@@ -2,5 +2,6 @@
 
 pub(crate) mod dump;
 pub(crate) mod engine;
+pub(crate) mod gpu;
 pub(crate) mod store;
 pub(crate) mod trace;

@@ -14,8 +14,11 @@ mod child;
 mod corpus;
 mod demo;
 mod explain;
+mod kernels;
 mod measure;
 mod output;
+#[cfg(feature = "planted-bugs")]
+mod planted;
 mod ready;
 mod token_bar;
 mod tree;
@@ -29,7 +32,7 @@ use clap::Parser;
 use kvasir_runtime::config::ConfigError;
 
 use crate::{
-    args::{Args, BenchCommand, Command, ConfigCommand},
+    args::{Args, BenchCommand, Command, ConfigCommand, KernelsCommand},
     output::say_error,
     tree::Configuration,
 };
@@ -53,6 +56,8 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
+    #[cfg(feature = "planted-bugs")]
+    planted::choose()?;
     if let Command::Version = args.command {
         version::show();
         return Ok(());
@@ -63,7 +68,11 @@ fn run(args: Args) -> Result<()> {
         Command::Config {
             command: ConfigCommand::Explain { format },
         } => explain::explain(&configuration, format),
+        Command::Kernels {
+            command: KernelsCommand::Build { arch },
+        } => kernels::build(&configuration, &arch),
         Command::Bench { command } => match command {
+            BenchCommand::Gpu(options) => bench::gpu::run(&configuration, &options),
             BenchCommand::Engine(options) => bench::engine::run(&configuration, &options),
             BenchCommand::Store(options) => runtime()?.block_on(bench::store::run(&options, &args.config)),
             BenchCommand::Trace(options) => runtime()?.block_on(bench::trace::run(&options, &args.config)),

@@ -92,6 +92,12 @@ impl Configuration {
         if let Some(path) = &args.model {
             loader = loader.flag("--model", "model.path", path.display());
         }
+        if let Some(device) = &args.device {
+            loader = loader.flag("--device", "worker.device", device);
+        }
+        if let Some(bytes) = &args.gpu_memory {
+            loader = loader.flag("--gpu-memory", "worker.kv_bytes_max", bytes);
+        }
         for assignment in &args.set {
             loader = loader.set(assignment);
         }
@@ -109,6 +115,10 @@ impl Configuration {
         if loaded.source("store.data_dir") == Source::Default {
             loaded.tree.store.data_dir = loaded.tree.up.data_dir.join("store");
             derived.push(("store.data_dir", "up.data_dir"));
+        }
+        if loaded.source("worker.gpu.kernels_dir") == Source::Default {
+            loaded.tree.worker.gpu.kernels_dir = loaded.tree.up.data_dir.join("kernels");
+            derived.push(("worker.gpu.kernels_dir", "up.data_dir"));
         }
         if loaded.source("router.block_tokens") == Source::Default {
             loaded.tree.router.block_tokens = loaded.tree.worker.block_tokens;

@@ -1,11 +1,13 @@
 //! The bulk path: blocks over a plain connection.
 //!
-//! [`BulkConnection`] is for a thread of its own: it blocks, and payloads are received where the caller wants them. The streams of
-//! [`crate::StoreClient`] take the same path by themselves where the store offers it.
+//! [`BulkConnection`] is for a thread of its own: it blocks, and payloads are received where the caller wants them. The get
+//! streams of [`crate::StoreClient`] take the same path by themselves where the store offers it.
 
 mod check;
 mod connection;
+pub(crate) mod gets;
 mod offer;
+pub(crate) mod pool;
 mod socket;
 
 pub use connection::{BulkConnection, PutBlock};

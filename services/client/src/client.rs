@@ -12,7 +12,7 @@ use tonic::transport::Channel;
 
 use crate::{
     BulkOffer, ClientConfig, ClientError, DecodeStream, ErrorKind, EventStream, GetStream, Namespace, OpenContext,
-    PrefixMatch, PutStream, error::CallName, retry::Backoff,
+    PrefixMatch, PutStream, bulk::pool::Pool, error::CallName, retry::Backoff,
 };
 
 /// A store, seen from outside. Cheap to clone; connects lazily and reconnects by itself.
@@ -28,6 +28,7 @@ struct Shared {
     url: Arc<str>,
     channel: Channel,
     backoff: Backoff,
+    bulk: Arc<Pool>,
 }
 
 impl StoreClient {
@@ -40,6 +41,7 @@ impl StoreClient {
         let channel = transport::channel(&config)?;
         let shared = Shared {
             backoff: Backoff::new(config.jitter_seed),
+            bulk: Arc::new(Pool::new(config.bulk_connections_max)),
             config,
             url,
             channel,
@@ -116,6 +118,8 @@ impl StoreClient {
             );
             return Err(name.error(ErrorKind::Exhausted, what));
         }
+        let bulk = BulkOffer::of(reply.bulk.as_ref(), reply.epoch, self.url()).map_err(|what| name.broken(what))?;
+        self.shared.bulk.offered(bulk.as_ref());
         Ok(Namespace {
             id,
             schema: schema.clone(),
@@ -127,7 +131,7 @@ impl StoreClient {
                 [] => None,
                 id => Some(id.try_into().map_err(|_| name.broken("basis_id has not 32 bytes"))?),
             },
-            bulk: BulkOffer::of(reply.bulk.as_ref(), reply.epoch, self.url()).map_err(|what| name.broken(what))?,
+            bulk,
         })
     }
 
@@ -241,6 +245,10 @@ impl StoreClient {
             call,
             url: Arc::clone(&self.shared.url),
         }
+    }
+
+    pub(crate) fn bulk_pool(&self) -> &Arc<Pool> {
+        &self.shared.bulk
     }
 
     pub(crate) fn config(&self) -> &ClientConfig {

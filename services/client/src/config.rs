@@ -2,18 +2,17 @@
 
 use std::time::Duration;
 
-/// The way that blocks take between a client and its store. Everything else is gRPC always.
+/// The way that blocks take from a store to its client. Put streams and everything else are gRPC always; a
+/// [`crate::BulkConnection`] puts by bulk TCP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum DataPath {
-    /// The fastest that the store offers and that works: the local socket, then bulk TCP, then gRPC.
+    /// For gets, the fastest that the store offers and that works: bulk TCP, then gRPC.
     #[default]
     Auto,
     /// gRPC, which any network and any proxy carries.
     Grpc,
-    /// Bulk TCP or nothing.
+    /// Gets by bulk TCP or not at all.
     Bulk,
-    /// The store's Unix socket and shared memory or nothing.
-    Local,
 }
 
 /// Settings of a [`crate::StoreClient`]; start from [`ClientConfig::to`].

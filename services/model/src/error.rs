@@ -57,6 +57,9 @@ pub enum LoadError {
         /// The model file.
         path: PathBuf,
     },
+    /// The model was to be computed on a GPU, which cannot be.
+    #[error("the GPU cannot be used: {0}")]
+    Gpu(String),
     /// An option of [`crate::LoadOptions`] that cannot be.
     #[error("load option {option} is {found}: {expected}")]
     Option {

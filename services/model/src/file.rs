@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// How the forward orders its floating-point steps, above the kernels; changes whenever its bits change.
-const FORWARD: &str = "llama/1";
+pub(crate) const FORWARD: &str = "llama/1";
 
 /// Memory the rope table of a whole context may take.
 const ROPE_BYTES_MAX: usize = 1 << 30;
@@ -242,6 +242,11 @@ impl ModelShape {
             rope_dims,
             norm_epsilon: positive("llama.attention.layer_norm_rms_epsilon", None)?,
         })
+    }
+
+    /// What scores are multiplied by before the softmax: `1 / sqrt(head_dim)`.
+    pub fn softmax_scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
     }
 
     /// Query heads that share a KV head.

@@ -13,13 +13,17 @@ mod watch;
 use kvasir_block::KvSchema;
 use kvasir_simd::{Activations, Partial, Pool, RopeTable, add_assign, matmul, rms_norm, silu_mul, to_f16};
 
-use self::{attention::AttentionScratch, batch::Plan, rows::for_rows, watch::WatchScratch};
+use self::{attention::AttentionScratch, rows::for_rows, watch::WatchScratch};
 use crate::{
-    LoadError, ModelFile, ModelShape, PagePool,
+    LoadError, ModelFile, ModelShape, PageId, PagePool,
     weights::{Columns, LayerWeights, ModelWeights},
 };
 
 pub use self::batch::{Attention, Logits, StepSequence};
+pub(crate) use self::{
+    attention::check_remote,
+    batch::{Plan, Sequence as PlannedSequence, Span},
+};
 
 /// Threads that a model may be asked for.
 const THREADS_MAX: usize = 1024;
@@ -47,6 +51,9 @@ pub enum StepError {
     /// The batch, or what a hook returned, cannot be; found before anything was written where the batch is at fault.
     #[error("invalid step: {0}")]
     Invalid(String),
+    /// The GPU failed. It is of no more use to this process.
+    #[error("the GPU failed: {0}; restart the process, and look at nvidia-smi if it happens again")]
+    Gpu(String),
 }
 
 /// What a worker does between the layers of a step. Called on the stepping thread.
@@ -59,7 +66,14 @@ pub trait StepHooks {
         Ok(())
     }
 
-    /// The layer's K and V of all tokens of the step are in the pool.
+    /// Pages whose bytes [`StepHooks::after_layer`] will ask for. Asked once a step: a GPU sends them to the host as each layer
+    /// is done, while the next ones compute.
+    fn wanted_pages(&self) -> &[PageId] {
+        &[]
+    }
+
+    /// The layer's K and V of all tokens of the step are in the pool. Called for each layer in order, once it is done, which
+    /// on a GPU may be while later layers are under way.
     fn after_layer(&mut self, _layer: usize, _pool: &PagePool) {}
 
     /// For a `Local` sequence: rotated queries `[tokens, q_heads, head_dim]` of `batch[sequence]`, before local attention.
@@ -121,8 +135,8 @@ pub struct StepOutput {
     pub rows: Vec<Vec<f32>>,
 }
 
-/// Weights and scratch for steps. One thread steps at a time.
-pub struct Model {
+/// Weights and scratch for steps on the CPU.
+pub(crate) struct CpuModel {
     shape: ModelShape,
     schema: KvSchema,
     weights: ModelWeights,
@@ -151,12 +165,12 @@ struct Scratch {
     logits: Vec<f32>,
 }
 
-impl Model {
+impl CpuModel {
     /// Reads and packs the weights of `file`.
     ///
     /// # Errors
     /// [`LoadError`] if an option is out of range, or the file changed since it was opened or cannot be read.
-    pub fn load(file: &ModelFile, options: &LoadOptions) -> Result<Self, LoadError> {
+    pub(crate) fn load(file: &ModelFile, options: &LoadOptions) -> Result<Self, LoadError> {
         if !(1..=THREADS_MAX).contains(&options.threads) {
             let (found, expected) = (options.threads.to_string(), "from 1 to 1024");
             return Err(LoadError::Option {
@@ -185,29 +199,19 @@ impl Model {
         })
     }
 
-    /// Sizes and constants of the forward.
-    pub fn shape(&self) -> &ModelShape {
+    pub(crate) fn shape(&self) -> &ModelShape {
         &self.shape
     }
 
-    /// Complete identity of the KV that steps write.
-    pub fn schema(&self) -> &KvSchema {
+    pub(crate) fn schema(&self) -> &KvSchema {
         &self.schema
     }
 
-    /// What scores are multiplied by before the softmax: `1 / sqrt(head_dim)`.
-    pub fn softmax_scale(&self) -> f32 {
-        1.0 / (self.shape.head_dim as f32).sqrt()
+    fn softmax_scale(&self) -> f32 {
+        self.shape.softmax_scale()
     }
 
-    /// Computes one step for a batch; writes K and V of its tokens into their pages, and returns logits as asked.
-    ///
-    /// Scratch grows with the tokens of the largest step: about 40 KiB each for SmolLM2-135M, logits not counted.
-    ///
-    /// # Errors
-    /// [`StepError::Invalid`] before anything is written if a token, position, page or range of the batch cannot be;
-    /// [`StepError::Aborted`] if a hook gave up.
-    pub fn step(
+    pub(crate) fn step(
         &mut self,
         batch: &[StepSequence<'_>],
         pool: &mut PagePool,

@@ -1,4 +1,4 @@
-//! A Llama-family forward on the CPU over a paged KV pool; tokenizer, chat template, sampling.
+//! A Llama-family forward on the CPU or a GPU over a paged KV pool; tokenizer, chat template, sampling.
 //!
 //! Everything comes from one GGUF file: shape and rope from its metadata, the tokenizer from its vocabulary, the chat
 //! template from its template, and the identity of the KV that the forward makes ([`ModelFile::schema`]). The forward
@@ -42,6 +42,8 @@ mod error;
 mod file;
 mod forward;
 mod gguf;
+mod gpu;
+mod model;
 mod pool;
 mod sampler;
 mod template;
@@ -52,7 +54,9 @@ pub use bases::built_in_basis;
 pub use capture::{CaptureError, CaptureOptions, CaptureSink, CapturedLayer, capture};
 pub use error::LoadError;
 pub use file::{ModelFile, ModelShape};
-pub use forward::{Attention, LoadOptions, Logits, Model, StepAborted, StepError, StepHooks, StepOutput, StepSequence};
+pub use forward::{Attention, LoadOptions, Logits, StepAborted, StepError, StepHooks, StepOutput, StepSequence};
+pub use gpu::{GpuDevice, GpuOptions};
+pub use model::{Device, Model};
 pub use pool::{PageId, PagePool, PoolError};
 pub use sampler::{InvalidSampling, Sampler, Sampling};
 pub use template::{ChatMessage, ChatTemplate, TemplateError};

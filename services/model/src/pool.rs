@@ -3,6 +3,8 @@
 use half::{f16, vec::HalfBitsVecExt};
 use kvasir_block::{Dtype, LayerBlockLayout};
 
+use crate::gpu::DevicePages;
+
 /// A page: room for one token block in every layer of a [`PagePool`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageId(pub u32);
@@ -42,6 +44,9 @@ pub enum PoolError {
         /// Pages there are.
         pages: usize,
     },
+    /// The pool lies on a GPU, which has no room or failed.
+    #[error("the pages on the GPU cannot be used: {0}")]
+    Gpu(String),
     /// A payload is exactly a page.
     #[error("a payload of {found} bytes does not fill a page of {expected}: it was made under another schema")]
     Length {
@@ -57,8 +62,13 @@ pub enum PoolError {
 pub struct PagePool {
     layout: LayerBlockLayout,
     pages: usize,
-    /// Per layer all pages, end to end.
-    layers: Vec<Vec<f16>>,
+    memory: Memory,
+}
+
+/// Where the pages lie: per layer all of them, end to end.
+enum Memory {
+    Host(Vec<Vec<f16>>),
+    Gpu(DevicePages),
 }
 
 impl PagePool {
@@ -93,8 +103,25 @@ impl PagePool {
         Ok(Self {
             layout,
             pages,
-            layers: layers.collect::<Result<_, _>>()?,
+            memory: Memory::Host(layers.collect::<Result<_, _>>()?),
         })
+    }
+
+    /// The same on a GPU.
+    pub(crate) fn on_gpu(layout: LayerBlockLayout, pages: DevicePages) -> Self {
+        Self {
+            layout,
+            pages: pages.pages(),
+            memory: Memory::Gpu(pages),
+        }
+    }
+
+    /// The pages of a pool that lies on a GPU.
+    pub(crate) fn device_mut(&mut self) -> Option<&mut DevicePages> {
+        match &mut self.memory {
+            Memory::Host(_) => None,
+            Memory::Gpu(pages) => Some(pages),
+        }
     }
 
     /// Pages there are; ids run from 0.
@@ -104,7 +131,10 @@ impl PagePool {
 
     /// Layers of each page.
     pub fn layers(&self) -> usize {
-        self.layers.len()
+        match &self.memory {
+            Memory::Host(layers) => layers.len(),
+            Memory::Gpu(pages) => pages.layers(),
+        }
     }
 
     /// Where rows lie inside a page of a layer.
@@ -114,38 +144,50 @@ impl PagePool {
 
     /// Memory of the whole pool.
     pub fn bytes(&self) -> usize {
-        self.layout.bytes() * self.pages * self.layers.len()
+        self.layout.bytes() * self.pages * self.layers()
     }
 
     /// All elements of a page in one layer, in the payload's layout.
     ///
     /// # Panics
-    /// If there is no such layer or page.
+    /// If there is no such layer or page, or the pool lies on a GPU: there [`PagePool::page_bytes`] is the way.
     pub fn page(&self, layer: usize, page: PageId) -> &[f16] {
         let elements = self.layout.elements();
-        &self.layers[layer][page.0 as usize * elements..][..elements]
+        match &self.memory {
+            Memory::Host(layers) => &layers[layer][page.0 as usize * elements..][..elements],
+            Memory::Gpu(_) => panic!("pages on a GPU cannot be borrowed"),
+        }
     }
 
     /// The same, to write.
     ///
     /// # Panics
-    /// If there is no such layer or page.
+    /// As [`PagePool::page`].
     pub fn page_mut(&mut self, layer: usize, page: PageId) -> &mut [f16] {
         let elements = self.layout.elements();
-        &mut self.layers[layer][page.0 as usize * elements..][..elements]
+        match &mut self.memory {
+            Memory::Host(layers) => &mut layers[layer][page.0 as usize * elements..][..elements],
+            Memory::Gpu(_) => panic!("pages on a GPU cannot be borrowed"),
+        }
     }
 
     /// The same as little-endian bytes: a layer block's payload. A copy, since the page is written again while the
     /// payload travels.
     ///
+    /// # Errors
+    /// [`PoolError::Gpu`] if the pool lies on a GPU, and it failed.
+    ///
     /// # Panics
     /// If there is no such layer or page.
-    pub fn page_bytes(&self, layer: usize, page: PageId) -> Vec<u8> {
+    pub fn page_bytes(&self, layer: usize, page: PageId) -> Result<Vec<u8>, PoolError> {
+        if let Memory::Gpu(pages) = &self.memory {
+            return pages.read(layer, page);
+        }
         let mut bytes = vec![0; self.layout.bytes()];
         for (bytes, value) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(self.page(layer, page)) {
             *bytes = value.to_le_bytes();
         }
-        bytes
+        Ok(bytes)
     }
 
     /// Fills a page of a layer from a payload.
@@ -153,8 +195,8 @@ impl PagePool {
     /// # Errors
     /// [`PoolError`] if there is no such page or the payload is not exactly a page.
     pub fn fill(&mut self, layer: usize, page: PageId, payload: &[u8]) -> Result<(), PoolError> {
-        if layer >= self.layers.len() || page.0 as usize >= self.pages {
-            let (layers, pages) = (self.layers.len(), self.pages);
+        if layer >= self.layers() || page.0 as usize >= self.pages {
+            let (layers, pages) = (self.layers(), self.pages);
             return Err(PoolError::NoPage {
                 layer,
                 page: page.0,
@@ -167,6 +209,9 @@ impl PagePool {
                 expected: self.layout.bytes(),
                 found: payload.len(),
             });
+        }
+        if let Memory::Gpu(pages) = &mut self.memory {
+            return pages.fill(layer, page, payload);
         }
         for (value, bytes) in self.page_mut(layer, page).iter_mut().zip(payload.as_chunks::<2>().0) {
             *value = f16::from_le_bytes(*bytes);
@@ -199,7 +244,7 @@ mod tests {
             };
             assert_eq!(
                 pool.page_bytes(layer, PageId(page)),
-                expected,
+                Ok(expected),
                 "layer {layer}, page {page}"
             );
         }

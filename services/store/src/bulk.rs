@@ -142,11 +142,12 @@ impl Shared {
             return;
         }
         let mut connections = self.connections.lock();
-        let (done, running) = std::mem::take(&mut connections.threads)
+        let (done, running): (Vec<_>, Vec<_>) = std::mem::take(&mut connections.threads)
             .into_iter()
             .partition(JoinHandle::is_finished);
         connections.threads = running;
-        for thread in Vec::<JoinHandle<()>>::from(done) {
+        for thread in done {
+            // A panic inside was caught and counted.
             let _ = thread.join();
         }
         if connections.open.len() >= config.bulk_connections_max {

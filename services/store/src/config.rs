@@ -2,13 +2,54 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use kvasir_cache::CacheConfig;
+use anyhow::Context;
+use kvasir_cache::{AbsentDisk, Admission, CacheConfig, Credentials, DiskPath, ObjectConfig, StoreId};
 use kvasir_proto::frame::BulkLimits;
 use kvasir_runtime::{
     address::loopback_or_allowed,
     units::{ByteSize, HumanDuration},
 };
 use serde::{Deserialize, Serialize};
+
+/// Which puts are written to disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskAdmission {
+    /// All.
+    #[default]
+    Always,
+    /// Those of blocks that were asked for before, and what is hit again in memory.
+    Reuse,
+}
+
+impl From<DiskAdmission> for Admission {
+    fn from(admission: DiskAdmission) -> Self {
+        match admission {
+            DiskAdmission::Always => Self::Always,
+            DiskAdmission::Reuse => Self::Reuse,
+        }
+    }
+}
+
+/// One of several disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskPlace {
+    /// Folder on it that the store has for itself.
+    pub dir: PathBuf,
+    /// Most bytes of segment files there; at least two segments.
+    pub bytes_max: ByteSize,
+}
+
+impl DiskPlace {
+    fn path(&self) -> DiskPath {
+        DiskPath {
+            dir: self.dir.clone(),
+            bytes_max: self.bytes_max.as_u64(),
+            io: None,
+        }
+    }
+}
 
 /// Configuration of a store. Every queue, pool and map of the store has its bound here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +74,39 @@ pub struct StoreConfig {
     pub segment_bytes: ByteSize,
     /// Most payload bytes accepted but not yet synced; beyond it puts are answered `BUSY`.
     pub flush_queue_bytes_max: ByteSize,
-    /// Most disk reads at a time; beyond it gets are answered `BUSY`.
+    /// Most layer blocks read from disk at a time; beyond it gets wait.
     pub disk_reads_max: usize,
+    /// Most layer blocks that wait to be read from disk; beyond it gets are answered `BUSY`.
+    pub disk_reads_waiting_max: usize,
+    /// Which puts are written to disk: `always` (what was answered `STORED` is durable after the next flush), or `reuse` (only
+    /// blocks that were asked for before, or are hit again; spares the disk what nobody asks for twice).
+    pub disk_admission: DiskAdmission,
+    /// How often a layer block must have been read from disk or bucket, of late, to be kept in memory; 1 to 15.
+    pub promote_after_reads: u32,
+    /// Blocks whose reuse is told apart, for admission and promotion; 4 bytes for each.
+    pub reuse_entries: usize,
+    /// How many layers ahead of a reader with a lease are brought into memory; 0 for none.
+    pub prefetch_layers: u16,
+    /// Most bytes brought ahead and not read yet; beyond it nothing is brought.
+    pub prefetch_bytes_max: ByteSize,
+    /// Disks that keep blocks, each a folder of its own with its own limit; none: `data_dir` does, within `disk_bytes_max`.
+    pub disks: Vec<DiskPlace>,
+    /// Start without a disk of `disks` that is not there; its blocks are misses. Otherwise the store does not start.
+    pub disk_absent_ok: bool,
+    /// Free bytes that are left to others on each disk: nothing is written that would go below.
+    pub disk_free_bytes_min: ByteSize,
+    /// Most bytes per second of each disk that are read and verified in the background; 0 turns it off.
+    pub scrub_bytes_per_second: ByteSize,
+    /// Bucket that several stores share: `s3://bucket/prefix` or `file:///folder`; empty for none.
+    pub object_url: String,
+    /// Server of an S3-compatible service, `https://host:port`; empty for AWS.
+    pub object_endpoint: String,
+    /// Region that requests to the bucket are signed for.
+    pub object_region: String,
+    /// Accept an `http://` endpoint: blocks then cross the network in the clear.
+    pub object_allow_http: bool,
+    /// File with the bucket's access key: id, secret and, for a temporary key, session token, a line each. Empty: unsigned.
+    pub object_credentials_file: PathBuf,
     /// Longest lease granted; longer wishes are cut to it.
     pub lease_max: HumanDuration,
     /// Most leases at a time, open contexts included; beyond it a match comes without a lease.
@@ -67,7 +139,7 @@ pub struct StoreConfig {
     pub bulk_stall_timeout: HumanDuration,
     /// Most bytes of put messages that are being received or stored, over all streams; beyond it clients wait.
     pub put_bytes_max: ByteSize,
-    /// How long a put waits for a thread; then its blocks are answered `BUSY`.
+    /// How long a put waits for a thread and for room in the flush queue; then its blocks are answered `BUSY`.
     pub put_wait_max: HumanDuration,
     /// Largest put message accepted.
     pub message_bytes_max: ByteSize,
@@ -96,6 +168,21 @@ impl Default for StoreConfig {
             segment_bytes: ByteSize::mib(256),
             flush_queue_bytes_max: ByteSize::mib(256),
             disk_reads_max: 64,
+            disk_reads_waiting_max: 4096,
+            disk_admission: DiskAdmission::Always,
+            promote_after_reads: 1,
+            reuse_entries: 1 << 20,
+            prefetch_layers: 2,
+            prefetch_bytes_max: ByteSize::mib(64),
+            disks: Vec::new(),
+            disk_absent_ok: false,
+            disk_free_bytes_min: ByteSize::bytes(0),
+            scrub_bytes_per_second: ByteSize::mib(8),
+            object_url: String::new(),
+            object_endpoint: String::new(),
+            object_region: "us-east-1".to_owned(),
+            object_allow_http: false,
+            object_credentials_file: PathBuf::new(),
             lease_max: HumanDuration::secs(60),
             leases_max: 16_384,
             contexts_max: 1024,
@@ -110,7 +197,7 @@ impl Default for StoreConfig {
             bulk_idle_timeout: HumanDuration::secs(300),
             bulk_stall_timeout: HumanDuration::secs(120),
             put_bytes_max: ByteSize::mib(64),
-            put_wait_max: HumanDuration::secs(1),
+            put_wait_max: HumanDuration::secs(2),
             message_bytes_max: ByteSize::mib(8),
             message_timeout: HumanDuration::secs(30),
             hashes_max: 16_384,
@@ -152,6 +239,8 @@ impl StoreConfig {
                 usize::from(!self.bulk_stall_timeout.get().is_zero()),
             ),
             ("hashes_max", self.hashes_max),
+            ("disk_reads_max", self.disk_reads_max),
+            ("reuse_entries", self.reuse_entries),
             ("io_threads", self.io_threads),
             ("retrieval_threads", self.retrieval_threads),
             ("message_timeout", usize::from(!self.message_timeout.get().is_zero())),
@@ -184,6 +273,20 @@ impl StoreConfig {
             segment_bytes: self.segment_bytes.as_u64(),
             flush_queue_bytes_max: self.flush_queue_bytes_max.as_u64(),
             disk_reads_max: self.disk_reads_max,
+            disk_reads_waiting_max: self.disk_reads_waiting_max,
+            disk_admission: self.disk_admission.into(),
+            promote_after_reads: self.promote_after_reads,
+            reuse_entries: self.reuse_entries,
+            prefetch_layers: self.prefetch_layers,
+            prefetch_bytes_max: self.prefetch_bytes_max.as_u64(),
+            disks: self.disks.iter().map(DiskPlace::path).collect(),
+            disk_absent: if self.disk_absent_ok {
+                AbsentDisk::LeaveOut
+            } else {
+                AbsentDisk::Refuse
+            },
+            disk_free_bytes_min: self.disk_free_bytes_min.as_u64(),
+            scrub_bytes_per_second: self.scrub_bytes_per_second.as_u64(),
             lease_max: self.lease_max.get(),
             leases_max: self.leases_max,
             contexts_max: self.contexts_max,
@@ -195,6 +298,39 @@ impl StoreConfig {
             subscribers_max: self.subscribers_max,
             ..CacheConfig::in_dir(&self.data_dir)
         }
+    }
+
+    /// The object tier, if one is configured. `store` names this store among those that share the bucket.
+    ///
+    /// # Errors
+    /// When the credentials cannot be read.
+    pub(crate) fn object(&self, store: StoreId) -> anyhow::Result<Option<ObjectConfig>> {
+        if self.object_url.is_empty() {
+            return Ok(None);
+        }
+        let mut object = ObjectConfig::new(&self.object_url, store);
+        object.endpoint = (!self.object_endpoint.is_empty()).then(|| self.object_endpoint.clone());
+        object.path_style = object.endpoint.is_some();
+        object.region.clone_from(&self.object_region);
+        object.allow_http = self.object_allow_http;
+        if !self.object_credentials_file.as_os_str().is_empty() {
+            let path = self.object_credentials_file.display();
+            let text = std::fs::read_to_string(&self.object_credentials_file)
+                .with_context(|| format!("store.object_credentials_file: cannot read {path}"))?;
+            let mut lines = text
+                .lines()
+                .map(str::trim)
+                .filter(|line| !line.is_empty())
+                .map(str::to_owned);
+            let (Some(id), Some(secret)) = (lines.next(), lines.next()) else {
+                anyhow::bail!(
+                    "store.object_credentials_file: {path} must have an access key id and its secret, a line each"
+                );
+            };
+            let token = lines.next();
+            object.credentials = Credentials::Key { id, secret, token };
+        }
+        Ok(Some(object))
     }
 
     /// Largest request that carries hashes rather than blocks. Decoded hashes take no more than their bytes on the wire

@@ -80,10 +80,13 @@ fn cache(stats: &CacheStats) {
     }
     counter!("kvasir_store_get_hits_total", "tier" => "host").absolute(stats.get_hits_host);
     counter!("kvasir_store_get_hits_total", "tier" => "disk").absolute(stats.get_hits_disk);
+    counter!("kvasir_store_get_hits_total", "tier" => "object").absolute(stats.get_hits_object);
+    flow(stats);
     let misses = [
         ("absent", stats.misses_absent),
         ("corrupt", stats.misses_corrupt),
         ("busy", stats.misses_busy),
+        ("late", stats.misses_late),
     ];
     for (reason, count) in misses {
         counter!("kvasir_store_get_misses_total", "reason" => reason).absolute(count);
@@ -119,6 +122,56 @@ fn cache(stats: &CacheStats) {
     ];
     for (name, value) in counters {
         counter!(name).absolute(value);
+    }
+}
+
+/// What moves between the tiers, and what waits to.
+fn flow(stats: &CacheStats) {
+    let gauges = [
+        ("kvasir_store_disk_reads_running", stats.disk_reads_running),
+        ("kvasir_store_disk_reads_waiting", stats.disk_reads_waiting),
+        ("kvasir_store_prefetch_waiting", stats.prefetch_waiting),
+        ("kvasir_store_prefetch_bytes", stats.prefetch_bytes),
+    ];
+    for (name, value) in gauges {
+        gauge!(name).set(value as f64);
+    }
+    let counters = [
+        ("kvasir_store_disk_reads_total", stats.disk_reads),
+        ("kvasir_store_reads_shared_total", stats.reads_shared),
+        ("kvasir_store_misses_late_estimated_total", stats.misses_late_estimated),
+        ("kvasir_store_promoted_total", stats.promoted),
+        ("kvasir_store_demoted_total", stats.demoted),
+        ("kvasir_store_admission_skipped_total", stats.admission_skipped),
+        ("kvasir_store_saved_total", stats.saved),
+        ("kvasir_store_prefetch_issued_total", stats.prefetch_issued),
+        ("kvasir_store_prefetch_useful_total", stats.prefetch_useful),
+        ("kvasir_store_prefetch_wasted_total", stats.prefetch_wasted),
+        ("kvasir_store_prefetch_dropped_total", stats.prefetch_dropped),
+        (
+            "kvasir_store_readmitted_layer_blocks_total",
+            stats.disk.readmitted_layer_blocks,
+        ),
+        (
+            "kvasir_store_disk_payload_bytes_total",
+            stats.disk.payload_bytes_written,
+        ),
+        ("kvasir_store_disk_written_bytes_total", stats.disk.bytes_written),
+        ("kvasir_store_scrubbed_bytes_total", stats.disk.scrubbed_bytes),
+        ("kvasir_store_scrub_corrupt_total", stats.disk.scrub_corrupt),
+    ];
+    for (name, value) in counters {
+        counter!(name).absolute(value);
+    }
+    if let Some(object) = &stats.object {
+        gauge!("kvasir_store_tier_bytes", "tier" => "object").set(object.bytes as f64);
+        gauge!("kvasir_store_tier_layer_blocks", "tier" => "object").set(object.layer_blocks as f64);
+        gauge!("kvasir_store_object_queue_bytes").set(object.queue_bytes as f64);
+        gauge!("kvasir_store_object_queue_bytes_max").set(object.queue_bytes_max as f64);
+        gauge!("kvasir_store_object_degraded").set(f64::from(u8::from(object.degraded.is_some())));
+        counter!("kvasir_store_object_corrupt_total").absolute(object.corrupt);
+        counter!("kvasir_store_object_refused_total").absolute(object.refused);
+        counter!("kvasir_store_object_failures_total").absolute(object.failures.total());
     }
 }
 

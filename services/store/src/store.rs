@@ -1,9 +1,14 @@
 //! [`Store`]: start and stop.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::Context;
-use kvasir_cache::BlockCache;
+use kvasir_cache::{BlockCache, StoreId};
 use kvasir_runtime::{
     Runtime,
     admin::{self, HttpRunning, Readiness},
@@ -43,7 +48,10 @@ impl Store {
     pub async fn start(config: &StoreConfig, runtime: &Runtime) -> anyhow::Result<Self> {
         config.validate()?;
         runtime.readiness.not_ready(PART, "recovering the data folder");
-        let cache_config = config.cache();
+        let mut cache_config = config.cache();
+        if !config.object_url.is_empty() {
+            cache_config.object = config.object(store_id(&config.data_dir)?)?;
+        }
         let cache = tokio::task::spawn_blocking(move || BlockCache::open(cache_config))
             .await?
             .with_context(|| format!("cannot open the store in {}", config.data_dir.display()))?;
@@ -107,6 +115,27 @@ impl Store {
         tracing::info!("store has stopped, everything accepted is on disk");
         Ok(())
     }
+}
+
+/// Number of this store among those that share a bucket: made once, and kept in the data folder. Where the file is lost, another
+/// one is made, and the objects written under the old one are no longer removed by this store.
+fn store_id(data_dir: &Path) -> anyhow::Result<StoreId> {
+    let path = data_dir.join("store-id");
+    if let Ok(text) = std::fs::read_to_string(&path)
+        && let Ok(id) = text.trim().parse()
+    {
+        return Ok(StoreId::from_u64(id));
+    }
+    // Two stores would have to be made in the same nanosecond by processes of the same number.
+    let clock = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_nanos() as u64;
+    let id = clock ^ u64::from(std::process::id()) << 40;
+    std::fs::create_dir_all(data_dir)
+        .and_then(|()| std::fs::write(&path, format!("{id}\n")))
+        .with_context(|| format!("cannot keep the store's id in {}", path.display()))?;
+    Ok(StoreId::from_u64(id))
 }
 
 async fn bind(

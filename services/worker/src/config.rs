@@ -1,6 +1,7 @@
 //! `[worker]`: every key with its meaning, unit and default.
 
 mod attention;
+mod device;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -15,6 +16,7 @@ use kvasir_runtime::{
 use serde::{Deserialize, Serialize};
 
 pub use attention::{AttentionConfig, AttentionMode, Certificate, IndexWanted};
+pub use device::{DeviceKind, GpuConfig};
 
 /// Configuration of a worker. Fill in what differs and leave the rest to `..Default::default()`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,11 +32,15 @@ pub struct WorkerConfig {
     pub store_url: String,
     /// Owner of the blocks that this worker makes and looks for: part of their identity.
     pub tenant: String,
-    /// Threads that share each kernel; 0 takes one per core.
+    /// What computes: `cpu` or `gpu`.
+    pub device: DeviceKind,
+    /// Which GPU and where its compiler is, with `device = "gpu"`.
+    pub gpu: GpuConfig,
+    /// Threads that share each kernel on a CPU; 0 takes one per core.
     pub threads: usize,
     /// Tokens of a block. Must be the same at the router and at every worker of a store.
     pub block_tokens: u16,
-    /// Bytes of the page pool (the device tier); rounded down to whole pages.
+    /// Bytes of the page pool (the device tier), in the memory of the device that computes; rounded down to whole pages.
     pub kv_bytes_max: ByteSize,
     /// Most tokens computed in one step, over all sequences. More is faster for one prompt and makes the tokens of
     /// others come in larger gaps.
@@ -75,6 +81,8 @@ impl Default for WorkerConfig {
             allow_remote: false,
             store_url: "http://127.0.0.1:7401".to_owned(),
             tenant: "default".to_owned(),
+            device: DeviceKind::Cpu,
+            gpu: GpuConfig::default(),
             threads: 0,
             block_tokens: 64,
             kv_bytes_max: ByteSize::gib(1),

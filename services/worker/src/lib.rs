@@ -46,5 +46,7 @@ mod store_session;
 mod text;
 mod worker;
 
-pub use config::{AttentionConfig, AttentionMode, Certificate, IndexWanted, InvalidConfig, WorkerConfig};
+pub use config::{
+    AttentionConfig, AttentionMode, Certificate, DeviceKind, GpuConfig, IndexWanted, InvalidConfig, WorkerConfig,
+};
 pub use worker::Worker;

@@ -31,6 +31,9 @@ pub(crate) struct Sequence {
     /// Names of the whole blocks of `tokens`.
     pub(crate) chain: HashChain,
     pub(crate) computed: usize,
+    /// Position from which blocks get no name: the first token that was sampled from, where the device computes those
+    /// otherwise ([`kvasir_model::Model::names_sampled_tokens`]).
+    pub(crate) unnamed_from: usize,
     pub(crate) pages: Vec<Option<PageId>>,
     pub(crate) promise: Promise,
     /// Device-tier blocks to be offered with the first step, as far as the store does not have them.
@@ -96,6 +99,7 @@ impl Sequence {
             tokens: request.prompt.clone(),
             chain,
             computed: 0,
+            unnamed_from: usize::MAX,
             pages: Vec::new(),
             promise: Promise::default(),
             offer_first: 0,

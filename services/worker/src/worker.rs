@@ -12,7 +12,7 @@ use anyhow::Context;
 use bytes::Bytes;
 use kvasir_block::{KvSchema, NamespaceId, Tenant};
 use kvasir_client::{ClientConfig, StoreClient};
-use kvasir_model::{LoadOptions, Model, ModelFile, PagePool};
+use kvasir_model::{Device, Model, ModelFile, PagePool};
 use kvasir_proto::{FILE_DESCRIPTOR_SET, v1::worker_server::WorkerServer};
 use kvasir_runtime::{
     Runtime,
@@ -67,7 +67,14 @@ impl Worker {
     /// that cannot be loaded. A store that is away is no error.
     pub async fn start(config: &WorkerConfig, file: Arc<ModelFile>, runtime: &Runtime) -> anyhow::Result<Self> {
         config.validate()?;
-        let schema = file.schema(config.block_tokens);
+        let device = {
+            let config = config.clone();
+            tokio::task::spawn_blocking(move || config.open_device())
+                .await
+                .context("opening the device")?
+                .context("worker.device")?
+        };
+        let schema = device.schema(&file, config.block_tokens);
         let plan = Plan::new(config, &schema)?;
         let stop = runtime.shutdown.child_token();
         // Whatever fails below ends what was begun before it.
@@ -97,10 +104,7 @@ impl Worker {
             handle: compute.clone(),
             runtime: Handle::current(),
         };
-        let options = LoadOptions {
-            threads: config.threads_or_cores(),
-            block_tokens: config.block_tokens,
-        };
+        let block_tokens = config.block_tokens;
         let (loaded, on_loaded) = oneshot::channel();
         let readiness = runtime.readiness.clone();
         let model_file = Arc::clone(&file);
@@ -108,9 +112,9 @@ impl Worker {
             .name("kvasir-compute".to_owned())
             .spawn(move || {
                 let began = std::time::Instant::now();
-                match load_model(&model_file, &options, plan.pages) {
+                match load_model(&model_file, &device, block_tokens, plan.pages) {
                     Ok((model, pool)) => {
-                        tracing::info!(pages = pool.pages(), threads = options.threads, elapsed = ?began.elapsed(), "model loaded");
+                        tracing::info!(pages = pool.pages(), device = %described(&device), elapsed = ?began.elapsed(), "model loaded");
                         if loaded.send(Ok(())).is_ok() {
                             // Said by the guard even when the thread ends by a panic.
                             let _ended = EndOfCompute(readiness);
@@ -345,11 +349,17 @@ fn connect(
     }))
 }
 
-fn load_model(file: &ModelFile, options: &LoadOptions, pages: usize) -> anyhow::Result<(Model, PagePool)> {
-    let model = Model::load(file, options).context("loading the model")?;
-    let layout = model.schema().layout();
-    let pool = PagePool::new(layout, model.shape().layers, pages).context("worker.kv_bytes_max")?;
+fn load_model(file: &ModelFile, device: &Device, block_tokens: u16, pages: usize) -> anyhow::Result<(Model, PagePool)> {
+    let model = Model::load_on(file, device, block_tokens).context("loading the model")?;
+    let pool = model.pool(pages).context("worker.kv_bytes_max")?;
     Ok((model, pool))
+}
+
+fn described(device: &Device) -> String {
+    match device {
+        Device::Cpu { threads } => format!("{threads} threads"),
+        Device::Gpu(gpu) => gpu.name().to_owned(),
+    }
 }
 
 /// Reports the end of the compute thread.

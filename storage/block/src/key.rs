@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use crate::{BlockHash, NamespaceId};
+use crate::{
+    BlockHash, NamespaceId,
+    planted::{Bug, planted},
+};
 
 /// A token block inside a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,7 +63,9 @@ impl LayerBlockKey {
         let mut bytes = [0; Self::BYTES];
         bytes[..32].copy_from_slice(self.namespace.as_bytes());
         bytes[32..64].copy_from_slice(self.hash.as_bytes());
-        bytes[64..].copy_from_slice(&self.layer.to_be_bytes());
+        if !planted(Bug::LayerIgnored) {
+            bytes[64..].copy_from_slice(&self.layer.to_be_bytes());
+        }
         bytes
     }
 

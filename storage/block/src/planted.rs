@@ -46,32 +46,30 @@ bugs! {
     TenantDropped => "tenant-dropped",
     /// The disk's key has no layer.
     LayerIgnored => "layer-ignored",
-    /// A second put under a key replaces the bytes of the first.
-    PutReplaces => "put-replaces",
     /// Eviction does not ask whether a block is leased.
     LeasedBlockEvicted => "leased-block-evicted",
-    /// The host tier takes what does not fit.
-    HostBudgetIgnored => "host-budget-ignored",
+    /// A tenant's budget in the host tier does not count.
+    TenantBudgetIgnored => "tenant-budget-ignored",
+    /// The disk tier writes on when its limit is reached.
+    DiskBudgetIgnored => "disk-budget-ignored",
     /// Reads go on behind the deadline.
     DeadlineIgnored => "deadline-ignored",
     /// A restart takes the epoch of the life before.
     EpochReused => "epoch-reused",
     /// The index is told of a record whose bytes were not synced.
     PublishBeforeSync => "publish-before-sync",
-    /// The index is told of a record before its bytes are written.
-    IndexBeforeBytes => "index-before-bytes",
     /// Recovery believes a record's header and does not read its payload.
     TornPayloadAccepted => "torn-payload-accepted",
-    /// A record counts wherever it lies, also where its header says another segment or offset.
+    /// A record counts wherever it lies, also where its header names another segment or offset.
     MisplacedRecordAccepted => "misplaced-record-accepted",
+    /// A record counts also where it was written by another life of the folder.
+    StaleGenerationAccepted => "stale-generation-accepted",
     /// A read does not compare the key in the record with the one that was asked for.
     ForeignRecordAccepted => "foreign-record-accepted",
+    /// A record that was found corrupt stays listed.
+    CorruptRecordKept => "corrupt-record-kept",
     /// After a failed sync the same file is synced again, and its success is believed.
     SyncRetried => "sync-retried",
-    /// Arena memory is handed out anew while readers still hold it.
-    ArenaReleasedEarly => "arena-released-early",
-    /// A frame of the bulk path that comes twice is taken twice.
-    DuplicateFrameAccepted => "duplicate-frame-accepted",
 }
 
 impl Bug {

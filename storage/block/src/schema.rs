@@ -2,7 +2,12 @@
 
 use std::fmt;
 
-use crate::{BlockHash, Dtype, LayerBlockLayout, canonical::FieldHasher, hash_chain::hex};
+use crate::{
+    BlockHash, Dtype, LayerBlockLayout,
+    canonical::FieldHasher,
+    hash_chain::hex,
+    planted::{Bug, planted},
+};
 
 /// Style of the rotary position embedding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -271,7 +276,9 @@ impl NamespaceId {
     /// The namespace of `tenant` under `schema`.
     pub fn new(tenant: &Tenant, schema: &KvSchema) -> Self {
         let mut hasher = FieldHasher::new("kvasir.namespace.v1");
-        hasher.field("tenant", tenant.as_str().as_bytes());
+        if !planted(Bug::TenantDropped) {
+            hasher.field("tenant", tenant.as_str().as_bytes());
+        }
         hasher.field("schema", &schema.fingerprint());
         Self(hasher.finish())
     }

@@ -8,39 +8,49 @@
 mod availability;
 mod contains;
 mod epoch;
+mod flights;
+mod gate;
 mod get;
 mod match_prefix;
+mod numbers;
+mod policy;
+mod prefetch;
 mod put;
+mod read;
 mod reserve;
 
 use std::{
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicU64, AtomicUsize},
-    },
-    time::Instant,
+    collections::HashSet,
+    sync::{Arc, atomic::AtomicU64},
+    time::{Duration, Instant},
 };
 
-use kvasir_block::{BlockKey, KvSchema, LayerBlockKey, NamespaceId, Tenant};
+use kvasir_block::{KvSchema, LayerBlockKey, NamespaceId, Tenant};
 use kvasir_device::Arena;
-use kvasir_tier::{DiskConfig, DiskTier, DiskWatch, HostConfig, HostTier};
+use kvasir_tier::{DiskConfig, DiskTier, HostConfig, HostTier, ObjectTier};
 use parking_lot::Mutex;
 
-use self::availability::Available;
+use self::{availability::Available, flights::Flights, gate::ReadGate, policy::ReclaimWatch, prefetch::Prefetch};
 pub use self::{
-    get::GetOutcome,
+    get::{GetOptions, GetOutcome},
     match_prefix::PrefixMatch,
+    policy::Admission,
     put::PutOutcome,
-    reserve::{GetOptions, PutBuffer},
+    reserve::PutBuffer,
 };
 use crate::{
-    CacheConfig, CacheError, CacheStats, ErrorKind, LeaseId, Subscription,
+    CacheConfig, CacheError, ErrorKind, LeaseId, Subscription,
+    ahead::Ahead,
     event::Hub,
     lease::Leases,
     namespace::{BasisId, Namespaces},
     retrieve::{ContextBudget, Registry},
+    reuse::Reuse,
     stats::Counters,
 };
+
+/// How long closing waits for what is on its way to the bucket; what is not there then is lost from the object tier.
+const OBJECT_STOP_MAX: Duration = Duration::from_secs(10);
 
 /// Where bytes were, or are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,6 +59,8 @@ pub enum Tier {
     Host,
     /// Segment files, or the queue before them.
     Disk,
+    /// A bucket that several stores share.
+    Object,
 }
 
 /// Layer blocks of many namespaces, in memory and on disk. See the crate's documentation.
@@ -65,13 +77,16 @@ pub(crate) struct Shared {
     started: Instant,
     pub(crate) namespaces: Namespaces,
     disk: DiskTier,
+    object: Option<ObjectTier>,
     /// The host tier's memory, to look things up in without its lock.
     arena: Arena,
     /// Bytes of puts that are received outside the arena.
     heap_reserved: Arc<AtomicU64>,
     pub(crate) state: Mutex<State>,
     pub(crate) counters: Counters,
-    disk_reads: AtomicUsize,
+    disk_gate: ReadGate,
+    flights: Flights,
+    prefetch: Arc<Prefetch>,
     pub(crate) contexts: ContextBudget,
     pub(crate) chains: Registry,
 }
@@ -81,6 +96,10 @@ pub(crate) struct State {
     pub(crate) leases: Leases,
     pub(crate) available: Available,
     events: Hub,
+    reuse: Reuse,
+    ahead: Ahead,
+    /// In memory and not on disk, though puts of it were accepted.
+    unsaved: HashSet<LayerBlockKey>,
 }
 
 impl BlockCache {
@@ -92,12 +111,21 @@ impl BlockCache {
     pub fn open(config: CacheConfig) -> Result<Self, CacheError> {
         config.validate()?;
         // First of all: it takes the folder's lock.
-        let disk = DiskTier::open(DiskConfig {
-            dir: config.data_dir.clone(),
-            bytes_max: config.disk_bytes_max,
+        let mut disk_config = DiskConfig {
+            absent: config.disk_absent,
             segment_bytes: config.segment_bytes,
             queue_bytes_max: config.flush_queue_bytes_max,
-        })?;
+            free_bytes_min: config.disk_free_bytes_min,
+            scrub_bytes_per_second: config.scrub_bytes_per_second,
+            ..DiskConfig::in_dir(&config.data_dir, config.disk_bytes_max)
+        };
+        if !config.disks.is_empty() {
+            disk_config.disks.clone_from(&config.disks);
+        }
+        let disk = DiskTier::open(disk_config)?;
+        let object = config.object.clone().map(ObjectTier::open).transpose();
+        let object =
+            object.map_err(|error| CacheError::because(ErrorKind::Config, format!("object: {error}"), error))?;
         let namespaces = Namespaces::open(
             config.data_dir.join("namespaces"),
             config.namespaces_max,
@@ -140,7 +168,12 @@ impl BlockCache {
             leases: Leases::new(config.leases_max, epoch),
             available,
             events: Hub::new(epoch, config.event_queue_max, config.subscribers_max),
+            reuse: Reuse::new(config.reuse_entries),
+            ahead: Ahead::default(),
+            unsaved: HashSet::new(),
         };
+        let disk_gate = ReadGate::new(config.disk_reads_max, config.disk_reads_waiting_max);
+        let prefetch = Arc::new(Prefetch::new(config.prefetch_queue_max));
         let contexts = ContextBudget::new(config.contexts_max, config.context_bytes_max);
         let shared = Arc::new(Shared {
             config,
@@ -148,23 +181,30 @@ impl BlockCache {
             started: Instant::now(),
             namespaces,
             disk,
+            object,
             arena,
             heap_reserved: Arc::default(),
             state: Mutex::new(state),
             counters: Counters::default(),
-            disk_reads: AtomicUsize::new(0),
+            disk_gate,
+            flights: Flights::default(),
+            prefetch,
             contexts,
             chains: Registry::default(),
         });
-        let watch = Arc::new(ReclaimWatch(Arc::downgrade(&shared)));
-        shared.disk.start(watch).map_err(|error| {
-            CacheError::because(
-                ErrorKind::Disk,
-                format!("cannot start the flusher thread: {error}"),
-                error,
-            )
-        })?;
-        Ok(Self { shared })
+        let no_thread = |error: std::io::Error| {
+            CacheError::because(ErrorKind::Disk, format!("cannot start a thread: {error}"), error)
+        };
+        let cache = Self { shared };
+        let shared = &cache.shared;
+        if let Some(object) = &shared.object {
+            for namespace in shared.namespaces.ids() {
+                object.open_namespace(namespace);
+            }
+        }
+        shared.disk.start(ReclaimWatch::of(shared)).map_err(no_thread)?;
+        shared.prefetch.start(Arc::downgrade(shared)).map_err(no_thread)?;
+        Ok(cache)
     }
 
     /// Changes when the cache starts anew; rises.
@@ -183,6 +223,9 @@ impl BlockCache {
     /// `InvalidArgument` for a schema that cannot be served, `SchemaMismatch`, `LimitReached`, `Disk`.
     pub fn open_namespace(&self, tenant: &Tenant, schema: &KvSchema) -> Result<NamespaceId, CacheError> {
         let (id, new) = self.shared.namespaces.declare(tenant, schema)?;
+        if let Some(object) = &self.shared.object {
+            object.open_namespace(id);
+        }
         if new {
             if let Some(bytes_max) = self.shared.config.host_budget(tenant) {
                 let owner = self.shared.namespaces.owner(id);
@@ -254,61 +297,6 @@ impl BlockCache {
         self.shared.disk.flush().map_err(flush_failed)
     }
 
-    /// Counts and sizes.
-    pub fn stats(&self) -> CacheStats {
-        let shared = &self.shared;
-        let counters = &shared.counters;
-        let disk = shared.disk.stats();
-        let (with_basis, basis_bytes) = shared.namespaces.bases();
-        let mut state = shared.state.lock();
-        state.leases.expire(Instant::now());
-        CacheStats {
-            epoch: shared.epoch,
-            uptime: shared.started.elapsed(),
-            namespaces: shared.namespaces.len() as u64,
-            namespaces_with_basis: with_basis as u64,
-            basis_bytes,
-            basis_bytes_max: shared.config.basis_bytes_max,
-            blocks: state.available.len() as u64,
-            host_bytes: state.host.bytes(),
-            host_bytes_max: state.host.bytes_max(),
-            host_layer_blocks: state.host.layer_blocks(),
-            host_evicted_blocks: state.host.evicted_blocks(),
-            disk,
-            recovery: shared.disk.recovery(),
-            put_blocks: counters.put_blocks.get(),
-            put_bytes: counters.put_bytes.get(),
-            put_present: counters.put_present.get(),
-            put_busy: counters.put_busy.get(),
-            put_checksum_mismatch: counters.put_checksum_mismatch.get(),
-            put_host_only: counters.put_host_only.get(),
-            get_hits_host: counters.get_hits_host.get(),
-            get_hits_disk: counters.get_hits_disk.get(),
-            get_bytes: counters.get_bytes.get(),
-            misses_absent: counters.misses_absent.get(),
-            misses_corrupt: counters.misses_corrupt.get(),
-            misses_busy: counters.misses_busy.get(),
-            host_corrupt: counters.host_corrupt.get(),
-            leases: state.leases.len() as u64,
-            leases_max: shared.config.leases_max as u64,
-            leases_refused: state.leases.refused,
-            pinned_blocks: state.leases.pinned_blocks() as u64,
-            contexts: shared.contexts.open(),
-            contexts_max: shared.config.contexts_max as u64,
-            context_bytes: shared.contexts.bytes(),
-            context_bytes_max: shared.config.context_bytes_max,
-            retrieve_queries: counters.retrieve_queries.get(),
-            retrieve_joined: counters.retrieve_joined.get(),
-            retrieve_late: counters.retrieve_late.get(),
-            retrieve_keys_scanned: counters.retrieve_keys_scanned.get(),
-            retrieve_bytes: counters.retrieve_bytes.get(),
-            retrieve_missing: counters.retrieve_missing.get(),
-            sketched_blocks: counters.sketched_blocks.get(),
-            subscribers: state.events.subscribers() as u64,
-            subscribers_lagged: state.events.lagged,
-        }
-    }
-
     /// Ends subscriptions, flushes, and closes the data folder.
     ///
     /// # Errors
@@ -328,7 +316,15 @@ impl Drop for BlockCache {
 impl Shared {
     fn shut(&self) -> Result<(), CacheError> {
         self.state.lock().events.close();
-        self.disk.stop().map_err(flush_failed)
+        self.prefetch.stop();
+        // The disk first: what it reclaims while it writes its last may go to the bucket.
+        let stopped = self.disk.stop();
+        if let Some(object) = &self.object
+            && let Err(error) = object.stop(Instant::now() + OBJECT_STOP_MAX)
+        {
+            tracing::warn!(%error, "closed with layer blocks that are not in the bucket");
+        }
+        stopped.map_err(flush_failed)
     }
 
     pub(crate) fn schema_of(&self, namespace: NamespaceId) -> Result<Arc<KvSchema>, CacheError> {
@@ -363,25 +359,6 @@ impl std::fmt::Debug for Shared {
 
 fn flush_failed(error: kvasir_tier::FlushError) -> CacheError {
     CacheError::because(ErrorKind::Disk, error.to_string(), error)
-}
-
-/// Says what the disk tier may forget: what is not leased.
-struct ReclaimWatch(Weak<Shared>);
-
-impl DiskWatch for ReclaimWatch {
-    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
-        let Some(shared) = self.0.upgrade() else { return false };
-        let mut state = shared.state.lock();
-        state.leases.expire(Instant::now());
-        if blocks.iter().any(|block| state.leases.is_pinned(block)) {
-            return false;
-        }
-        forget();
-        for block in blocks {
-            shared.refresh(&mut state, *block, Tier::Disk);
-        }
-        true
-    }
 }
 
 #[cfg(test)]

@@ -2,10 +2,13 @@
 
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
-use kvasir_block::Tenant;
-use kvasir_tier::{HostPolicy, HugePages};
+use kvasir_block::{
+    Tenant,
+    planted::{Bug, planted},
+};
+use kvasir_tier::{AbsentDisk, DiskPath, HostPolicy, HugePages, ObjectConfig};
 
-use crate::{CacheError, ErrorKind};
+use crate::{Admission, CacheError, ErrorKind};
 
 /// How much, how long, and where.
 #[derive(Clone, Debug)]
@@ -23,14 +26,38 @@ pub struct CacheConfig {
     pub tenant_host_bytes_max: HashMap<Tenant, u64>,
     /// The same for each tenant that is not named there; `None`: they share what there is.
     pub tenant_host_bytes_max_default: Option<u64>,
-    /// Most bytes of segment files; at least two segments.
+    /// Most bytes of segment files in `data_dir`, where no `disks` are named; at least two segments.
     pub disk_bytes_max: u64,
+    /// The disks that keep blocks; none: `data_dir` does. Namespaces and the epoch are always there.
+    pub disks: Vec<DiskPath>,
+    /// What to do about one of them that is not there at the start.
+    pub disk_absent: AbsentDisk,
+    /// Free bytes that are left to others on each disk.
+    pub disk_free_bytes_min: u64,
+    /// Most bytes per second that each disk's scrub reads; 0 turns it off.
+    pub scrub_bytes_per_second: u64,
+    /// The object tier, if there is one.
+    pub object: Option<ObjectConfig>,
     /// Bytes of one segment file: the unit in which disk space comes back.
     pub segment_bytes: u64,
     /// Most payload bytes accepted but not yet synced; beyond it puts are answered busy.
     pub flush_queue_bytes_max: u64,
-    /// Most disk reads at a time; beyond it gets are answered busy.
+    /// Most layer blocks read from disk at a time; beyond it gets wait.
     pub disk_reads_max: usize,
+    /// Most layer blocks that wait to be read from disk; beyond it gets are answered busy.
+    pub disk_reads_waiting_max: usize,
+    /// Which puts are written to disk.
+    pub disk_admission: Admission,
+    /// How often a layer block must have been read from below memory, of late, to be kept in memory; 1 to 15.
+    pub promote_after_reads: u32,
+    /// Blocks, and layer blocks, whose reuse is told apart; 4 bytes for each.
+    pub reuse_entries: usize,
+    /// How many layers ahead of a reader with a lease are brought into memory; 0 for none.
+    pub prefetch_layers: u16,
+    /// Most bytes brought ahead and not read yet; beyond it nothing is brought.
+    pub prefetch_bytes_max: u64,
+    /// Most layers of leases that wait to be brought; beyond it they are not.
+    pub prefetch_queue_max: usize,
     /// Longest lease granted; longer wishes are cut to it.
     pub lease_max: Duration,
     /// Most leases at a time, open contexts included; beyond it a match comes without a lease.
@@ -63,9 +90,21 @@ impl CacheConfig {
             tenant_host_bytes_max: HashMap::new(),
             tenant_host_bytes_max_default: None,
             disk_bytes_max: 16 << 30,
+            disks: Vec::new(),
+            disk_absent: AbsentDisk::Refuse,
+            disk_free_bytes_min: 0,
+            scrub_bytes_per_second: 8 << 20,
+            object: None,
             segment_bytes: 256 << 20,
             flush_queue_bytes_max: 256 << 20,
             disk_reads_max: 64,
+            disk_reads_waiting_max: 4096,
+            disk_admission: Admission::Always,
+            promote_after_reads: 1,
+            reuse_entries: 1 << 20,
+            prefetch_layers: 2,
+            prefetch_bytes_max: 64 << 20,
+            prefetch_queue_max: 1024,
             lease_max: Duration::from_secs(60),
             leases_max: 16_384,
             contexts_max: 1024,
@@ -80,6 +119,9 @@ impl CacheConfig {
 
     /// The budget of a tenant in the host tier, if it has one.
     pub(crate) fn host_budget(&self, tenant: &Tenant) -> Option<u64> {
+        if planted(Bug::TenantBudgetIgnored) {
+            return None;
+        }
         let own = self.tenant_host_bytes_max.get(tenant).copied();
         own.or(self.tenant_host_bytes_max_default)
     }
@@ -87,6 +129,7 @@ impl CacheConfig {
     pub(crate) fn validate(&self) -> Result<(), CacheError> {
         let positive = [
             ("disk_reads_max", self.disk_reads_max),
+            ("reuse_entries", self.reuse_entries),
             ("leases_max", self.leases_max),
             ("contexts_max", self.contexts_max),
             ("context_blocks_max", self.context_blocks_max),
@@ -95,6 +138,13 @@ impl CacheConfig {
             ("subscribers_max", self.subscribers_max),
             ("lease_max", usize::from(!self.lease_max.is_zero())),
         ];
+        if !(1..=15).contains(&self.promote_after_reads) {
+            let message = format!(
+                "promote_after_reads is {}: must be from 1 to 15",
+                self.promote_after_reads
+            );
+            return Err(CacheError::new(ErrorKind::Config, message));
+        }
         match positive.iter().find(|(_, value)| *value == 0) {
             Some((field, _)) => Err(CacheError::new(
                 ErrorKind::Config,

@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -27,7 +28,7 @@ impl LeaseId {
 
 #[derive(Debug)]
 struct Lease {
-    blocks: Vec<BlockKey>,
+    blocks: Arc<[BlockKey]>,
     /// `None` for a lease that is only given back: an open context's.
     expires: Option<Instant>,
 }
@@ -78,6 +79,7 @@ impl Leases {
         if let Some(expires) = expires {
             self.by_expiry.insert((expires, id));
         }
+        let blocks = blocks.into();
         self.leases.insert(id, Lease { blocks, expires });
         Some(id)
     }
@@ -88,11 +90,11 @@ impl Leases {
         if let Some(expires) = lease.expires {
             self.by_expiry.remove(&(expires, id));
         }
-        for block in lease.blocks {
-            if let Some(count) = self.pins.get_mut(&block) {
+        for block in lease.blocks.iter() {
+            if let Some(count) = self.pins.get_mut(block) {
                 *count -= 1;
                 if *count == 0 {
-                    self.pins.remove(&block);
+                    self.pins.remove(block);
                 }
             }
         }
@@ -105,6 +107,16 @@ impl Leases {
         {
             self.release(id);
         }
+    }
+
+    /// Whether a lease was granted and has not ended.
+    pub(crate) fn is_live(&self, id: LeaseId) -> bool {
+        self.leases.contains_key(&id)
+    }
+
+    /// The blocks of a lease, in the order of their chain.
+    pub(crate) fn blocks(&self, id: LeaseId) -> Option<Arc<[BlockKey]>> {
+        self.leases.get(&id).map(|lease| Arc::clone(&lease.blocks))
     }
 
     pub(crate) fn is_pinned(&self, block: &BlockKey) -> bool {

@@ -35,6 +35,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod cache;
 mod config;
 mod error;
@@ -42,16 +43,20 @@ mod event;
 mod lease;
 mod namespace;
 pub mod retrieve;
+mod reuse;
 mod small_file;
 mod stats;
 #[cfg(test)]
 mod testing;
 
-pub use cache::{BlockCache, GetOptions, GetOutcome, PrefixMatch, PutBuffer, PutOutcome, Tier};
+pub use cache::{Admission, BlockCache, GetOptions, GetOutcome, PrefixMatch, PutBuffer, PutOutcome, Tier};
 pub use config::CacheConfig;
 pub use error::{CacheError, ErrorKind};
 pub use event::{BlockEvent, EventKind, EventStep, Subscription};
-pub use kvasir_tier::{DiskStats, HostPolicy, HugePages, Recovery, SEGMENT_FORMAT};
+pub use kvasir_tier::{
+    AbsentDisk, BreakerConfig, BreakerState, Credentials, DiskPath, DiskStats, ObjectConfig, ObjectStats, StoreId,
+};
+pub use kvasir_tier::{HostPolicy, HugePages, Recovery, SEGMENT_FORMAT};
 pub use lease::LeaseId;
 pub use namespace::BasisId;
 pub use stats::CacheStats;

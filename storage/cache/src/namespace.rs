@@ -161,6 +161,11 @@ impl Namespaces {
         self.by_id.read().get(&id).map(|held| usize::from(held.schema.layers))
     }
 
+    /// All of them.
+    pub(crate) fn ids(&self) -> Vec<NamespaceId> {
+        self.by_id.read().keys().copied().collect()
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.by_id.read().len()
     }

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use kvasir_tier::{DiskStats, Recovery};
+use kvasir_tier::{DiskStats, ObjectStats, Recovery};
 
 /// Counts since the start, and sizes at one moment. Counts are of layer blocks unless they say otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,18 +48,54 @@ pub struct CacheStats {
     pub put_checksum_mismatch: u64,
     /// Accepted puts that the disk did not take: held in memory only.
     pub put_host_only: u64,
+    /// Accepted puts that were not meant for the disk, since nobody asked for their blocks before.
+    pub admission_skipped: u64,
+    /// Of what was in memory only, written to disk after a hit.
+    pub saved: u64,
     /// Gets served from the host tier.
     pub get_hits_host: u64,
     /// Gets served from the disk tier.
     pub get_hits_disk: u64,
+    /// Gets served from the object tier.
+    pub get_hits_object: u64,
     /// Bytes served.
     pub get_bytes: u64,
     /// Gets of what is not held.
     pub misses_absent: u64,
     /// Gets of what was held but wrong.
     pub misses_corrupt: u64,
-    /// Gets shed because too many disk reads were running.
+    /// Gets shed because too many disk reads were waiting.
     pub misses_busy: u64,
+    /// Gets of what is held, too late for their deadline or slower than computing.
+    pub misses_late: u64,
+    /// Of those, answered at once since they would have been too late.
+    pub misses_late_estimated: u64,
+    /// Layer blocks read from disk, prefetch included.
+    pub disk_reads: u64,
+    /// Reads from disk that run.
+    pub disk_reads_running: u64,
+    /// Reads from disk that wait for their turn.
+    pub disk_reads_waiting: u64,
+    /// Gets that were answered by another's read of the same layer block.
+    pub reads_shared: u64,
+    /// Layer blocks kept in memory after a read from below, prefetch included.
+    pub promoted: u64,
+    /// Layer blocks handed to the object tier when the disk forgot them.
+    pub demoted: u64,
+    /// The object tier, if there is one.
+    pub object: Option<ObjectStats>,
+    /// Layers of leases that wait to be brought into memory ahead.
+    pub prefetch_waiting: u64,
+    /// Bytes brought ahead and not read yet.
+    pub prefetch_bytes: u64,
+    /// Layer blocks read ahead.
+    pub prefetch_issued: u64,
+    /// Of those, read by their reader before its lease ended.
+    pub prefetch_useful: u64,
+    /// Of those, not.
+    pub prefetch_wasted: u64,
+    /// Layer blocks, or layers, that were not brought: no room, no place in the queue, or the lease ended.
+    pub prefetch_dropped: u64,
     /// Wrong copies found in the host tier (also where the disk's copy then served).
     pub host_corrupt: u64,
     /// Leases held, open contexts included.
@@ -120,12 +156,23 @@ pub(crate) struct Counters {
     pub(crate) put_busy: Counter,
     pub(crate) put_checksum_mismatch: Counter,
     pub(crate) put_host_only: Counter,
+    pub(crate) admission_skipped: Counter,
+    pub(crate) saved: Counter,
     pub(crate) get_hits_host: Counter,
     pub(crate) get_hits_disk: Counter,
+    pub(crate) get_hits_object: Counter,
     pub(crate) get_bytes: Counter,
     pub(crate) misses_absent: Counter,
     pub(crate) misses_corrupt: Counter,
     pub(crate) misses_busy: Counter,
+    pub(crate) misses_late: Counter,
+    pub(crate) misses_late_estimated: Counter,
+    pub(crate) disk_reads: Counter,
+    pub(crate) reads_shared: Counter,
+    pub(crate) promoted: Counter,
+    pub(crate) demoted: Counter,
+    pub(crate) prefetch_issued: Counter,
+    pub(crate) prefetch_dropped: Counter,
     pub(crate) host_corrupt: Counter,
     pub(crate) retrieve_queries: Counter,
     pub(crate) retrieve_joined: Counter,

@@ -1,307 +1,225 @@
-//! The disk tier: records in append-only segment files, found through an index, under a byte limit.
+//! The disk tier: records in append-only segment files on one or several disks, found through an index, under a byte limit.
 //!
-//! Writing: [`DiskTier::offer`] queues, one flusher thread appends a batch to the current segment, syncs it, tells the
-//! index, and only then calls it stored. Until then the payload is served from the queue. Reading: one positioned read,
-//! verified byte for byte. Space comes back by dropping the oldest segment whole.
+//! Writing: [`DiskTier::offer`] queues. Each disk has a thread that takes a batch off the common queue, appends it to its
+//! current segment, syncs it, tells its index, and only then calls it stored. Until then payloads are served from the queue.
+//! A faster disk takes more batches; one that fails puts its batch back for the others. Reading: positioned reads of whole
+//! pages, many at a time, verified byte for byte. Space comes back by whole segments (`disk/reclaim.rs`).
 //!
-//! A disk that fails does not stop the owner: queued payloads stay where they are, [`DiskTier::offer`] answers
-//! [`Offer::Degraded`] once the queue is full, and the flusher tries again every second.
+//! Disks that fail do not stop the owner: queued payloads stay where they are, [`DiskTier::offer`] answers
+//! [`Offer::Degraded`] once the queue is full, and each disk is tried again every second (after three failed segments within
+//! a minute: after a rest).
 
-mod faults;
+mod config;
 mod flusher;
 mod format;
+mod health;
 mod index;
 mod lock;
+mod outcome;
+mod read;
+mod reclaim;
 mod recovery;
+mod scrub;
 mod segment;
+mod stats;
 mod table;
+mod volume;
 
 use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    sync::Arc,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
+use kvasir_device::{Buffer, FileIo, best_io};
 use parking_lot::{Condvar, Mutex};
 
-use self::{
-    faults::Faults,
-    flusher::Flusher,
-    index::Index,
-    lock::FolderLock,
-    segment::{SegmentWriter, read_record},
-    table::{Place, Table},
+pub use self::{
+    config::{AbsentDisk, DiskConfig, DiskPath, OpenError},
+    format::SEGMENT_FORMAT,
+    outcome::{DiskRead, DiskWatch, Fate, FlushError, Offer},
+    recovery::Recovery,
+    stats::{DiskStats, OneDiskStats},
 };
-pub use self::{format::SEGMENT_FORMAT, recovery::Recovery};
+use self::{
+    flusher::Flusher,
+    format::{PAGE, PAYLOAD_BYTES_MAX, record_bytes},
+    health::Health,
+    recovery::Recovered,
+    table::{Place, Table},
+    volume::{Folder, Volume},
+};
 
-/// Where and how much.
-#[derive(Clone, Debug)]
-pub struct DiskConfig {
-    /// Folder that this tier has for itself: `LOCK`, `segments/`, `index/`. Made where missing.
-    pub dir: PathBuf,
-    /// Most bytes of all segment files together; the index comes on top, about 100 bytes per layer block.
-    pub bytes_max: u64,
-    /// Bytes at which a segment is full; also the unit of reclaim.
-    pub segment_bytes: u64,
-    /// Most payload bytes accepted but not yet synced.
-    pub queue_bytes_max: u64,
-}
-
-/// Why a tier could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Sizes that cannot work.
-    #[error("{field} is {found}: {expected}")]
-    Config {
-        /// Name of the setting: `segment_bytes`, or `disk_bytes_max` for [`DiskConfig::bytes_max`].
-        field: &'static str,
-        /// Its value.
-        found: u64,
-        /// What it must be.
-        expected: String,
-    },
-    /// Another process has the folder open.
-    #[error("{} is in use by {owner}: stop it, or give this one a folder of its own", dir.display())]
-    Locked {
-        /// The folder.
-        dir: PathBuf,
-        /// What its owner wrote into the lock file.
-        owner: String,
-    },
-    /// A segment was written by a newer version.
-    #[error(
-        "{} has segment format {found}, this version reads up to {SEGMENT_FORMAT}: use the newer version or another folder",
-        path.display()
-    )]
-    NewerFormat {
-        /// The segment.
-        path: PathBuf,
-        /// Its format.
-        found: u32,
-    },
-    /// The file system said no.
-    #[error("cannot {what} {}", path.display())]
-    Io {
-        /// What was attempted.
-        what: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// RocksDB said no.
-    #[error("cannot {what} in {}", path.display())]
-    Index {
-        /// What was attempted.
-        what: &'static str,
-        /// The index's folder.
-        path: PathBuf,
-        /// What RocksDB said.
-        source: rocksdb::Error,
-    },
-}
-
-impl OpenError {
-    fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::Io {
-            what,
-            path: path.to_owned(),
-            source,
-        }
-    }
-
-    fn index(what: &'static str, config: &DiskConfig, source: rocksdb::Error) -> Self {
-        Self::Index {
-            what,
-            path: config.dir.join("index"),
-            source,
-        }
-    }
-}
-
-/// Not everything accepted is durable.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{queued} layer blocks are not on disk yet ({reason}): they stay queued and are tried again")]
-pub struct FlushError {
-    /// Layer blocks accepted and not durable.
-    pub queued: u64,
-    /// What stands in the way.
-    pub reason: String,
-}
-
-/// What became of an offered layer block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Offer {
-    /// Taken; durable after the next flush.
-    Queued,
-    /// Was here already.
-    Present,
-    /// The queue is full because the disk is slower than the writers: not taken, try later.
-    Full,
-    /// Not taken: the tier is closed, or the queue is full and the disk takes nothing. [`DiskStats::degraded`] says why: it
-    /// fails, or every segment holds a leased block.
-    Degraded,
-}
-
-/// What became of a read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DiskRead {
-    /// The bytes as they were put, verified.
-    Hit {
-        /// Keys and values.
-        payload: Bytes,
-        /// The checksum they came with.
-        checksum: Checksum,
-    },
-    /// Not here.
-    Miss,
-    /// Was here, but a byte was wrong or unreadable; forgotten.
-    Corrupt,
-}
-
-/// Has a say in what the tier forgets to make room.
-pub trait DiskWatch: Send + Sync {
-    /// The tier wants to forget what one segment holds of `blocks`. Answer false if one of them must stay; else call
-    /// `forget` once, under the lock that guards the decision, and answer true.
-    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut()) -> bool;
-}
-
-/// Counts and sizes at one moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DiskStats {
-    /// Bytes of all segment files.
-    pub bytes: u64,
-    /// Their limit.
-    pub bytes_max: u64,
-    /// Segment files.
-    pub segments: u64,
-    /// Layer blocks on disk.
-    pub layer_blocks: u64,
-    /// Layer blocks accepted, not yet durable.
-    pub queued_layer_blocks: u64,
-    /// Their payload bytes.
-    pub queue_bytes: u64,
-    /// Limit of the payload bytes.
-    pub queue_bytes_max: u64,
-    /// Offers not taken, since the start.
-    pub refused: u64,
-    /// Records found corrupt by reads, since the start.
-    pub corrupt: u64,
-    /// Segments dropped to make room, since the start.
-    pub reclaimed_segments: u64,
-    /// Layer blocks in them.
-    pub reclaimed_layer_blocks: u64,
-    /// Batches synced, since the start.
-    pub syncs: u64,
-    /// Failed attempts to write, since the start.
-    pub failures: u64,
-    /// Why the disk takes nothing at the moment.
-    pub degraded: Option<String>,
-}
+/// Most operations that one call has in flight on io_uring.
+const DEPTH: u32 = 32;
 
 /// Layer blocks on disk. Thread-safe; reads do not wait for writes.
 pub struct DiskTier {
     shared: Arc<Shared>,
     recovery: Recovery,
-    flusher: Mutex<FlusherHandle>,
-    _lock: FolderLock,
+    threads: Mutex<Threads>,
 }
 
-enum FlusherHandle {
-    Ready(Option<SegmentWriter>, u64),
-    Running(JoinHandle<()>),
+enum Threads {
+    Ready(Vec<recovery::Start>),
+    Running(Vec<JoinHandle<()>>),
     Stopped,
 }
 
 struct Shared {
     config: DiskConfig,
-    index: Index,
+    /// Those that are there; [`Volume::number`] is the place in this list.
+    volumes: Vec<Volume>,
+    /// Folders and reasons of those that are not.
+    absent: Vec<(std::path::PathBuf, String)>,
     state: Mutex<State>,
-    /// Wakes the flusher: there is work, or it should stop.
+    /// Wakes the writers: there is work, or they should stop.
     work: Condvar,
     /// Wakes those who wait for a flush.
     progress: Condvar,
-    faults: Faults,
+    /// Wakes the scrub when it should stop.
+    scrub: Condvar,
+    /// Reads that callers wait for: the scrub lets them pass.
+    reading: AtomicUsize,
 }
 
 #[derive(Default)]
 struct State {
     table: Table,
-    degraded: Option<String>,
-    /// Someone waits: try now, not in a second.
-    hurry: bool,
+    /// One for each volume.
+    health: Vec<Health>,
     stop: bool,
-    /// No flusher thread runs: not yet, or not any more.
-    stopped: bool,
+    counts: Counts,
+}
+
+/// Since the start.
+#[derive(Default)]
+struct Counts {
     refused: u64,
     corrupt: u64,
+    read_errors: u64,
+    too_late: u64,
     reclaimed_segments: u64,
     reclaimed_layer_blocks: u64,
+    readmitted_layer_blocks: u64,
+    demoted_layer_blocks: u64,
+    retired_segments: u64,
     syncs: u64,
     failures: u64,
+    payload_bytes_written: u64,
+    bytes_written: u64,
+    scrubbed_bytes: u64,
+    scrub_corrupt: u64,
 }
 
 impl DiskTier {
-    /// Opens the folder, recovers what it holds. Nothing is written until [`Self::start`].
+    /// Opens the folders, recovers what they hold. Nothing is written until [`Self::start`].
     ///
     /// # Errors
     /// [`OpenError`] says what stands in the way and what to do.
     pub fn open(config: DiskConfig) -> Result<Self, OpenError> {
-        validate(&config)?;
-        fs::create_dir_all(&config.dir).map_err(|source| OpenError::io("make the folder", &config.dir, source))?;
-        let lock = FolderLock::take(&config.dir)?;
-        let recovered = recovery::recover(&config)?;
+        config.validate()?;
+        let alone = config.disks.len() == 1;
+        // For each disk one that reads and one that writes, at a time.
+        let io: Arc<dyn FileIo> = best_io(2 * config.disks.len() + 2, DEPTH);
+        let (mut table, mut report) = (Table::default(), Recovery::default());
+        let (mut volumes, mut starts, mut absent) = (Vec::new(), Vec::new(), Vec::new());
+        let mut last_error = None;
+        for path in &config.disks {
+            let number = volumes.len() as u8;
+            let opened = Folder::take(number, path, alone, &io)
+                .and_then(|folder| recovery::recover(&config, folder, &mut table, &mut report));
+            match opened {
+                Ok(Recovered { volume, start }) => {
+                    volumes.push(volume);
+                    starts.push(start);
+                }
+                Err(error @ (OpenError::Io { .. } | OpenError::Index { .. }))
+                    if config.absent == AbsentDisk::LeaveOut && !alone =>
+                {
+                    tracing::error!(dir = %path.dir.display(), %error, "starting without this disk");
+                    table.forget_disk(number);
+                    absent.push((path.dir.clone(), error.to_string()));
+                    last_error = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if volumes.is_empty()
+            && let Some(error) = last_error
+        {
+            return Err(error);
+        }
+        report.segments = table.segments.len() as u64;
+        report.layer_blocks = table.stored;
         let state = State {
-            table: recovered.table,
-            stopped: true,
+            table,
+            health: volumes.iter().map(|_| Health::default()).collect(),
             ..State::default()
         };
         let shared = Shared {
             config,
-            index: recovered.index,
+            volumes,
+            absent,
             state: Mutex::new(state),
             work: Condvar::new(),
             progress: Condvar::new(),
-            faults: Faults::default(),
+            scrub: Condvar::new(),
+            reading: AtomicUsize::new(0),
         };
         Ok(Self {
             shared: Arc::new(shared),
-            recovery: recovered.report,
-            flusher: Mutex::new(FlusherHandle::Ready(recovered.writer, recovered.next_segment)),
-            _lock: lock,
+            recovery: report,
+            threads: Mutex::new(Threads::Ready(starts)),
         })
     }
 
-    /// Starts the flusher thread; once.
+    /// Starts the threads that write, one for each disk, and the scrub; once.
     ///
     /// # Errors
     /// What the system said when it could not make a thread.
     pub fn start(&self, watch: Arc<dyn DiskWatch>) -> io::Result<()> {
-        let mut handle = self.flusher.lock();
-        let FlusherHandle::Ready(writer, next_segment) = std::mem::replace(&mut *handle, FlusherHandle::Stopped) else {
-            return Err(io::Error::other("the flusher was started before"));
+        let mut threads = self.threads.lock();
+        let Threads::Ready(starts) = std::mem::replace(&mut *threads, Threads::Stopped) else {
+            return Err(io::Error::other("the disk tier was started before"));
         };
-        let flusher = Flusher::new(Arc::clone(&self.shared), watch, writer, next_segment);
-        // Before the thread is there: it may end, and say so, at once.
-        self.shared.state.lock().stopped = false;
-        let thread = std::thread::Builder::new()
-            .name("kv-flusher".to_owned())
-            .spawn(move || flusher.run())
-            .inspect_err(|_| self.shared.state.lock().stopped = true)?;
-        *handle = FlusherHandle::Running(thread);
+        let mut running = Vec::new();
+        for (number, start) in (0..).zip(starts) {
+            let flusher = Flusher::new(Arc::clone(&self.shared), number, Arc::clone(&watch), start);
+            // Before the thread is there: it may end, and say so, at once.
+            self.shared.state.lock().health[number].running = true;
+            let thread = std::thread::Builder::new().name(format!("kv-flusher-{number}"));
+            let spawned = thread.spawn(move || flusher.run());
+            running.push(spawned.inspect_err(|_| self.shared.state.lock().health[number].running = false)?);
+        }
+        if self.shared.config.scrub_bytes_per_second > 0 {
+            let shared = Arc::clone(&self.shared);
+            let thread = std::thread::Builder::new().name("kv-scrub".to_owned());
+            running.push(thread.spawn(move || scrub::run(&shared))?);
+        }
+        *threads = Threads::Running(running);
         Ok(())
     }
 
-    /// What was found when the folder was opened.
+    /// What was found when the folders were opened.
     pub fn recovery(&self) -> Recovery {
         self.recovery
     }
 
     /// Takes a layer block to be written. The queue is bounded in payload bytes; an empty queue takes any one payload.
     pub fn offer(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> Offer {
+        let segment_bytes = PAGE + record_bytes(payload.len()).next_multiple_of(PAGE);
+        let fits = |volume: &Volume| segment_bytes <= volume.bytes_max;
+        if payload.len() > PAYLOAD_BYTES_MAX || !self.shared.volumes.iter().all(fits) {
+            self.shared.state.lock().counts.refused += 1;
+            return Offer::TooLarge;
+        }
         let mut state = self.shared.state.lock();
         if state.table.place(key).is_some() {
             return Offer::Present;
@@ -309,8 +227,8 @@ impl DiskTier {
         let queue_bytes = state.table.queue_bytes + payload.len() as u64;
         let full = state.table.queue_bytes > 0 && queue_bytes > self.shared.config.queue_bytes_max;
         if full || state.stop {
-            state.refused += 1;
-            return if state.stop || state.degraded.is_some() {
+            state.counts.refused += 1;
+            return if state.stop || state.degraded().is_some() {
                 Offer::Degraded
             } else {
                 Offer::Full
@@ -318,38 +236,35 @@ impl DiskTier {
         }
         state.table.enqueue(key, payload, checksum);
         drop(state);
-        self.shared.work.notify_one();
+        self.shared.work.notify_all();
         Offer::Queued
     }
 
     /// Reads and verifies. Promises nothing about the past: what was here may have been reclaimed.
     pub fn get(&self, key: LayerBlockKey) -> DiskRead {
-        let (location, file) = {
-            let state = self.shared.state.lock();
-            match state.table.place(key) {
-                None => return DiskRead::Miss,
-                Some(Place::Queued(queued)) => {
-                    let (payload, checksum) = (**queued).clone();
-                    drop(state);
-                    if checksum.verifies(&payload) {
-                        return DiskRead::Hit { payload, checksum };
-                    }
-                    self.forget_corrupt(key, |place| matches!(place, Place::Queued(_)));
-                    return DiskRead::Corrupt;
-                }
-                Some(&Place::Stored(location)) => match state.table.segments.get(&location.segment) {
-                    Some(segment) => (location, Arc::clone(&segment.file)),
-                    None => return DiskRead::Miss,
-                },
-            }
-        };
-        match read_record(&file, key, location) {
-            Ok(Some((payload, checksum))) => return DiskRead::Hit { payload, checksum },
-            Ok(None) => tracing::warn!(?key, ?location, "record is corrupt, dropping it"),
-            Err(error) => tracing::warn!(?key, ?location, %error, "record cannot be read, dropping it"),
-        }
-        self.forget_corrupt(key, |place| matches!(place, Place::Stored(at) if *at == location));
-        DiskRead::Corrupt
+        let mut read = self.get_many(&[key], &mut |_| None, None);
+        read.pop().unwrap_or(DiskRead::Miss)
+    }
+
+    /// [`Self::get`] of many, several at a time; outcomes in the order of `keys`. Bytes are read into what `room` gives for the
+    /// bytes that a read needs (whole pages: up to 8 KiB more than the payload), or into the heap where it gives nothing. The
+    /// deadline is looked at before each read is begun; a read that was begun is waited for.
+    pub fn get_many(
+        &self,
+        keys: &[LayerBlockKey],
+        room: &mut dyn FnMut(usize) -> Option<Buffer>,
+        deadline: Option<Instant>,
+    ) -> Vec<DiskRead> {
+        self.shared.reading.fetch_add(1, Ordering::Relaxed);
+        let reads = self.shared.read_many(keys, room, deadline);
+        self.shared.reading.fetch_sub(1, Ordering::Relaxed);
+        reads
+    }
+
+    /// How long a read of `bytes` would take, by what reads took of late, on the slowest disk; zero while nothing was read.
+    pub fn read_estimate(&self, bytes: u64) -> Duration {
+        let estimates = self.shared.volumes.iter().map(|volume| volume.pace.estimate(bytes));
+        estimates.max().unwrap_or_default()
     }
 
     /// Whether `key` is here, queued or on disk.
@@ -375,80 +290,66 @@ impl DiskTier {
     /// Waits until everything taken so far is durable.
     ///
     /// # Errors
-    /// [`FlushError`] when the disk did not take it, or the tier was not started; it stays queued.
+    /// [`FlushError`] when no disk took it, or the tier was not started; it stays queued.
     pub fn flush(&self) -> Result<(), FlushError> {
         let mut state = self.shared.state.lock();
-        let (target, failures) = (state.table.accepted, state.failures);
-        state.hurry = true;
-        self.shared.work.notify_one();
-        while state.table.settled < target {
-            if state.failures > failures || state.stopped {
-                let reason = state.degraded.clone().unwrap_or_else(|| "no flusher runs".to_owned());
-                return Err(FlushError {
-                    queued: target - state.table.settled,
-                    reason,
-                });
+        let accepted = state.table.accepted;
+        let failures: Vec<u64> = state.health.iter().map(|health| health.failures).collect();
+        state.health.iter_mut().for_each(|health| health.hurry = true);
+        self.shared.work.notify_all();
+        loop {
+            let queued = state.table.unsettled(accepted);
+            if queued == 0 {
+                return Ok(());
+            }
+            let now = Instant::now();
+            let mut disks = state.health.iter().zip(&failures);
+            if disks.all(|(health, &before)| !health.running || health.failures > before || health.rests(now)) {
+                let reason = state.degraded().unwrap_or_else(|| "no flusher runs".to_owned());
+                return Err(FlushError { queued, reason });
             }
             self.shared.progress.wait(&mut state);
         }
-        Ok(())
     }
 
-    /// Writes what is queued and ends the flusher thread. Reads still work; offers are refused.
+    /// Writes what is queued and ends the threads. Reads still work; offers are refused.
     ///
     /// # Errors
-    /// [`FlushError`] when the disk did not take everything; what it did not take is lost with this process.
+    /// [`FlushError`] when the disks did not take everything; what they did not take is lost with this process.
     pub fn stop(&self) -> Result<(), FlushError> {
         self.shared.state.lock().stop = true;
-        self.shared.work.notify_one();
-        let handle = std::mem::replace(&mut *self.flusher.lock(), FlusherHandle::Stopped);
-        if let FlusherHandle::Running(thread) = handle
-            && thread.join().is_err()
-        {
-            tracing::error!("the flusher thread panicked");
+        self.shared.work.notify_all();
+        self.shared.scrub.notify_all();
+        let threads = std::mem::replace(&mut *self.threads.lock(), Threads::Stopped);
+        if let Threads::Running(threads) = threads {
+            for thread in threads {
+                if thread.join().is_err() {
+                    tracing::error!("a thread of the disk tier panicked");
+                }
+            }
         }
         let state = self.shared.state.lock();
-        let queued = state.table.accepted - state.table.settled;
+        let queued = state.table.unsettled(u64::MAX);
         if queued == 0 {
             return Ok(());
         }
-        let reason = state.degraded.clone().unwrap_or_else(|| "no flusher ran".to_owned());
+        let reason = state.degraded().unwrap_or_else(|| "no flusher ran".to_owned());
         Err(FlushError { queued, reason })
     }
 
     /// Counts and sizes.
     pub fn stats(&self) -> DiskStats {
         let state = self.shared.state.lock();
-        DiskStats {
-            bytes: state.table.disk_bytes(),
-            bytes_max: self.shared.config.bytes_max,
-            segments: state.table.segments.len() as u64,
-            layer_blocks: state.table.stored,
-            queued_layer_blocks: state.table.queued,
-            queue_bytes: state.table.queue_bytes,
-            queue_bytes_max: self.shared.config.queue_bytes_max,
-            refused: state.refused,
-            corrupt: state.corrupt,
-            reclaimed_segments: state.reclaimed_segments,
-            reclaimed_layer_blocks: state.reclaimed_layer_blocks,
-            syncs: state.syncs,
-            failures: state.failures,
-            degraded: state.degraded.clone(),
-        }
+        stats::of(&self.shared, &state)
     }
+}
 
-    /// Forgets `key` if it is still where the wrong bytes came from.
-    fn forget_corrupt(&self, key: LayerBlockKey, same: impl Fn(&Place) -> bool) {
-        let mut state = self.shared.state.lock();
-        state.corrupt += 1;
-        if !state.table.place(key).is_some_and(same) {
-            return;
-        }
-        state.table.remove(key);
-        drop(state);
-        if let Err(error) = self.shared.index.forget(None, [key].into_iter()) {
-            tracing::warn!(?key, %error, "corrupt record stays in the index until it is read again");
-        }
+impl State {
+    /// Why nothing is taken: a reason of some disk, if all have one.
+    fn degraded(&self) -> Option<String> {
+        let all = self.health.iter().all(|health| health.degraded.is_some());
+        let reason = self.health.first().and_then(|health| health.degraded.clone());
+        reason.filter(|_| all)
     }
 }
 
@@ -462,35 +363,9 @@ impl Drop for DiskTier {
 
 impl std::fmt::Debug for DiskTier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DiskTier")
-            .field("dir", &self.shared.config.dir)
-            .finish_non_exhaustive()
+        let dirs: Vec<_> = self.shared.volumes.iter().map(|volume| &volume.dir).collect();
+        f.debug_struct("DiskTier").field("dirs", &dirs).finish_non_exhaustive()
     }
-}
-
-fn validate(config: &DiskConfig) -> Result<(), OpenError> {
-    /// Offsets are kept in 32 bits, and a segment may end one record behind its size.
-    const SEGMENT_BYTES_MAX: u64 = 1 << 30;
-    if !(4096..=SEGMENT_BYTES_MAX).contains(&config.segment_bytes) {
-        let expected = format!("must be from 4096 to {SEGMENT_BYTES_MAX} bytes");
-        return Err(OpenError::Config {
-            field: "segment_bytes",
-            found: config.segment_bytes,
-            expected,
-        });
-    }
-    if config.bytes_max < 2 * config.segment_bytes {
-        let expected = format!(
-            "must be at least two segments of {} bytes, or nothing could be kept",
-            config.segment_bytes
-        );
-        return Err(OpenError::Config {
-            field: "disk_bytes_max",
-            found: config.bytes_max,
-            expected,
-        });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -407,3 +407,6 @@ impl HostTier {
         self.homes[page] = place;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,12 @@
-//! Where layer blocks are kept: host memory and disk.
+//! Where layer blocks are kept: host memory, disk and a bucket.
 //!
 //! [`HostTier`] is a bounded map in shared memory that evicts whole blocks by a policy of choice. [`DiskTier`] appends
 //! records to segment files behind a bounded queue, finds them through a RocksDB index, verifies every byte it reads and
-//! comes back warm after a crash; `FORMAT.md` has its bytes. Neither knows tenants, leases or prefixes: the owner
-//! says what must stay, through a closure (host) or a [`DiskWatch`] (disk).
+//! comes back warm after a crash; `FORMAT.md` has its bytes. [`ObjectTier`] packs them into objects of an S3-compatible
+//! bucket that all stores of a namespace share; `FORMAT-OBJECT.md` has its bytes. None knows tenants, leases or prefixes:
+//! the owner says what must stay, through a closure (host) or a [`DiskWatch`] (disk).
 //!
-//! Payloads are immutable: the same key always names the same bytes. Meet first: [`HostTier`], [`DiskTier`].
+//! Payloads are immutable: the same key always names the same bytes. Meet first: [`HostTier`], [`DiskTier`], [`ObjectTier`].
 //!
 //! ```
 //! use bytes::Bytes;
@@ -26,7 +27,8 @@ mod host;
 mod object;
 
 pub use disk::{
-    DiskConfig, DiskRead, DiskStats, DiskTier, DiskWatch, FlushError, Offer, OpenError, Recovery, SEGMENT_FORMAT,
+    AbsentDisk, DiskConfig, DiskPath, DiskRead, DiskStats, DiskTier, DiskWatch, Fate, FlushError, Offer, OneDiskStats,
+    OpenError, Recovery, SEGMENT_FORMAT,
 };
 pub use host::{HostConfig, HostPolicy, HostStats, HostTier, NoRoom, Owner};
 pub use kvasir_device::HugePages;

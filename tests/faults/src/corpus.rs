@@ -119,7 +119,15 @@ impl Corpus {
 /// The keyed stream: `bytes` bytes that follow from what they belong to.
 pub fn payload(tenant: &Tenant, key: LayerBlockKey, generation: u32, bytes: usize) -> Bytes {
     let mut state = 0x6B76_6173_6972_0001 ^ bytes as u64;
-    for part in [tenant.as_str().as_bytes(), &key.to_bytes(), &generation.to_le_bytes()] {
+    // Not by the key's own encoding: that is one of the things that are tested with these bytes.
+    let parts: [&[u8]; 5] = [
+        tenant.as_str().as_bytes(),
+        key.namespace.as_bytes(),
+        key.hash.as_bytes(),
+        &key.layer.to_le_bytes(),
+        &generation.to_le_bytes(),
+    ];
+    for part in parts {
         for word in part.chunks(8) {
             let mut padded = [0; 8];
             padded[..word.len()].copy_from_slice(word);

@@ -87,6 +87,7 @@ pub(crate) fn count(tally: &mut Tally, corpus: &Corpus, key: LayerBlockKey, outc
             let tier = match tier {
                 kvasir_cache::Tier::Host => Tier::Host,
                 kvasir_cache::Tier::Disk => Tier::Disk,
+                kvasir_cache::Tier::Object => Tier::Object,
             };
             tally.hit(tier);
             Read::Hit(tier)

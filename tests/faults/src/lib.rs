@@ -19,11 +19,19 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bucket;
 pub mod corpus;
 mod data;
+#[cfg(feature = "planted-bugs")]
+pub mod planted;
+mod proxy;
+mod remote;
 mod rows;
 mod run;
+mod store;
 mod tally;
+mod tier;
+mod witness;
 
 pub use self::{
     rows::{ROWS, row},

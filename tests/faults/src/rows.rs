@@ -1,11 +1,21 @@
 //! The rows, each in a file of its own.
 
+mod clock;
+mod device;
 mod flips;
 mod identity;
 mod index;
+mod kill;
 mod memory;
+mod misplaced;
+mod object;
+mod power;
+mod pressure;
+mod promises;
+mod space;
 mod torn;
 mod truncate;
+mod wire;
 
 use crate::{Row, Tier};
 
@@ -19,6 +29,33 @@ pub const ROWS: &[Row] = &[
         full: 20_000,
         tiers: &[Tier::Host, Tier::Disk],
         inflict: identity::inflict,
+    },
+    Row {
+        name: "promises",
+        number: None,
+        fault: "leases, budgets and deadlines while memory and disk are full",
+        sample: 9,
+        full: 900,
+        tiers: &[Tier::Host, Tier::Disk],
+        inflict: promises::inflict,
+    },
+    Row {
+        name: "kill",
+        number: Some(1),
+        fault: "kill -9 of a store under load, at a random time",
+        sample: 12,
+        full: 1000,
+        tiers: &[Tier::Store],
+        inflict: kill::inflict,
+    },
+    Row {
+        name: "power",
+        number: Some(2),
+        fault: "the power goes at an operation of a write; unsynced sectors are there or not",
+        sample: 60,
+        full: 1200,
+        tiers: &[Tier::Disk],
+        inflict: power::inflict,
     },
     Row {
         name: "torn",
@@ -39,6 +76,15 @@ pub const ROWS: &[Row] = &[
         inflict: flips::inflict,
     },
     Row {
+        name: "misplaced",
+        number: Some(5),
+        fault: "whole records in the wrong place: swapped, copied, left over",
+        sample: 256,
+        full: 2_000,
+        tiers: &[Tier::Disk],
+        inflict: misplaced::inflict,
+    },
+    Row {
         name: "memory",
         number: Some(6),
         fault: "a bit of the host tier's memory flips",
@@ -46,6 +92,42 @@ pub const ROWS: &[Row] = &[
         full: 10_000,
         tiers: &[Tier::Host],
         inflict: memory::inflict,
+    },
+    Row {
+        name: "wire",
+        number: Some(7),
+        fault: "on the wire: flips, pieces twice, left out, cut short",
+        sample: 150,
+        full: 10000,
+        tiers: &[Tier::Store],
+        inflict: wire::inflict,
+    },
+    Row {
+        name: "space",
+        number: Some(8),
+        fault: "the file system is full, and has space again",
+        sample: 3,
+        full: 200,
+        tiers: &[Tier::Host, Tier::Disk],
+        inflict: space::inflict,
+    },
+    Row {
+        name: "eio",
+        number: Some(9),
+        fault: "reads, writes, syncs and allocations fail; reads come short or flipped",
+        sample: 100,
+        full: 3000,
+        tiers: &[Tier::Disk],
+        inflict: device::fail,
+    },
+    Row {
+        name: "slow",
+        number: Some(10),
+        fault: "reads take 2 to 20 ms each, and have a deadline",
+        sample: 10,
+        full: 100,
+        tiers: &[Tier::Disk],
+        inflict: device::delay,
     },
     Row {
         name: "truncate",
@@ -64,6 +146,33 @@ pub const ROWS: &[Row] = &[
         full: 5_000,
         tiers: &[Tier::Disk],
         inflict: index::inflict,
+    },
+    Row {
+        name: "object",
+        number: Some(18),
+        fault: "a bucket that resets, stalls, sends too little or something else, answers 503 or 403",
+        sample: 60,
+        full: 2_000,
+        tiers: &[Tier::Object],
+        inflict: object::inflict,
+    },
+    Row {
+        name: "clock",
+        number: Some(19),
+        fault: "the wall clock goes anywhere between lives, the monotonic one begins anywhere",
+        sample: 20,
+        full: 200,
+        tiers: &[Tier::Disk, Tier::Store],
+        inflict: clock::inflict,
+    },
+    Row {
+        name: "pressure",
+        number: Some(20),
+        fault: "a limit of memory: enough, far too little, enough again",
+        sample: 3,
+        full: 51,
+        tiers: &[Tier::Store],
+        inflict: pressure::inflict,
     },
 ];
 

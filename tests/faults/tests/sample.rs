@@ -35,4 +35,7 @@ macro_rules! samples {
     };
 }
 
-samples!(identity, torn, flips, memory, truncate, index);
+samples!(
+    identity, promises, kill, power, torn, flips, misplaced, memory, wire, space, eio, slow, truncate, index, object,
+    clock, pressure
+);

@@ -169,7 +169,7 @@ fn client_config(host: &Host, args: &StoreBenchArgs) -> ClientConfig {
             StorePath::Auto => DataPath::Auto,
             StorePath::Grpc => DataPath::Grpc,
             StorePath::Bulk => DataPath::Bulk,
-            StorePath::Local => DataPath::Local,
+            StorePath::Local => DataPath::Auto,
         },
         verify: args.verify == Switch::On,
         ..ClientConfig::to(host.url())

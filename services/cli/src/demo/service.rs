@@ -42,17 +42,24 @@ impl Place {
         let text = format!(
             "# Written by `kvasir demo`.\n[model]\npath = {}\n\n[up]\ndata_dir = {}\n\n[store]\nlisten = \"127.0.0.1:0\"\n\
              admin_listen = \"127.0.0.1:0\"\n\n[worker]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n\n\
-             [router]\nlisten = \"127.0.0.1:0\"\n",
+             [worker.gpu]\nkernels_dir = {}\n\n[router]\nlisten = \"127.0.0.1:0\"\n",
             json!(model),
-            json!(data)
+            json!(data),
+            // Kept for the next demo: compiling them takes longer than all the rest.
+            json!(out.join("kernels"))
         );
         std::fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
+        let device = args.device.iter().map(|device| format!("worker.device={device}"));
+        let memory = args
+            .gpu_memory
+            .iter()
+            .map(|bytes| format!("worker.kv_bytes_max={bytes}"));
         File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         Ok(Self {
             data,
             config,
             log,
-            set: args.set.clone(),
+            set: device.chain(memory).chain(args.set.iter().cloned()).collect(),
             block_tokens: configuration.tree().worker.block_tokens,
         })
     }

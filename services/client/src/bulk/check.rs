@@ -23,6 +23,10 @@ pub(crate) struct Asked {
 impl Asked {
     /// Whether the frame goes on with the answer to this request, of which `first` rows have come.
     pub(crate) fn fits(&self, head: &ReplyHead, first: usize) -> Result<(), String> {
+        if head.id == 0 && head.status != Status::Ok {
+            // What it could not read, the store answers so: in its own words.
+            return Ok(());
+        }
         if head.id != self.id || head.op != self.op {
             return Err(format!(
                 "an answer to {:?} {} instead of {:?} {}",

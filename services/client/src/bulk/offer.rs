@@ -20,6 +20,16 @@ pub struct BulkOffer {
 }
 
 impl BulkOffer {
+    /// The offer of a store that was asked by other means than this client.
+    pub const fn tcp(address: SocketAddr, epoch: u64, token: [u8; TOKEN_BYTES]) -> Self {
+        Self {
+            address: Some(address),
+            local_socket: None,
+            epoch,
+            token,
+        }
+    }
+
     /// The offer in a reply of the store at `url`; `None` where there is none.
     ///
     /// # Errors

@@ -3,11 +3,7 @@
 use std::{
     io::{self, IoSlice, Read, Write},
     net::{SocketAddr, TcpStream},
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
-    },
-    path::Path,
+    os::fd::{AsFd, BorrowedFd},
     time::Duration,
 };
 
@@ -18,10 +14,7 @@ pub(crate) const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// A connection to a store.
 #[derive(Debug)]
-pub(crate) enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
+pub(crate) struct Socket(TcpStream);
 
 impl Socket {
     pub(crate) fn tcp(address: SocketAddr, connect_timeout: Duration, timeout: Duration) -> io::Result<Self> {
@@ -30,25 +23,13 @@ impl Socket {
         stream.set_read_timeout(Some(timeout))?;
         stream.set_write_timeout(Some(timeout))?;
         widen(stream.as_fd());
-        Ok(Self::Tcp(stream))
-    }
-
-    pub(crate) fn unix(path: &Path, timeout: Duration) -> io::Result<Self> {
-        let stream = UnixStream::connect(path)?;
-        stream.set_read_timeout(Some(timeout))?;
-        stream.set_write_timeout(Some(timeout))?;
-        widen(stream.as_fd());
-        Ok(Self::Unix(stream))
+        Ok(Self(stream))
     }
 
     /// Reads some bytes, at least one; an end is an error.
     pub(crate) fn read_some(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
-            let read = match self {
-                Self::Tcp(stream) => stream.read(into),
-                Self::Unix(stream) => stream.read(into),
-            };
-            match read {
+            match self.0.read(into) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => return other,
@@ -69,11 +50,7 @@ impl Socket {
         // Empty ones in front would look like an end.
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
-            let written = match self {
-                Self::Tcp(stream) => stream.write_vectored(slices),
-                Self::Unix(stream) => stream.write_vectored(slices),
-            };
-            match written {
+            match self.0.write_vectored(slices) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => IoSlice::advance_slices(&mut slices, written),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -3,7 +3,7 @@
 use kvasir_simd::{Partial, Segment, attend, merge};
 use parking_lot::Mutex;
 
-use super::{Model, Scratch, StepError, StepHooks, batch::Plan};
+use super::{CpuModel, Scratch, StepError, StepHooks, batch::Plan};
 use crate::{PagePool, weights::Columns};
 
 /// Buffers of attention, reused.
@@ -28,7 +28,7 @@ struct JobScratch {
     split: Partial,
 }
 
-impl Model {
+impl CpuModel {
     /// Attends for all tokens of the step (in the last layer: those that matter) into `scratch.attended`,
     /// `[tokens, q_heads, head_dim]`.
     #[expect(
@@ -203,7 +203,7 @@ fn join(jobs: &mut [Mutex<JobScratch>], head_dim: usize) {
 }
 
 /// What comes from elsewhere is checked before it reaches the residual stream, where it would spoil every later token.
-fn check_remote(remote: &Partial, rows: usize, head_dim: usize) -> Result<(), StepError> {
+pub(crate) fn check_remote(remote: &Partial, rows: usize, head_dim: usize) -> Result<(), StepError> {
     if remote.lse.len() != rows || remote.o.len() != rows * head_dim {
         return Err(StepError::Invalid(format!(
             "a remote partial has {} rows and {} elements, and must have {rows} rows of {head_dim}",

@@ -54,64 +54,64 @@ pub struct StepSequence<'a> {
 }
 
 /// A batch as work. The same in every layer.
-pub(super) struct Plan {
-    pub(super) tokens: usize,
-    pub(super) sequences: Vec<Sequence>,
+pub(crate) struct Plan {
+    pub(crate) tokens: usize,
+    pub(crate) sequences: Vec<Sequence>,
     /// Where K and V of each token go.
-    pub(super) slots: Vec<Slot>,
+    pub(crate) slots: Vec<Slot>,
     /// Rows that logits are made of, rising.
-    pub(super) kept: Vec<usize>,
-    pub(super) tiles: Vec<Tile>,
-    pub(super) jobs: Vec<Job>,
+    pub(crate) kept: Vec<usize>,
+    pub(crate) tiles: Vec<Tile>,
+    pub(crate) jobs: Vec<Job>,
 }
 
-pub(super) struct Sequence {
+pub(crate) struct Sequence {
     /// Its rows in the step.
-    pub(super) rows: Range<usize>,
+    pub(crate) rows: Range<usize>,
     /// Position of its first token.
-    pub(super) position: usize,
-    pub(super) local: bool,
+    pub(crate) position: usize,
+    pub(crate) local: bool,
     /// Keys and values attended to, in order of position.
-    pub(super) spans: Vec<Span>,
+    pub(crate) spans: Vec<Span>,
     /// Runs of `spans` that are summed together.
-    pub(super) splits: Vec<Range<usize>>,
+    pub(crate) splits: Vec<Range<usize>>,
     /// Its rows among [`Plan::kept`].
-    pub(super) logits: Range<usize>,
+    pub(crate) logits: Range<usize>,
 }
 
 /// A token's row in a page.
-pub(super) struct Slot {
-    pub(super) page: PageId,
-    pub(super) row: usize,
+pub(crate) struct Slot {
+    pub(crate) page: PageId,
+    pub(crate) row: usize,
 }
 
 /// Rows of a page that are attended to.
-pub(super) struct Span {
-    pub(super) page: PageId,
-    pub(super) rows: Range<usize>,
-    pub(super) position: usize,
+pub(crate) struct Span {
+    pub(crate) page: PageId,
+    pub(crate) rows: Range<usize>,
+    pub(crate) position: usize,
 }
 
 /// Queries of one KV head that are attended for together.
-pub(super) struct Tile {
-    pub(super) sequence: usize,
-    pub(super) kv_head: usize,
+pub(crate) struct Tile {
+    pub(crate) sequence: usize,
+    pub(crate) kv_head: usize,
     /// Tokens of the sequence.
-    pub(super) tokens: Range<usize>,
+    pub(crate) tokens: Range<usize>,
     /// Its jobs, in order of position.
-    pub(super) jobs: Range<usize>,
+    pub(crate) jobs: Range<usize>,
     /// Whether the last layer needs it.
-    pub(super) kept: bool,
+    pub(crate) kept: bool,
 }
 
 /// What one task attends to.
-pub(super) struct Job {
-    pub(super) tile: usize,
-    pub(super) splits: Range<usize>,
+pub(crate) struct Job {
+    pub(crate) tile: usize,
+    pub(crate) splits: Range<usize>,
 }
 
 impl Plan {
-    pub(super) fn new(
+    pub(crate) fn new(
         batch: &[StepSequence<'_>],
         pool: &PagePool,
         shape: &ModelShape,
@@ -145,7 +145,7 @@ impl Plan {
     }
 
     /// `(row, position)` of all tokens.
-    pub(super) fn positions(&self) -> impl Iterator<Item = (usize, usize)> {
+    pub(crate) fn positions(&self) -> impl Iterator<Item = (usize, usize)> {
         self.sequences
             .iter()
             .flat_map(|sequence| sequence.rows.clone().zip(sequence.position..))

@@ -6,7 +6,7 @@
 
 use kvasir_simd::{Activations, rms_norm};
 
-use super::{Model, Scratch, StepError, StepHooks, batch::Plan, rows::for_rows};
+use super::{CpuModel, Scratch, StepError, StepHooks, batch::Plan, rows::for_rows};
 use crate::weights::Columns;
 
 /// Buffers for hooks that watch, reused.
@@ -20,7 +20,7 @@ pub(super) struct WatchScratch {
     projected: Vec<f32>,
 }
 
-impl Model {
+impl CpuModel {
     /// Hands out what hooks ask to see before attention of `layer`.
     pub(super) fn watch(
         &self,

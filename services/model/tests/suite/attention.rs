@@ -90,7 +90,7 @@ fn both_ways(model: &mut Model, prompt: &[u32], tokens: &[u32], local: &[Range<u
     let mut local_pool = pool_for(model, own.len());
     for layer in 0..model.shape().layers {
         for page in resident.iter().flatten() {
-            let payload = pool.page_bytes(layer, *page);
+            let payload = pool.page_bytes(layer, *page).expect("host pages");
             local_pool
                 .fill(layer, *page, &payload)
                 .expect("a payload of the same layout");
@@ -287,7 +287,7 @@ struct Onboard<'a>(&'a PagePool, &'a [Option<PageId>]);
 impl StepHooks for Onboard<'_> {
     fn before_layer(&mut self, layer: usize, pool: &mut PagePool) -> Result<(), StepAborted> {
         for page in self.1.iter().flatten() {
-            let payload = self.0.page_bytes(layer, *page);
+            let payload = self.0.page_bytes(layer, *page).expect("host pages");
             pool.fill(layer, *page, &payload)
                 .map_err(|error| StepAborted(error.to_string()))?;
         }

@@ -100,6 +100,7 @@ pub(super) fn get(
         deadline: head.deadline.and_then(|left| started.checked_add(left)),
         lease: (head.lease != 0).then(|| LeaseId::from_u64(head.lease)),
         verify: !head.receiver_verifies,
+        ..GetOptions::default()
     };
     let per_frame = (FRAME_BYTES / schema.layer_block_bytes()).clamp(1, FRAME_ROWS_MAX);
     let (mut keys, mut rows) = (Vec::new(), Vec::new());
@@ -140,10 +141,10 @@ fn row(outcome: GetOutcome, payloads: &mut Vec<Bytes>) -> GetRow {
             tier,
         } => {
             let row = GetRow {
-                tier: if tier == Tier::Host {
-                    convert::Tier::Host
-                } else {
-                    convert::Tier::Disk
+                tier: match tier {
+                    Tier::Host => convert::Tier::Host,
+                    Tier::Disk => convert::Tier::Disk,
+                    Tier::Object => convert::Tier::Object,
                 },
                 // A layer block of a schema, which is bounded.
                 length: payload.len() as u32,

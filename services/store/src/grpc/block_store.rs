@@ -215,7 +215,7 @@ fn stat_reply(stats: &CacheStats) -> v1::StatReply {
         disk_bytes_max: stats.disk.bytes_max,
         put_blocks: stats.put_blocks,
         put_bytes: stats.put_bytes,
-        get_hits: stats.get_hits_host + stats.get_hits_disk,
+        get_hits: stats.get_hits_host + stats.get_hits_disk + stats.get_hits_object,
         get_bytes: stats.get_bytes,
         misses_absent: stats.misses_absent,
         misses_corrupt: stats.misses_corrupt,

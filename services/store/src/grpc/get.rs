@@ -9,7 +9,7 @@ use std::{ops::Range, sync::Arc, time::Instant};
 use futures::{StreamExt, stream};
 use http::{Request, Response};
 use kvasir_block::{BlockHash, Checksum, LayerBlockKey, NamespaceId};
-use kvasir_cache::{BlockCache, GetOutcome};
+use kvasir_cache::{BlockCache, GetOptions, GetOutcome, LeaseId};
 use kvasir_proto::{
     EntryHead, InvalidMessage, convert,
     frame::{self, BulkMessage, Incoming, Rope},
@@ -44,6 +44,7 @@ struct Wanted {
     layers: Range<u16>,
     /// Blocks after it are answered `TOO_LATE`.
     deadline: Option<Instant>,
+    lease: Option<LeaseId>,
     _slot: StreamSlot,
 }
 
@@ -80,6 +81,7 @@ pub(super) async fn serve(
         hashes,
         layers,
         deadline,
+        lease: (request.lease != 0).then(|| LeaseId::from_u64(request.lease)),
         _slot: slot,
     });
     let total = wanted.hashes.len() * wanted.layers.len();
@@ -131,36 +133,41 @@ fn read_message(cache: &BlockCache, wanted: &Wanted, range: Range<usize>) -> Res
         },
         payload: Rope::new(),
     };
-    let mut too_late = 0;
-    for i in range {
-        let key = LayerBlockKey {
+    let keys: Vec<LayerBlockKey> = range
+        .map(|i| LayerBlockKey {
             namespace: wanted.namespace,
             hash: wanted.hashes[i % wanted.hashes.len()],
             // Below the schema's layers, which are u16.
             layer: wanted.layers.start + (i / wanted.hashes.len()) as u16,
-        };
-        let late = wanted.deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        too_late += usize::from(late);
+        })
+        .collect();
+    let options = GetOptions {
+        deadline: wanted.deadline,
+        lease: wanted.lease,
+        ..GetOptions::default()
+    };
+    let outcomes = cache.get_many(&keys, &options).map_err(|error| of_cache(&error))?;
+    let mut too_late = 0;
+    for (key, outcome) in keys.iter().zip(outcomes) {
         let mut head = EntryHead {
             hash: key.hash,
             layer: key.layer,
             length: 0,
             checksum: Checksum::from_u32(0),
         };
-        let outcome = if late {
-            v1::BlockOutcome::TooLate
-        } else {
-            match cache.get(key).map_err(|error| of_cache(&error))? {
-                GetOutcome::Hit { payload, checksum, .. } => {
-                    head.length = payload.len();
-                    head.checksum = checksum;
-                    message.payload.push(payload);
-                    v1::BlockOutcome::Hit
-                }
-                GetOutcome::Miss => v1::BlockOutcome::Miss,
-                GetOutcome::Corrupt => v1::BlockOutcome::Corrupt,
-                GetOutcome::Busy => v1::BlockOutcome::Busy,
-                GetOutcome::TooLate => v1::BlockOutcome::TooLate,
+        let outcome = match outcome {
+            GetOutcome::Hit { payload, checksum, .. } => {
+                head.length = payload.len();
+                head.checksum = checksum;
+                message.payload.push(payload);
+                v1::BlockOutcome::Hit
+            }
+            GetOutcome::Miss => v1::BlockOutcome::Miss,
+            GetOutcome::Corrupt => v1::BlockOutcome::Corrupt,
+            GetOutcome::Busy => v1::BlockOutcome::Busy,
+            GetOutcome::TooLate => {
+                too_late += 1;
+                v1::BlockOutcome::TooLate
             }
         };
         message.header.entries.push(head.to_wire(outcome));

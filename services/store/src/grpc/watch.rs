@@ -48,6 +48,7 @@ fn wire(event: BlockEvent) -> v1::BlockEvent {
     let tier = match tier {
         Tier::Host => convert::Tier::Host,
         Tier::Disk => convert::Tier::Disk,
+        Tier::Object => convert::Tier::Object,
     };
     BlockEvents {
         epoch,

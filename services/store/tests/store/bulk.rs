@@ -7,12 +7,14 @@ use std::{
 };
 
 use kvasir_block::{BlockHash, Checksum, NamespaceId};
-use kvasir_client::{BulkConnection, ClientConfig, DataPath, ErrorKind, GetOutcome, Namespace, PutBlock, PutOutcome};
+use kvasir_client::{
+    BulkConnection, ClientConfig, DataPath, ErrorKind, GetOutcome, Namespace, PutBlock, PutOutcome, StoreClient,
+};
 use kvasir_proto::bulk::{Greeting, VERSION, Welcome};
-use kvasir_runtime::units::HumanDuration;
-use kvasir_store::StoreConfig;
+use kvasir_runtime::{Runtime, units::HumanDuration};
+use kvasir_store::{Store, StoreConfig};
 
-use crate::support::{Setup, chain, config, in_order, layer_block, payload, schema};
+use crate::support::{LAYERS, Setup, chain, config, in_order, layer_block, payload, schema, tenant};
 
 /// Does `work` with a bulk connection, on a thread of its own.
 async fn with_bulk<T: Send + 'static>(
@@ -182,7 +184,7 @@ async fn a_token_of_another_start_and_one_connection_too_many_are_refused() {
             error.message.contains("store.bulk_connections_max allows no more"),
             "{error}"
         );
-        assert_eq!(bulk.exists(namespace, &[]).expect("an answer"), []);
+        assert!(bulk.exists(namespace, &[]).expect("an answer").is_empty());
     })
     .await;
     let addr = setup.store.bulk_addr();
@@ -257,7 +259,7 @@ async fn slow_and_silent_peers_lose_their_places() {
     let silent: Vec<_> = (0..8).map(|_| raw(&setup)).collect();
     let started = Instant::now();
     for stream in silent {
-        assert_eq!(rest(stream), []);
+        assert!(rest(stream).is_empty());
     }
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     // One that sends a byte now and then is no better.
@@ -268,7 +270,7 @@ async fn slow_and_silent_peers_lose_their_places() {
             break;
         }
     }
-    assert_eq!(rest(slow), []);
+    assert!(rest(slow).is_empty());
     with_bulk(&setup, |bulk, namespace| {
         bulk.exists(namespace, &[]).expect("an answer")
     })
@@ -298,4 +300,85 @@ async fn a_reader_that_stands_still_does_not_hold_the_store_up() {
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     let error = lazy.receive_get(&mut vec![0; keys.len() * schema().layer_block_bytes()]);
     assert_eq!(error.expect_err("cut off").kind, ErrorKind::Unavailable);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_of_the_client_say_the_same_on_every_path() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let setup = Setup::with(&config(dir.path())).await;
+    // More than a frame, with a hole.
+    let mut wanted = chain(66, 300);
+    setup.put(&wanted).await;
+    wanted[100] = BlockHash::from_bytes([9; 32]);
+    let mut answers = Vec::new();
+    for path in [DataPath::Auto, DataPath::Grpc, DataPath::Bulk] {
+        let config = ClientConfig {
+            path,
+            ..bulk_config(&setup.url())
+        };
+        let client = StoreClient::new(config).expect("a client");
+        let namespace = client.open_namespace(&tenant(), &schema()).await.expect("a namespace");
+        // Twice, so that the connection is used again.
+        for _ in 0..2 {
+            let gets = client.get_blocks(&namespace, &wanted, 0..LAYERS, None, None).await;
+            let mut gets = gets.expect("a stream");
+            let mut got = Vec::new();
+            while let Some(block) = gets.next().await.expect("a block") {
+                got.push((block.hash, block.layer, block.outcome, block.payload));
+            }
+            answers.push(got);
+        }
+        let late = client
+            .get_blocks(&namespace, &wanted, 0..1, None, Some(Duration::ZERO))
+            .await;
+        if let Ok(mut late) = late
+            && let Ok(Some(block)) = late.next().await
+        {
+            assert_eq!(block.outcome, GetOutcome::TooLate, "{path:?}");
+        }
+        let mut unknown = namespace.clone();
+        unknown.id = NamespaceId::from_bytes([3; 32]);
+        let error = client
+            .get_blocks(&unknown, &wanted, 0..1, None, None)
+            .await
+            .expect_err("unknown");
+        assert_eq!(error.kind, ErrorKind::NotFound, "{path:?}: {error}");
+    }
+    assert_eq!(answers[0].len(), 900);
+    assert!(answers[0].iter().all(|(hash, layer, outcome, bytes)| match outcome {
+        GetOutcome::Hit => bytes.as_ref() == Some(&payload(*hash, *layer, schema().layer_block_bytes())),
+        outcome => *outcome == GetOutcome::Miss && *hash == wanted[100] && bytes.is_none(),
+    }));
+    assert!(answers.iter().all(|answer| *answer == answers[0]));
+    setup.store.stop().await.expect("everything written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_goes_on_by_itself_when_the_store_starts_anew() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let setup = Setup::with(&config(dir.path())).await;
+    let wanted = chain(67, 2);
+    setup.put(&wanted).await;
+    assert_eq!(setup.get(&wanted).await.len(), 6);
+    let (grpc, client, namespace) = (setup.store.grpc_addr(), setup.client, setup.namespace);
+    setup.store.stop().await.expect("everything written");
+    let again = StoreConfig {
+        listen: grpc,
+        ..config(dir.path())
+    };
+    let store = Store::start(&again, &Runtime::new()).await.expect("a store");
+    // The old bulk path is gone, gRPC carries it; once the namespace is opened anew, bulk does again.
+    for _ in 0..2 {
+        let mut gets = client
+            .get_blocks(&namespace, &wanted, 0..LAYERS, None, None)
+            .await
+            .expect("a stream");
+        while let Some(block) = gets.next().await.expect("a block") {
+            assert_eq!(block.outcome, GetOutcome::Hit);
+        }
+        let anew = client.open_namespace(&tenant(), &schema()).await.expect("a namespace");
+        assert_ne!(anew.epoch, namespace.epoch);
+        assert_ne!(anew.bulk, namespace.bulk);
+    }
+    store.stop().await.expect("everything written");
 }

@@ -120,6 +120,7 @@ async fn a_full_flush_queue_sheds_puts() {
     let dir = tempfile::tempdir().expect("a folder");
     let tiny = StoreConfig {
         flush_queue_bytes_max: ByteSize::bytes(1),
+        put_wait_max: HumanDuration::millis(1),
         ..config(dir.path())
     };
     let setup = Setup::with(&tiny).await;

@@ -89,7 +89,14 @@ impl Compute {
         let sequence = &mut self.running[at];
         sequence.wants_retrieval = false;
         let mut attention = sequence.request.attention;
-        let Some(split) = Split::new(sequence.request.prompt.len(), settings.block_tokens, &attention) else {
+        let mut prompt_tokens = sequence.request.prompt.len();
+        if !self.model.names_sampled_tokens() {
+            // The block of the prompt's last token has no name there, and attention is to whole pages.
+            prompt_tokens -= 1;
+            attention.sink = attention.sink.next_multiple_of(settings.block_tokens);
+            attention.window = attention.window.next_multiple_of(settings.block_tokens);
+        }
+        let Some(split) = Split::new(prompt_tokens, settings.block_tokens, &attention) else {
             return;
         };
         let id = sequence.id;
@@ -182,6 +189,7 @@ impl Compute {
         tracing::warn!(parent: &sequence.span, why, "retrieval failed, going on with full attention");
         sequence.fallback = Some(why);
         sequence.computed = 0;
+        sequence.unnamed_from = usize::MAX;
         self.look_up(&mut sequence);
         self.waiting.push_front(sequence);
     }

@@ -74,12 +74,14 @@ impl Compute {
             return Vec::new();
         };
         let mut offered = Vec::new();
+        let names_sampled = self.model.names_sampled_tokens();
         for share in shares {
             let sequence = &mut self.running[share.index];
             if sequence.request.no_cache || self.links.contains_key(&sequence.id) {
                 continue;
             }
             let found = 0..std::mem::take(&mut sequence.offer_first);
+            note_unnamed(sequence, share, names_sampled);
             let completed = completed_blocks(sequence, share, self.around.settings.block_tokens);
             for index in found.chain(completed) {
                 let (hash, page) = (sequence.chain.hashes()[index], sequence.pages[index]);
@@ -117,6 +119,7 @@ impl Compute {
         let mut hooks = Hooks {
             ids: &ids,
             loading,
+            wanted: offered.iter().map(|block| block.page).collect(),
             onboards: &mut self.onboards,
             links: &mut self.links,
             offered,
@@ -133,12 +136,14 @@ impl Compute {
     /// After a step: names what is whole, chooses tokens, ends what is at its end.
     fn advance(&mut self, shares: &[Share], output: &StepOutput) {
         self.settle_loads();
+        let names_sampled = self.model.names_sampled_tokens();
         let mut ended = Vec::new();
         let mut to_open = Vec::new();
         for (share, logits) in shares.iter().zip(&output.rows) {
             let block_tokens = self.around.settings.block_tokens;
             let sequence = &mut self.running[share.index];
             if !sequence.request.no_cache && !self.links.contains_key(&sequence.id) {
+                note_unnamed(sequence, share, names_sampled);
                 for index in completed_blocks(sequence, share, block_tokens) {
                     let hash = sequence.chain.hashes()[index];
                     sequence.pages[index] = sequence.pages[index].map(|page| self.tier.register(page, hash, index));
@@ -216,9 +221,18 @@ impl Compute {
     }
 }
 
-/// Indices of blocks that the step completes.
+/// Notes that blocks from the token on that is sampled from get no name, where the device computes it otherwise.
+fn note_unnamed(sequence: &mut Sequence, share: &Share, names_sampled: bool) {
+    if !names_sampled && share.tokens == sequence.remaining() {
+        let sampled = sequence.computed + share.tokens - 1;
+        sequence.unnamed_from = sequence.unnamed_from.min(sampled);
+    }
+}
+
+/// Indices of blocks that the step completes and that get a name.
 fn completed_blocks(sequence: &Sequence, share: &Share, block_tokens: usize) -> std::ops::Range<usize> {
-    sequence.computed / block_tokens..(sequence.computed + share.tokens) / block_tokens
+    let end = (sequence.computed + share.tokens).min(sequence.unnamed_from);
+    sequence.computed / block_tokens..end / block_tokens
 }
 
 fn step_sequence<'a>(sequence: &'a Sequence, share: &Share, links: &HashMap<SequenceId, Link>) -> StepSequence<'a> {
@@ -250,7 +264,13 @@ struct Offered {
 
 fn push(offload: &Offload, pool: &PagePool, layer: usize, hash: BlockHash, page: PageId) {
     // The one copy of the put path: the page may be evicted and written again before the store has taken the bytes.
-    let payload = Bytes::from(pool.page_bytes(layer, page));
+    let payload = match pool.page_bytes(layer, page) {
+        Ok(bytes) => Bytes::from(bytes),
+        Err(error) => {
+            tracing::error!(%error, "a page could not be read, its block is not pushed");
+            return offload.abandon(hash);
+        }
+    };
     offload.push(LayerBlock {
         hash,
         layer: layer as u16,
@@ -272,6 +292,8 @@ struct Hooks<'a> {
     ids: &'a [SequenceId],
     /// The sequence of the batch whose prefix is still on its way.
     loading: Option<SequenceId>,
+    /// Pages of what is offered.
+    wanted: Vec<PageId>,
     onboards: &'a mut HashMap<SequenceId, Onboard>,
     links: &'a mut HashMap<SequenceId, Link>,
     offered: &'a [Offered],
@@ -317,6 +339,10 @@ impl StepHooks for Hooks<'_> {
                 self.culprit = Some(Culprit::Load(id, cut.0.clone()));
                 StepAborted(cut.0)
             })
+    }
+
+    fn wanted_pages(&self) -> &[PageId] {
+        &self.wanted
     }
 
     fn after_layer(&mut self, layer: usize, pool: &PagePool) {

@@ -35,7 +35,7 @@ fn check(blocks: usize, arrivals: &str, whole: usize, over: bool) {
             for page in 0..whole {
                 let expected = (layer * blocks + page) as u8 + 1;
                 assert_eq!(
-                    pool.page_bytes(layer, PageId(page as u32))[0],
+                    pool.page_bytes(layer, PageId(page as u32)).expect("host pages")[0],
                     expected,
                     "{arrivals}: layer {layer} page {page}"
                 );

@@ -62,6 +62,12 @@ impl Shared {
         let Some(layers) = self.namespaces.layers(block.namespace) else {
             return;
         };
+        if !state.unsaved.is_empty() && state.host.layer_count(&block) == 0 {
+            // Evicted.
+            (0..layers).for_each(|layer| {
+                state.unsaved.remove(&block.layer(layer as u16));
+            });
+        }
         let (changed, kind) = if self.holds_all(state, &block, layers) {
             (state.available.insert(block), EventKind::Stored)
         } else {
@@ -74,6 +80,30 @@ impl Shared {
 
     fn holds_all(&self, state: &State, block: &BlockKey, layers: usize) -> bool {
         if state.host.layer_count(block) >= layers {
+            return true;
+        }
+        let mut held = LayerSet::default();
+        state.host.layers(block).for_each(|layer| held.insert(layer));
+        self.disk.visit_layers(block, |layer| held.insert(layer));
+        if held.count < layers
+            && let Some(object) = &self.object
+        {
+            object.visit_layers(block, |layer| held.insert(layer));
+        }
+        held.count >= layers
+    }
+
+    /// Whether `block` is held as of now. Other stores put into the object tier and take from it, which is noticed here.
+    pub(super) fn is_available(&self, state: &mut State, block: &BlockKey) -> bool {
+        if self.object.is_some() {
+            self.refresh(state, *block, Tier::Object);
+        }
+        state.available.contains(block)
+    }
+
+    /// Whether memory and disk alone hold all layers of a block that is available.
+    pub(super) fn is_near(&self, state: &State, block: &BlockKey, layers: usize) -> bool {
+        if self.object.is_none() {
             return true;
         }
         let mut held = LayerSet::default();

@@ -12,10 +12,10 @@ impl BlockCache {
     /// `UnknownNamespace`.
     pub fn contains_blocks(&self, namespace: NamespaceId, hashes: &[BlockHash]) -> Result<Vec<bool>, CacheError> {
         self.shared.schema_of(namespace)?;
-        let state = self.shared.state.lock();
+        let mut state = self.shared.state.lock();
         Ok(hashes
             .iter()
-            .map(|&hash| state.available.contains(&namespace.block(hash)))
+            .map(|&hash| self.shared.is_available(&mut state, &namespace.block(hash)))
             .collect())
     }
 }

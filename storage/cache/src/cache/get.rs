@@ -1,13 +1,12 @@
-//! Get: from memory, or from disk and then into memory; verified either way.
+//! Get: what a reader asks for and what it gets. How the tiers are asked is in `read.rs`.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_block::{Checksum, LayerBlockKey};
-use kvasir_tier::DiskRead;
 
 use super::{BlockCache, Shared, Tier};
-use crate::CacheError;
+use crate::{CacheError, LeaseId};
 
 /// What became of a get.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,10 +24,38 @@ pub enum GetOutcome {
     Miss,
     /// Held, but a byte was wrong; dropped and counted. To the caller a miss.
     Corrupt,
-    /// Shed because too many disk reads are running. Try later, or compute.
+    /// Shed because too many reads of a slower tier are waiting. Try later, or compute.
     Busy,
-    /// The deadline passed before its turn.
+    /// Held, and not worth waiting for: the deadline passed before its turn or would have passed, or computing it is quicker.
     TooLate,
+}
+
+/// How a get of many is done.
+#[derive(Clone, Copy, Debug)]
+pub struct GetOptions {
+    /// What was not read by then is answered [`GetOutcome::TooLate`]; looked at before each read of a slower tier, together
+    /// with how long the reads before it will take.
+    pub deadline: Option<Instant>,
+    /// The lease that covers the blocks: it is then known that more of them will be asked for soon, and they are brought into
+    /// memory ahead.
+    pub lease: Option<LeaseId>,
+    /// Whether bytes from memory are verified here. Off only where the receiver verifies them, which it says; bytes from
+    /// slower tiers are always verified.
+    pub verify: bool,
+    /// How long computing a block (all of its layers) takes the caller. What would take longer to read is answered
+    /// [`GetOutcome::TooLate`] at once. `None` where it is not known.
+    pub recompute: Option<Duration>,
+}
+
+impl Default for GetOptions {
+    fn default() -> Self {
+        Self {
+            deadline: None,
+            lease: None,
+            verify: true,
+            recompute: None,
+        }
+    }
 }
 
 impl BlockCache {
@@ -39,12 +66,41 @@ impl BlockCache {
     pub fn get(&self, key: LayerBlockKey) -> Result<GetOutcome, CacheError> {
         self.shared.schema_of_layer(key)?;
         let outcome = self.shared.read(key);
-        let counters = &self.shared.counters;
-        match &outcome {
+        self.shared.count(&outcome);
+        Ok(outcome)
+    }
+
+    /// Reads many layer blocks, one outcome each, in their order. What is in memory is found under one lock, the rest is read
+    /// from disk in batches and then from the object tier. May wait for the disk.
+    ///
+    /// # Errors
+    /// `UnknownNamespace`; `InvalidArgument` for a layer that the schema lacks.
+    pub fn get_many(&self, keys: &[LayerBlockKey], options: &GetOptions) -> Result<Vec<GetOutcome>, CacheError> {
+        let mut checked: Option<(kvasir_block::NamespaceId, u16)> = None;
+        for key in keys {
+            if checked.is_none_or(|(namespace, layers)| namespace != key.namespace || key.layer >= layers) {
+                let schema = self.shared.schema_of_layer(*key)?;
+                checked = Some((key.namespace, schema.layers));
+            }
+        }
+        let outcomes = self.shared.read_many(keys, options);
+        for outcome in &outcomes {
+            self.shared.count(outcome);
+        }
+        Ok(outcomes)
+    }
+}
+
+impl Shared {
+    /// Counts an answer that a caller gets.
+    fn count(&self, outcome: &GetOutcome) {
+        let counters = &self.counters;
+        match outcome {
             GetOutcome::Hit { payload, tier, .. } => {
                 let hits = match tier {
                     Tier::Host => &counters.get_hits_host,
                     Tier::Disk => &counters.get_hits_disk,
+                    Tier::Object => &counters.get_hits_object,
                 };
                 hits.add(1);
                 counters.get_bytes.add(payload.len() as u64);
@@ -52,75 +108,7 @@ impl BlockCache {
             GetOutcome::Miss => counters.misses_absent.add(1),
             GetOutcome::Corrupt => counters.misses_corrupt.add(1),
             GetOutcome::Busy => counters.misses_busy.add(1),
-            GetOutcome::TooLate => {}
+            GetOutcome::TooLate => counters.misses_late.add(1),
         }
-        Ok(outcome)
-    }
-}
-
-impl Shared {
-    /// Reads and verifies; what the disk had is promoted.
-    pub(crate) fn read(&self, key: LayerBlockKey) -> GetOutcome {
-        let in_host = self.state.lock().host.get(key);
-        let mut corrupt = false;
-        if let Some((payload, checksum)) = in_host {
-            if checksum.verifies(&payload) {
-                return GetOutcome::Hit {
-                    payload,
-                    checksum,
-                    tier: Tier::Host,
-                };
-            }
-            corrupt = true;
-            self.drop_from_host(key);
-        }
-        let Some(_permit) = ReadPermit::take(&self.disk_reads, self.config.disk_reads_max) else {
-            return GetOutcome::Busy;
-        };
-        match self.disk.get(key) {
-            DiskRead::Hit { payload, checksum } => {
-                let mut state = self.state.lock();
-                self.insert_host(&mut state, key, payload.clone(), checksum);
-                self.refresh(&mut state, key.block(), Tier::Host);
-                GetOutcome::Hit {
-                    payload,
-                    checksum,
-                    tier: Tier::Disk,
-                }
-            }
-            DiskRead::Miss if corrupt => GetOutcome::Corrupt,
-            DiskRead::Miss => GetOutcome::Miss,
-            DiskRead::Corrupt => {
-                let mut state = self.state.lock();
-                self.refresh(&mut state, key.block(), Tier::Disk);
-                GetOutcome::Corrupt
-            }
-        }
-    }
-
-    fn drop_from_host(&self, key: LayerBlockKey) {
-        tracing::warn!(?key, "layer block in memory is corrupt, dropping it");
-        self.counters.host_corrupt.add(1);
-        let mut state = self.state.lock();
-        state.host.remove(key);
-        self.refresh(&mut state, key.block(), Tier::Host);
-    }
-}
-
-/// One of a bounded number of disk reads.
-struct ReadPermit<'a>(&'a AtomicUsize);
-
-impl<'a> ReadPermit<'a> {
-    fn take(running: &'a AtomicUsize, max: usize) -> Option<Self> {
-        let taken = running.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
-            (count < max).then_some(count + 1)
-        });
-        taken.ok().map(|_| Self(running))
-    }
-}
-
-impl Drop for ReadPermit<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }

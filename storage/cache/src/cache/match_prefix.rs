@@ -14,6 +14,10 @@ pub struct PrefixMatch {
     pub hit_blocks: usize,
     /// Of those, blocks whose layers are all in memory.
     pub host_blocks: usize,
+    /// Of the others, blocks whose layers are all in memory or on disk.
+    pub disk_blocks: usize,
+    /// Of the others, blocks that need the object tier.
+    pub object_blocks: usize,
     /// Keeps the hit until released or expired. `None` when none was asked for, nothing was hit, or too many are held.
     pub lease: Option<LeaseId>,
     /// How long it lasts: what was asked for, at most `lease_max`.
@@ -35,10 +39,19 @@ impl BlockCache {
         let mut state = self.shared.state.lock();
         state.host.note_chain(namespace, hashes);
         let chain = hashes.iter().map(|&hash| namespace.block(hash));
-        let hit: Vec<BlockKey> = chain.take_while(|block| state.available.contains(block)).collect();
+        for block in chain.clone() {
+            state.reuse.note_asked(&block);
+        }
+        let hit: Vec<BlockKey> = chain
+            .take_while(|block| self.shared.is_available(&mut state, block))
+            .collect();
         let host_blocks = hit
             .iter()
             .filter(|block| state.host.layer_count(block) >= layers)
+            .count();
+        let object_blocks = hit
+            .iter()
+            .filter(|block| !self.shared.is_near(&state, block, layers))
             .count();
         // From the tail to the head, so that eviction takes the tail first and what is left is still a prefix.
         for block in hit.iter().rev() {
@@ -53,9 +66,17 @@ impl BlockCache {
             _ => None,
         };
         let lease_for = lease.and(lease_for).unwrap_or_default();
+        drop(state);
+        if let Some(lease) = lease
+            && host_blocks < hit_blocks
+        {
+            self.shared.look_ahead_first(lease, layers);
+        }
         Ok(PrefixMatch {
             hit_blocks,
             host_blocks,
+            disk_blocks: hit_blocks - host_blocks - object_blocks,
+            object_blocks,
             lease,
             lease_for,
         })

@@ -3,7 +3,10 @@
 use std::time::Instant;
 
 use bytes::Bytes;
-use kvasir_block::{BlockKey, Checksum, LayerBlockKey, NamespaceId};
+use kvasir_block::{
+    BlockKey, Checksum, LayerBlockKey, NamespaceId,
+    planted::{Bug, planted},
+};
 use kvasir_device::Buffer;
 use kvasir_tier::Offer;
 
@@ -56,7 +59,7 @@ impl BlockCache {
             counters.put_present.add(1);
             return Ok(PutOutcome::Present);
         }
-        if !checksum.verifies(&payload) {
+        if !checksum.verifies(&payload) && !planted(Bug::PutChecksumSkipped) {
             counters.put_checksum_mismatch.add(1);
             return Ok(PutOutcome::ChecksumMismatch);
         }
@@ -106,7 +109,9 @@ impl Shared {
         let mut state = self.state.lock();
         state.leases.expire(Instant::now());
         let State { host, leases, .. } = &mut *state;
-        let (buffer, evicted) = match host.reserve(bytes, owner, |block: &BlockKey| leases.is_pinned(block)) {
+        let (buffer, evicted) = match host.reserve(bytes, owner, |block: &BlockKey| {
+            leases.is_pinned(block) && !planted(Bug::LeasedBlockEvicted)
+        }) {
             Ok((buffer, evicted)) => (Some(buffer), evicted),
             Err(no_room) => (None, no_room.evicted),
         };
@@ -119,20 +124,26 @@ impl Shared {
     fn keep(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> PutOutcome {
         let mut state = self.state.lock();
         state.leases.expire(Instant::now());
-        let offer = self.disk.offer(key, payload.clone(), checksum);
+        let admitted = self.admits(&state, &key.block());
+        let offer = if admitted {
+            self.disk.offer(key, payload.clone(), checksum)
+        } else {
+            // As if the disk took nothing: it rests in memory or not at all.
+            Offer::Degraded
+        };
         match offer {
             Offer::Present => return PutOutcome::Present,
             // Stored must come to mean durable while the disk works, so what it cannot take now is shed.
             Offer::Full => return PutOutcome::Busy,
-            Offer::Queued | Offer::Degraded => {}
+            Offer::Queued | Offer::Degraded | Offer::TooLarge => {}
         }
         // What does not lie in the arena lies where it does because there was no room.
         let in_host = self.arena.locate(&payload).is_some() && self.insert_host(&mut state, key, payload, checksum);
-        if offer == Offer::Degraded {
+        if matches!(offer, Offer::Degraded | Offer::TooLarge) {
             if !in_host {
                 return PutOutcome::Busy;
             }
-            self.counters.put_host_only.add(1);
+            self.note_unsaved(&mut state, key, admitted);
         }
         self.refresh(&mut state, key.block(), if in_host { Tier::Host } else { Tier::Disk });
         PutOutcome::Stored
@@ -149,7 +160,7 @@ impl Shared {
         let owner = self.namespaces.owner(key.namespace);
         let State { host, leases, .. } = state;
         let inserted = host.insert(key, payload, checksum, owner, |block: &BlockKey| {
-            leases.is_pinned(block)
+            leases.is_pinned(block) && !planted(Bug::LeasedBlockEvicted)
         });
         let (is_in, evicted) = match inserted {
             Ok(evicted) => (true, evicted),

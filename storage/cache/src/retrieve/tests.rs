@@ -482,7 +482,7 @@ fn a_context_opens_after_a_restart_and_a_full_budget_only_costs_time() {
 fn eviction_and_reclaim_leave_a_context_alone() {
     let dir = tempfile::tempdir().unwrap();
     let small_tiers = CacheConfig {
-        host_bytes_max: 16_000,
+        host_bytes_max: 110_000,
         disk_bytes_max: 1 << 18,
         ..config(dir.path())
     };

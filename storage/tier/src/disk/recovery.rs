@@ -6,19 +6,20 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, File, OpenOptions},
-    io,
-    os::unix::fs::FileExt,
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use kvasir_device::{BlockFile, Buffer, FileIo, ReadAt, ReadOutcome};
+
 use super::{
     DiskConfig, OpenError,
-    format::{RECORD_ALIGN, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentId},
+    format::{Identity, PAGE, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentId},
     index::{Contents, Index},
-    segment::{SegmentWriter, scan, segment_id, sync_dir},
-    table::{SegmentState, Table},
+    segment::{SegmentWriter, scan, segment_id, segment_path, sync_dir},
+    table::{SegmentRef, SegmentState, Table},
+    volume::{Folder, Pace, Volume},
 };
 
 /// What was found at start-up.
@@ -41,83 +42,143 @@ pub struct Recovery {
 }
 
 pub(crate) struct Recovered {
-    pub(crate) table: Table,
-    pub(crate) index: Index,
-    pub(crate) writer: Option<SegmentWriter>,
-    pub(crate) next_segment: SegmentId,
-    pub(crate) report: Recovery,
+    pub(crate) volume: Volume,
+    pub(crate) start: Start,
 }
 
-pub(crate) fn recover(config: &DiskConfig) -> Result<Recovered, OpenError> {
-    let segments_dir = config.dir.join("segments");
-    fs::create_dir_all(&segments_dir).map_err(|source| OpenError::io("make the folder", &segments_dir, source))?;
-    sync_dir(&config.dir).map_err(|source| OpenError::io("sync the folder", &config.dir, source))?;
-    let mut report = Recovery::default();
-    let (index, contents) = open_index(&config.dir.join("index"), &mut report)?;
-    let indexed_to: HashMap<SegmentId, u64> = contents.indexed_to.iter().copied().collect();
+/// Where a disk's writer goes on.
+pub(crate) struct Start {
+    pub(crate) writer: Option<SegmentWriter>,
+    pub(crate) next_segment: SegmentId,
+    pub(crate) last_generation: u64,
+}
 
-    let mut table = Table::default();
-    let mut appendable = None;
+/// Reads what a folder holds into `table` and adds to `report`.
+pub(crate) fn recover(
+    config: &DiskConfig,
+    folder: Folder,
+    table: &mut Table,
+    report: &mut Recovery,
+) -> Result<Recovered, OpenError> {
+    let (number, dir) = (folder.number, folder.path.dir.clone());
+    let segments_dir = dir.join("segments");
+    fs::create_dir_all(&segments_dir).map_err(|source| OpenError::io("make the folder", &segments_dir, source))?;
+    sync_dir(&dir).map_err(|source| OpenError::io("sync the folder", &dir, source))?;
+    let (index, contents) = open_index(&dir.join("index"), number, report)?;
+    let volume = Volume {
+        number,
+        dir,
+        bytes_max: folder.path.bytes_max,
+        io: folder.io,
+        direct: folder.direct,
+        index,
+        pace: Pace::default(),
+        _lock: folder.lock,
+    };
+    let known: HashMap<SegmentId, (Identity, u64)> = contents
+        .segments
+        .iter()
+        .map(|(segment, to)| (segment.id, (*segment, *to)))
+        .collect();
+    let mut open = BTreeMap::new();
     for (id, path) in segment_files(&segments_dir)? {
-        let Some(segment) = open_segment(id, &path, indexed_to.contains_key(&id))? else {
+        let Some(at) = SegmentRef::new(number, id) else {
             continue;
         };
-        appendable = segment.has_header.then_some(id);
-        table.segments.insert(id, segment.state);
+        let Some(segment) = open_segment(&volume, id, &path, known.get(&id).copied())? else {
+            continue;
+        };
+        let state = SegmentState::new(
+            segment.file,
+            segment.identity.unwrap_or(Identity { id, generation: 0 }),
+            segment.bytes,
+        );
+        table.segments.insert(at, state);
+        open.insert(at, (segment.identity, segment.known_to));
     }
-    report.dangling = contents.broken;
+    report.dangling += contents.broken;
     for (key, location) in contents.records {
         let end = u64::from(location.offset) + RECORD_HEADER_BYTES as u64 + u64::from(location.payload_bytes);
+        // What the index knows of a file that is another one now points nowhere.
+        let trusted = open
+            .get(&location.segment)
+            .is_some_and(|(_, known_to)| known_to.is_some());
         match table.segments.get(&location.segment) {
-            Some(segment) if end <= segment.bytes => table.set_stored(key, location),
+            Some(segment) if trusted && end <= segment.bytes => table.set_stored(key, location),
             _ => {
                 report.dangling += 1;
-                let forgotten = index.forget(None, [key].into_iter());
-                forgotten.map_err(|source| OpenError::index("drop an entry of the index", config, source))?;
+                let forgotten = volume.index.forget(None, [key].into_iter());
+                forgotten.map_err(|source| OpenError::index("drop an entry of the index", &volume.dir, source))?;
             }
         }
     }
-    let ids: Vec<SegmentId> = table.segments.keys().copied().collect();
-    for &id in &ids {
-        let from = indexed_to.get(&id).copied().unwrap_or(SEGMENT_HEADER_BYTES as u64);
-        scan_tail(config, &mut table, &index, id, from, &mut report)?;
+    for (&at, &(identity, known_to)) in &open {
+        scan_tail(&volume, table, at, identity, known_to, report)?;
     }
-    for (&id, _) in indexed_to.iter().filter(|(id, _)| !table.segments.contains_key(id)) {
-        let forgotten = index.forget(Some(id), std::iter::empty());
-        forgotten.map_err(|source| OpenError::index("drop a segment from the index", config, source))?;
+    for &id in known.keys().filter(|id| !open.keys().any(|at| at.id() == **id)) {
+        let forgotten = volume.index.forget(Some(id), std::iter::empty());
+        forgotten.map_err(|source| OpenError::index("drop a segment from the index", &volume.dir, source))?;
     }
-
-    report.segments = ids.len() as u64;
-    report.layer_blocks = table.stored;
-    let last_known = ids.iter().chain(indexed_to.keys()).max();
-    let next_segment = last_known.map_or(1, |id| id + 1);
-    // Only the newest segment is appended to: age is the order of reclaim.
-    let writer = appendable.filter(|id| ids.last() == Some(id)).and_then(|id| {
-        let segment = &table.segments[&id];
-        // A file that was cut short by someone else ends anywhere, but records start at aligned places only; and in front
-        // of where the index has been told, no scan would find them.
-        let sound =
-            segment.bytes.is_multiple_of(RECORD_ALIGN) && indexed_to.get(&id).is_none_or(|&to| to <= segment.bytes);
-        let room = sound && segment.bytes < config.segment_bytes;
-        room.then(|| SegmentWriter {
-            id,
-            file: Arc::clone(&segment.file),
-            end: segment.bytes,
-        })
-    });
+    let last_known = open.keys().map(|at| at.id()).chain(known.keys().copied()).max();
+    let next_segment = last_known.map_or(1, |id| id + 1).max(contents.next_segment);
+    let identities = open
+        .keys()
+        .filter_map(|at| table.segments.get(at))
+        .map(|segment| segment.identity);
+    let last_generation = identities.map(|identity| identity.generation).max().unwrap_or(0);
+    let newest = open
+        .last_key_value()
+        .map(|(&at, &(identity, known_to))| (at, identity, known_to));
+    let writer = match newest {
+        Some((at, Some(identity), known_to)) => go_on(config, &volume, table, at, identity, known_to),
+        _ => None,
+    };
     Ok(Recovered {
-        table,
-        index,
-        writer,
-        next_segment,
-        report,
+        volume,
+        start: Start {
+            writer,
+            next_segment,
+            last_generation,
+        },
+    })
+}
+
+/// Only the newest segment is appended to, for age is the order of reclaim; and only where its header is whole and of this
+/// format, and it is not shorter than the index says: in front of where the index has been told, no scan would find records.
+fn go_on(
+    config: &DiskConfig,
+    volume: &Volume,
+    table: &mut Table,
+    at: SegmentRef,
+    identity: Identity,
+    known_to: Option<u64>,
+) -> Option<SegmentWriter> {
+    let segment = table.segments.get_mut(&at)?;
+    let end = segment.bytes.next_multiple_of(PAGE);
+    let sound = identity.generation != 0 && end >= PAGE && known_to.is_none_or(|to| to <= segment.bytes);
+    if !sound || end >= config.segment_bytes {
+        return None;
+    }
+    // Where there is no space for the rest of it, a new one is tried when there is something to write.
+    let bytes = config.segment_bytes;
+    if let Err(error) = volume.io.preallocate(&segment.file, bytes) {
+        tracing::warn!(segment = identity.id, %error, "cannot go on with the newest segment");
+        return None;
+    }
+    segment.bytes = bytes;
+    Some(SegmentWriter {
+        at,
+        identity,
+        file: Arc::clone(&segment.file),
+        end,
+        bytes,
     })
 }
 
 /// The index, or a new one beside the remains of one that cannot be read: it is derived, the segments are the truth.
-fn open_index(dir: &Path, report: &mut Recovery) -> Result<(Index, Contents), OpenError> {
+fn open_index(dir: &Path, disk: u8, report: &mut Recovery) -> Result<(Index, Contents), OpenError> {
     let existed = dir.exists();
-    let error = match Index::open(dir) {
+    let error = match Index::open(dir, disk) {
         Ok(opened) => return Ok(opened),
         Err(error) => error,
     };
@@ -133,7 +194,7 @@ fn open_index(dir: &Path, report: &mut Recovery) -> Result<(Index, Contents), Op
     let _ = fs::remove_dir_all(&aside);
     fs::rename(dir, &aside).map_err(|source| OpenError::io("move the broken index aside", dir, source))?;
     report.index_rebuilt = true;
-    Index::open(dir).map_err(|source| OpenError::Index {
+    Index::open(dir, disk).map_err(|source| OpenError::Index {
         what: "make a new index",
         path: dir.to_owned(),
         source,
@@ -153,71 +214,97 @@ fn segment_files(dir: &Path) -> Result<BTreeMap<SegmentId, PathBuf>, OpenError> 
 }
 
 struct OpenSegment {
-    state: SegmentState,
-    has_header: bool,
+    file: Arc<BlockFile>,
+    bytes: u64,
+    /// What its header says, or else the index; `None` where neither does.
+    identity: Option<Identity>,
+    /// Up to where the index has been told, if it speaks of this very file.
+    known_to: Option<u64>,
 }
 
 /// Opens one segment file; `None` if it holds nothing and was removed.
-fn open_segment(id: SegmentId, path: &Path, indexed: bool) -> Result<Option<OpenSegment>, OpenError> {
+fn open_segment(
+    volume: &Volume,
+    id: SegmentId,
+    path: &Path,
+    known: Option<(Identity, u64)>,
+) -> Result<Option<OpenSegment>, OpenError> {
     let failed = |source| OpenError::io("open the segment", path, source);
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
-    let bytes = file.metadata().map_err(failed)?.len();
-    let has_header = match read_header(&file).map_err(failed)? {
-        SegmentHeader::Valid(found) => found == id,
+    let file = BlockFile::open(path, volume.direct).map_err(failed)?;
+    let bytes = file.len().map_err(failed)?;
+    let header = match read_header(&*volume.io, &file) {
+        SegmentHeader::Valid(found) => (found.id == id).then_some(found),
         SegmentHeader::Newer(found) => {
             return Err(OpenError::NewerFormat {
                 path: path.to_owned(),
                 found,
             });
         }
-        SegmentHeader::Broken => false,
+        SegmentHeader::Broken => None,
     };
     // Killed while making it: no header, no record. Records name their segment themselves, so a file that has some is
     // kept even if its own header is damaged.
-    if !has_header && !indexed && bytes <= SEGMENT_HEADER_BYTES as u64 {
+    if header.is_none() && known.is_none() && bytes <= SEGMENT_HEADER_BYTES as u64 {
         fs::remove_file(path).map_err(|source| OpenError::io("remove the empty segment", path, source))?;
         return Ok(None);
     }
-    let state = SegmentState {
+    let same = known.filter(|(identity, _)| header.is_none_or(|header| header == *identity));
+    Ok(Some(OpenSegment {
         file: Arc::new(file),
         bytes,
-        blocks: Default::default(),
-    };
-    Ok(Some(OpenSegment { state, has_header }))
+        identity: header.or(same.map(|(identity, _)| identity)),
+        known_to: same.map(|(_, to)| to),
+    }))
 }
 
-fn read_header(file: &File) -> io::Result<SegmentHeader> {
-    let mut bytes = [0; SEGMENT_HEADER_BYTES];
-    match file.read_exact_at(&mut bytes, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(SegmentHeader::Broken),
-        read => read.map(|()| SegmentHeader::decode(&bytes)),
+fn read_header(io: &dyn FileIo, file: &BlockFile) -> SegmentHeader {
+    let mut page = Buffer::heap(PAGE as usize);
+    let mut reads = [ReadAt::new(file, 0, page.as_mut_slice())];
+    io.read_many(&mut reads, None);
+    match reads[0].outcome {
+        ReadOutcome::Read(done) => match page.as_slice()[..done].first_chunk() {
+            Some(header) => SegmentHeader::decode(header),
+            None => SegmentHeader::Broken,
+        },
+        ReadOutcome::Failed(_) | ReadOutcome::TooLate => SegmentHeader::Broken,
     }
 }
 
-/// Reads what the index was not told of in segment `id`, publishes it, cuts off what is torn.
+/// Reads what the index was not told of in a segment, publishes it, cuts off what is torn.
 fn scan_tail(
-    config: &DiskConfig,
+    volume: &Volume,
     table: &mut Table,
-    index: &Index,
-    id: SegmentId,
-    from: u64,
+    at: SegmentRef,
+    identity: Option<Identity>,
+    known_to: Option<u64>,
     report: &mut Recovery,
 ) -> Result<(), OpenError> {
-    let Some(segment) = table.segments.get_mut(&id) else {
+    let Some(segment) = table.segments.get_mut(&at) else {
         return Ok(());
     };
+    let first = identity.map_or(SEGMENT_HEADER_BYTES as u64, Identity::first_record);
+    let from = known_to.unwrap_or(first);
     if segment.bytes <= from {
         return Ok(());
     }
-    let path = super::segment::segment_path(&config.dir.join("segments"), id);
+    let path = segment_path(&volume.segments_dir(), at.id());
     let file = Arc::clone(&segment.file);
-    let found =
-        scan(&file, id, from, segment.bytes).map_err(|source| OpenError::io("read the segment", &path, source))?;
+    let generation = identity.map(|identity| identity.generation);
+    let found = scan(&*volume.io, &file, at, generation, from, segment.bytes);
     report.corrupt += found.corrupt;
-    report.torn_bytes += segment.bytes.saturating_sub(found.end);
-    // Also when it grows: the padding of the last record may be missing.
-    segment.bytes = found.end;
-    let settled = file.set_len(found.end).and_then(|()| file.sync_all());
+    if let Some(generation) = found.generation {
+        segment.identity.generation = generation;
+    }
+    let identity = segment.identity;
+    // Also when it grows: the padding of the last record may be missing. Format 2 ends at pages.
+    let end = if identity.generation == 0 {
+        found.end
+    } else {
+        found.end.next_multiple_of(PAGE)
+    };
+    report.torn_bytes += found.written_end.saturating_sub(end);
+    segment.bytes = end;
+    let settled = volume.io.truncate(&file, end).and_then(|()| volume.io.sync_data(&file));
     settled.map_err(|source| OpenError::io("cut the torn tail off the segment", &path, source))?;
 
     let mut news = Vec::new();
@@ -228,6 +315,6 @@ fn scan_tail(
         }
     }
     report.found_by_scan += news.len() as u64;
-    let published = index.publish(id, found.end, news.iter());
-    published.map_err(|source| OpenError::index("publish what was found", config, source))
+    let published = volume.index.publish(identity, end, news.iter());
+    published.map_err(|source| OpenError::index("publish what was found", &volume.dir, source))
 }

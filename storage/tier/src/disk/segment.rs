@@ -1,26 +1,32 @@
 //! Segment files: appending, reading and scanning. Knows nothing of the index or the queue.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{self, IoSlice, Seek, SeekFrom, Write},
-    os::unix::fs::FileExt,
+    fs::File,
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use bytes::Bytes;
-use kvasir_block::{Checksum, LayerBlockKey};
+use kvasir_block::{
+    Checksum, LayerBlockKey,
+    planted::{Bug, planted},
+};
+use kvasir_device::{BlockFile, Buffer, FileIo, ReadAt, ReadOutcome, WriteAt};
 
 use super::{
-    faults::Faults,
-    format::{
-        RECORD_ALIGN, RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentId, record_bytes,
-    },
-    table::Location,
+    format::{Identity, PAGE, RECORD_ALIGN, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, SegmentId, record_bytes},
+    table::{Location, SegmentRef},
+    volume::Volume,
 };
 
 /// A layer block on its way to disk.
 pub(crate) type Record = (LayerBlockKey, Bytes, Checksum);
+
+/// Bytes of one write of many.
+const WRITE_BYTES: usize = 1 << 20;
+/// Bytes that a scan reads at a time, where records are smaller.
+const SCAN_BYTES: u64 = 4 << 20;
 
 pub(crate) fn segment_path(dir: &Path, id: SegmentId) -> PathBuf {
     dir.join(format!("{id:016x}.seg"))
@@ -39,168 +45,279 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// The one segment that is appended to.
+/// The one segment of a disk that is appended to.
 ///
-/// Invariant: everything before `end` was synced, or was read back and verified and then synced.
+/// Invariant: everything before `end` was synced, or was read back and verified and then synced; `end` is a multiple of a
+/// page, so that no later write touches a sector that was synced.
 #[derive(Debug)]
 pub(crate) struct SegmentWriter {
-    pub(crate) id: SegmentId,
-    pub(crate) file: Arc<File>,
+    pub(crate) at: SegmentRef,
+    pub(crate) identity: Identity,
+    pub(crate) file: Arc<BlockFile>,
     pub(crate) end: u64,
+    /// Bytes of the file, allocated.
+    pub(crate) bytes: u64,
 }
 
 impl SegmentWriter {
-    /// A new segment file, its name already durable.
-    pub(crate) fn create(dir: &Path, id: SegmentId, faults: &Faults) -> io::Result<Self> {
-        faults.check_write()?;
-        let path = segment_path(dir, id);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-        let made = (&file)
-            .write_all(&SegmentHeader::encode(id))
-            .and_then(|()| sync_dir(dir));
+    /// A new segment file of `bytes` bytes, its space allocated and its name durable.
+    pub(crate) fn create(volume: &Volume, at: SegmentRef, identity: Identity, bytes: u64) -> io::Result<Self> {
+        let dir = volume.segments_dir();
+        let path = segment_path(&dir, identity.id);
+        let file = BlockFile::create(&path, volume.direct)?;
+        let made = Self::begin(&*volume.io, &file, identity, bytes).and_then(|()| sync_dir(&dir));
         if let Err(error) = made {
             // A half-made segment would only be tidied up at the next start.
             let _ = std::fs::remove_file(&path);
             return Err(error);
         }
         Ok(Self {
-            id,
+            at,
+            identity,
             file: Arc::new(file),
-            end: SEGMENT_HEADER_BYTES as u64,
+            end: PAGE,
+            bytes,
         })
     }
 
+    fn begin(io: &dyn FileIo, file: &BlockFile, identity: Identity, bytes: u64) -> io::Result<()> {
+        io.preallocate(file, bytes)?;
+        let mut page = Buffer::heap(PAGE as usize);
+        let header = SegmentHeader::encode(identity);
+        page.as_mut_slice()[..header.len()].copy_from_slice(&header);
+        let write = WriteAt {
+            offset: 0,
+            bytes: page.as_slice(),
+        };
+        io.write_many(file, &[write])?;
+        io.sync_data(file)
+    }
+
+    /// Bytes that records may still take.
+    pub(crate) fn room(&self) -> u64 {
+        self.bytes.saturating_sub(self.end)
+    }
+
     /// Appends `records` and syncs them; answers where they lie. On an error nothing counts as written.
-    pub(crate) fn append(&mut self, records: &[Record], faults: &Faults) -> io::Result<Vec<Location>> {
-        let mut headers = Vec::with_capacity(records.len());
+    pub(crate) fn append(
+        &mut self,
+        io: &dyn FileIo,
+        records: &[Record],
+        staging: &mut Buffer,
+    ) -> io::Result<Vec<Location>> {
+        let bytes: u64 = records.iter().map(|(_, payload, _)| record_bytes(payload.len())).sum();
+        let bytes = bytes.next_multiple_of(PAGE);
+        if (staging.len() as u64) < bytes {
+            *staging = Buffer::heap(bytes as usize);
+        }
+        let staged = &mut staging.as_mut_slice()[..bytes as usize];
         let mut locations = Vec::with_capacity(records.len());
-        let mut offset = self.end;
+        let mut used = 0;
         for (key, payload, checksum) in records {
+            let offset = self.end + used as u64;
             let header = RecordHeader {
-                segment: self.id,
+                segment: self.identity,
                 offset,
                 key: *key,
                 payload_bytes: payload.len() as u32,
                 payload_checksum: *checksum,
             };
-            headers.push(header.encode());
+            let record = &mut staged[used..used + record_bytes(payload.len()) as usize];
+            record[..RECORD_HEADER_BYTES].copy_from_slice(&header.encode());
+            let (body, padding) = record[RECORD_HEADER_BYTES..].split_at_mut(payload.len());
+            body.copy_from_slice(payload);
+            padding.fill(0);
             locations.push(Location {
-                segment: self.id,
+                segment: self.at,
                 offset: offset as u32,
                 payload_bytes: header.payload_bytes,
             });
-            offset += record_bytes(payload.len());
+            used += record.len();
         }
-        let padding = [0; RECORD_ALIGN as usize];
-        let mut slices = Vec::with_capacity(records.len() * 3);
-        for (header, (_, payload, _)) in headers.iter().zip(records) {
-            let used = RECORD_HEADER_BYTES + payload.len();
-            slices.push(IoSlice::new(header));
-            slices.push(IoSlice::new(payload));
-            slices.push(IoSlice::new(&padding[..record_bytes(payload.len()) as usize - used]));
+        staged[used..].fill(0);
+        let pieces = staged.chunks(WRITE_BYTES).zip((self.end..).step_by(WRITE_BYTES));
+        let writes: Vec<_> = pieces.map(|(bytes, offset)| WriteAt { offset, bytes }).collect();
+        io.write_many(&self.file, &writes)?;
+        if !planted(Bug::PublishBeforeSync) {
+            self.sync(io)?;
         }
-        let mut file = self.file.as_ref();
-        file.seek(SeekFrom::Start(self.end))?;
-        write_all_vectored(&mut file, &mut slices, faults)?;
-        faults.check_sync()?;
-        self.file.sync_data()?;
-        self.end = offset;
+        self.end += bytes;
         Ok(locations)
     }
-}
 
-fn write_all_vectored(file: &mut impl Write, mut slices: &mut [IoSlice<'_>], faults: &Faults) -> io::Result<()> {
-    while !slices.is_empty() {
-        faults.check_write()?;
-        match file.write_vectored(slices) {
-            Ok(0) if slices.iter().all(|slice| slice.is_empty()) => break,
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => IoSlice::advance_slices(&mut slices, written),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+    /// Once for what was written; never again after it failed.
+    pub(crate) fn sync(&self, io: &dyn FileIo) -> io::Result<()> {
+        let synced = io.sync_data(&self.file);
+        if synced.is_err() && planted(Bug::SyncRetried) {
+            return io.sync_data(&self.file);
         }
+        synced
     }
-    Ok(())
 }
 
-/// Reads the record of `key` at `location` and verifies header and payload; `None` if a byte is wrong.
-///
-/// # Errors
-/// What the disk said, other than that the file ends too early (that is a wrong record).
-pub(crate) fn read_record(
-    file: &File,
-    key: LayerBlockKey,
-    location: Location,
-) -> io::Result<Option<(Bytes, Checksum)>> {
-    let mut record = vec![0; RECORD_HEADER_BYTES + location.payload_bytes as usize];
+/// The whole pages that hold a record: from which offset, how many bytes, and where in them the record begins.
+pub(crate) fn pages_of(location: Location) -> (u64, usize, usize) {
     let offset = u64::from(location.offset);
-    match file.read_exact_at(&mut record, offset) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        read => read?,
-    }
-    let Some(header) = record
-        .first_chunk()
-        .and_then(|bytes| RecordHeader::decode(bytes, location.segment, offset))
-    else {
-        return Ok(None);
-    };
-    // The payload keeps the header's bytes alive: 128 of them are cheaper than a copy.
-    let payload = Bytes::from(record).slice(RECORD_HEADER_BYTES..);
-    let right = header.key == key
+    let start = offset - offset % PAGE;
+    let end = (offset + RECORD_HEADER_BYTES as u64 + u64::from(location.payload_bytes)).next_multiple_of(PAGE);
+    (start, (end - start) as usize, (offset - start) as usize)
+}
+
+/// Verifies that `pages`, read as [`pages_of`] says, hold the record of `key`; its checksum, or `None` if a byte is wrong.
+/// The payload begins [`RECORD_HEADER_BYTES`] behind the record.
+pub(crate) fn verify(pages: &[u8], segment: Identity, key: LayerBlockKey, location: Location) -> Option<Checksum> {
+    let (_, _, skew) = pages_of(location);
+    let record = pages.get(skew..)?;
+    let header = RecordHeader::decode(record.first_chunk()?, segment.id, u64::from(location.offset))?;
+    let payload = record.get(RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + location.payload_bytes as usize)?;
+    let right = (header.segment == segment || planted(Bug::StaleGenerationAccepted))
+        && (header.key == key || planted(Bug::ForeignRecordAccepted))
         && header.payload_bytes == location.payload_bytes
-        && header.payload_checksum.verifies(&payload);
-    Ok(right.then_some((payload, header.payload_checksum)))
+        && (header.payload_checksum.verifies(payload) || planted(Bug::DiskChecksumSkipped));
+    right.then_some(header.payload_checksum)
 }
 
 /// What a scan of a segment found.
 #[derive(Debug, Default)]
 pub(crate) struct Scan {
     pub(crate) records: Vec<(LayerBlockKey, Location)>,
-    /// Where the last whole record ends; what lies behind it is torn.
+    /// Where the last whole record ends; what lies behind it is torn, or was never written.
     pub(crate) end: u64,
-    /// Whole headers whose payload did not verify, before `end`.
+    /// Behind the last byte that is not zero.
+    pub(crate) written_end: u64,
+    /// Whole headers whose payload did not verify, before `end`, and a place where the disk could not be read.
     pub(crate) corrupt: u64,
+    /// The generation that its records name.
+    pub(crate) generation: Option<u64>,
 }
 
 /// Verifies every record from `from` to the end of the file. Behind a broken header it goes on at the next aligned place
-/// that holds a header made for that place, so that one flipped bit does not cost the rest of the segment.
-pub(crate) fn scan(file: &File, id: SegmentId, from: u64, file_bytes: u64) -> io::Result<Scan> {
+/// that holds a header made for that place, so that one flipped bit does not cost the rest of the segment. A place that
+/// cannot be read ends the scan. Where the `generation` is not known, the first record tells it.
+pub(crate) fn scan(
+    io: &dyn FileIo,
+    file: &BlockFile,
+    at: SegmentRef,
+    generation: Option<u64>,
+    from: u64,
+    file_bytes: u64,
+) -> Scan {
     let mut scan = Scan {
         end: from,
+        written_end: from,
+        generation,
         ..Scan::default()
     };
-    let mut header = [0; RECORD_HEADER_BYTES];
-    let mut payload = Vec::new();
+    let mut window = Window::new(io, file, file_bytes);
     let (mut offset, mut corrupt) = (from, 0);
     while offset + RECORD_HEADER_BYTES as u64 <= file_bytes {
-        file.read_exact_at(&mut header, offset)?;
-        let Some(record) = RecordHeader::decode(&header, id, offset) else {
+        let Some(bytes) = window.bytes(offset, RECORD_HEADER_BYTES) else {
+            scan.corrupt = corrupt + 1;
+            return scan;
+        };
+        let header = bytes
+            .first_chunk()
+            .and_then(|header| RecordHeader::decode(header, at.id(), offset))
+            .filter(|header| {
+                let known = scan.generation.filter(|_| !planted(Bug::StaleGenerationAccepted));
+                known.is_none_or(|known| known == header.segment.generation)
+            });
+        let Some(record) = header else {
+            let step = &bytes[..RECORD_ALIGN as usize];
+            if let Some(last) = step.iter().rposition(|&byte| byte != 0) {
+                scan.written_end = offset + last as u64 + 1;
+            }
             offset += RECORD_ALIGN;
             continue;
         };
-        let next = offset + record_bytes(record.payload_bytes as usize);
         let payload_at = offset + RECORD_HEADER_BYTES as u64;
+        let payload_end = payload_at + u64::from(record.payload_bytes);
+        scan.written_end = payload_at;
         // The padding may be missing at the end of a file; the payload may not.
-        if payload_at + u64::from(record.payload_bytes) > file_bytes {
+        if payload_end > file_bytes {
             corrupt += 1;
             offset += RECORD_ALIGN;
             continue;
         }
-        payload.resize(record.payload_bytes as usize, 0);
-        file.read_exact_at(&mut payload, payload_at)?;
-        if record.payload_checksum.verifies(&payload) {
+        let Some(payload) = window.bytes(payload_at, record.payload_bytes as usize) else {
+            scan.corrupt = corrupt + 1;
+            return scan;
+        };
+        let next = offset + record_bytes(record.payload_bytes as usize);
+        if record.payload_checksum.verifies(payload) || planted(Bug::TornPayloadAccepted) {
             let location = Location {
-                segment: id,
+                segment: at,
                 offset: offset as u32,
                 payload_bytes: record.payload_bytes,
             };
             scan.records.push((record.key, location));
             scan.end = next;
+            scan.written_end = next;
             scan.corrupt = corrupt;
+            scan.generation = Some(record.segment.generation);
         } else {
             corrupt += 1;
+            scan.written_end = payload_end;
         }
         offset = next;
     }
-    Ok(scan)
+    // A rest too short for a header, in a file that was cut.
+    if let Some(rest) = window.bytes(offset, file_bytes.saturating_sub(offset) as usize)
+        && let Some(last) = rest.iter().rposition(|&byte| byte != 0)
+    {
+        scan.written_end = offset + last as u64 + 1;
+    }
+    scan
+}
+
+/// A stretch of a file in memory, read on as it is asked for.
+struct Window<'a> {
+    io: &'a dyn FileIo,
+    file: &'a BlockFile,
+    file_bytes: u64,
+    buffer: Buffer,
+    start: u64,
+    filled: usize,
+}
+
+impl<'a> Window<'a> {
+    fn new(io: &'a dyn FileIo, file: &'a BlockFile, file_bytes: u64) -> Self {
+        Self {
+            io,
+            file,
+            file_bytes,
+            buffer: Buffer::heap(SCAN_BYTES.min(file_bytes.next_multiple_of(PAGE)) as usize),
+            start: 0,
+            filled: 0,
+        }
+    }
+
+    /// `None` where the disk does not give them.
+    fn bytes(&mut self, offset: u64, bytes: usize) -> Option<&[u8]> {
+        let end = offset + bytes as u64;
+        if offset < self.start || end > self.start + self.filled as u64 {
+            self.start = offset - offset % PAGE;
+            let wanted = (end - self.start).max(SCAN_BYTES.min(self.file_bytes.saturating_sub(self.start)));
+            let wanted = wanted.next_multiple_of(PAGE) as usize;
+            if self.buffer.len() < wanted {
+                self.buffer = Buffer::heap(wanted);
+            }
+            let mut reads = [ReadAt::new(
+                self.file,
+                self.start,
+                &mut self.buffer.as_mut_slice()[..wanted],
+            )];
+            self.io.read_many(&mut reads, None);
+            self.filled = match &reads[0].outcome {
+                ReadOutcome::Read(done) => *done,
+                ReadOutcome::Failed(error) => {
+                    tracing::warn!(file = %self.file.path().display(), offset, %error, "a segment cannot be read on");
+                    0
+                }
+                ReadOutcome::TooLate => 0,
+            };
+        }
+        let from = (offset - self.start) as usize;
+        self.buffer.as_slice().get(..self.filled)?.get(from..from + bytes)
+    }
 }

@@ -2,28 +2,60 @@
 //!
 //! A 30-layer block costs about 1 KB here for 1.4 MB on disk; in exchange a prefix match does no I/O.
 //!
-//! Invariants: `queue` holds every layer block whose place is `Queued`, oldest first (and may hold keys that were removed
-//! meanwhile); `queue_bytes` is the sum of the payloads that are `Queued`; a `Stored` place names a segment in `segments`,
+//! Invariants: `queue` and the batches in flight hold every layer block whose place is `Queued`, by the order in which they
+//! came (and may hold keys that were removed meanwhile); `queue_bytes` is the sum of the payloads that are `Queued`; a `Stored` place names a segment in `segments`,
 //! whose `blocks` has its block.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
-    fs::File,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
 use bytes::Bytes;
 use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
 
-use super::format::{SegmentId, record_bytes};
+use kvasir_device::BlockFile;
+
+use super::format::{Identity, SegmentId, record_bytes};
+
+/// A segment of a disk. Sorts by disk, then age.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct SegmentRef(u64);
+
+impl SegmentRef {
+    /// `None` for an id that no segment can have: they count up from 1.
+    pub(crate) fn new(disk: u8, id: SegmentId) -> Option<Self> {
+        (id < 1 << 56).then_some(Self(u64::from(disk) << 56 | id))
+    }
+
+    pub(crate) fn disk(self) -> u8 {
+        (self.0 >> 56) as u8
+    }
+
+    pub(crate) fn id(self) -> SegmentId {
+        self.0 & ((1 << 56) - 1)
+    }
+
+    /// All that a disk may have.
+    pub(crate) fn of_disk(disk: u8) -> std::ops::RangeInclusive<Self> {
+        let first = u64::from(disk) << 56;
+        Self(first)..=Self(first | ((1 << 56) - 1))
+    }
+}
 
 /// Where a record lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Location {
-    pub(crate) segment: SegmentId,
+    pub(crate) segment: SegmentRef,
     /// Of the record's header.
     pub(crate) offset: u32,
     pub(crate) payload_bytes: u32,
+}
+
+impl Location {
+    pub(crate) fn record_bytes(&self) -> u64 {
+        record_bytes(self.payload_bytes as usize)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -35,24 +67,52 @@ pub(crate) enum Place {
 
 #[derive(Debug)]
 pub(crate) struct SegmentState {
-    pub(crate) file: Arc<File>,
+    pub(crate) file: Arc<BlockFile>,
+    pub(crate) identity: Identity,
     /// Bytes of the file.
     pub(crate) bytes: u64,
+    /// Bytes of records that are still wanted.
+    pub(crate) live_bytes: u64,
+    /// Reads of it that the disk failed.
+    pub(crate) read_errors: u32,
+    /// Takes nothing more.
+    pub(crate) retired: bool,
     /// Blocks with a record here; reclaim forgets exactly these.
     pub(crate) blocks: HashSet<BlockKey>,
+}
+
+impl SegmentState {
+    pub(crate) fn new(file: Arc<BlockFile>, identity: Identity, bytes: u64) -> Self {
+        Self {
+            file,
+            identity,
+            bytes,
+            live_bytes: 0,
+            read_errors: 0,
+            retired: false,
+            blocks: HashSet::new(),
+        }
+    }
+}
+
+/// What a writer took off the queue. It must be settled or given back.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    entries: Vec<(u64, LayerBlockKey)>,
+    pub(crate) records: Vec<(LayerBlockKey, Bytes, Checksum)>,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     blocks: HashMap<BlockKey, Vec<(u16, Place)>>,
-    pub(crate) segments: BTreeMap<SegmentId, SegmentState>,
-    queue: VecDeque<LayerBlockKey>,
+    pub(crate) segments: BTreeMap<SegmentRef, SegmentState>,
+    queue: BTreeMap<u64, LayerBlockKey>,
+    in_flight: BTreeSet<u64>,
     pub(crate) queue_bytes: u64,
     pub(crate) queued: u64,
     pub(crate) stored: u64,
-    /// Layer blocks ever queued, and ever taken off the queue: a flush waits for the one to reach the other.
+    /// Layer blocks ever queued; each has its number.
     pub(crate) accepted: u64,
-    pub(crate) settled: u64,
 }
 
 impl Table {
@@ -78,38 +138,65 @@ impl Table {
         self.queue_bytes += payload.len() as u64;
         self.queued += 1;
         self.accepted += 1;
-        self.queue.push_back(key);
+        self.queue.insert(self.accepted, key);
         let old = self.set(key, Place::Queued(Box::new((payload, checksum))));
         debug_assert!(old.is_none(), "a queued layer block has no place yet");
     }
 
-    /// The oldest queued records that fit into `bytes_max` of a segment, at least one; keys that were removed meanwhile
-    /// come without a payload, so that they are settled with the rest.
-    pub(crate) fn next_batch(&self, bytes_max: u64) -> Vec<(LayerBlockKey, Option<(Bytes, Checksum)>)> {
-        let mut batch = Vec::new();
+    /// Takes the oldest queued records that fit into `bytes_max` of a segment, at least one, and with them the keys that
+    /// were removed meanwhile.
+    pub(crate) fn take_batch(&mut self, bytes_max: u64) -> Batch {
+        let mut batch = Batch {
+            entries: Vec::new(),
+            records: Vec::new(),
+        };
         let mut bytes = 0;
-        for &key in &self.queue {
-            let record = match self.place(key) {
-                Some(Place::Queued(queued)) => Some((queued.0.clone(), queued.1)),
-                _ => None,
-            };
-            bytes += record.as_ref().map_or(0, |(payload, _)| record_bytes(payload.len()));
-            if bytes > bytes_max && !batch.is_empty() {
-                break;
+        for (&number, &key) in &self.queue {
+            if let Some(Place::Queued(queued)) = self.place(key) {
+                bytes += record_bytes(queued.0.len());
+                if bytes > bytes_max && !batch.records.is_empty() {
+                    break;
+                }
+                batch.records.push((key, queued.0.clone(), queued.1));
             }
-            batch.push((key, record));
+            batch.entries.push((number, key));
+        }
+        for (number, _) in &batch.entries {
+            self.queue.remove(number);
+            self.in_flight.insert(*number);
         }
         batch
+    }
+
+    /// Bytes that the record at the head of the queue needs; 0 if there is none.
+    pub(crate) fn first_queued_bytes(&self) -> u64 {
+        let mut records = self.queue.values().filter_map(|&key| match self.place(key) {
+            Some(Place::Queued(queued)) => Some(record_bytes(queued.0.len())),
+            _ => None,
+        });
+        records.next().unwrap_or(0)
     }
 
     pub(crate) fn queue_is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Takes the first `count` entries off the queue.
-    pub(crate) fn settle(&mut self, count: usize) {
-        self.queue.drain(..count);
-        self.settled += count as u64;
+    /// The batch was written.
+    pub(crate) fn settle(&mut self, batch: &Batch) {
+        for (number, _) in &batch.entries {
+            self.in_flight.remove(number);
+        }
+    }
+
+    /// The batch was not written: back to where it was.
+    pub(crate) fn give_back(&mut self, batch: Batch) {
+        self.settle(&batch);
+        self.queue.extend(batch.entries);
+    }
+
+    /// Of the first `accepted` layer blocks, those that are neither durable nor gone.
+    pub(crate) fn unsettled(&self, accepted: u64) -> u64 {
+        (self.queue.range(..=accepted).count() + self.in_flight.range(..=accepted).count()) as u64
     }
 
     /// A queued layer block now lies at `location`; false if it was removed meanwhile.
@@ -127,10 +214,38 @@ impl Table {
     pub(crate) fn set_stored(&mut self, key: LayerBlockKey, location: Location) {
         if let Some(segment) = self.segments.get_mut(&location.segment) {
             segment.blocks.insert(key.block());
+            segment.live_bytes += location.record_bytes();
             let old = self.set(key, Place::Stored(location));
             self.forget_place(old);
             self.stored += 1;
         }
+    }
+
+    /// What of `block` lies in `segment`.
+    pub(crate) fn layers_in(&self, block: &BlockKey, segment: SegmentRef) -> Vec<(LayerBlockKey, Location)> {
+        let layers = self.blocks.get(block).into_iter().flatten();
+        let here = layers.filter_map(|(layer, place)| match place {
+            Place::Stored(location) if location.segment == segment => Some((block.layer(*layer), *location)),
+            _ => None,
+        });
+        here.collect()
+    }
+
+    /// All records of a segment, in the order in which they lie.
+    pub(crate) fn records_of(&self, segment: SegmentRef) -> Vec<(LayerBlockKey, Location)> {
+        let blocks = self.segments.get(&segment).into_iter().flat_map(|state| &state.blocks);
+        let mut records: Vec<_> = blocks.flat_map(|block| self.layers_in(block, segment)).collect();
+        records.sort_by_key(|(_, location)| location.offset);
+        records
+    }
+
+    /// The record was written again at `to`; false if it is not at `from` any more.
+    pub(crate) fn relocate(&mut self, key: LayerBlockKey, from: Location, to: Location) -> bool {
+        let still = matches!(self.place(key), Some(Place::Stored(at)) if *at == from);
+        if still {
+            self.set_stored(key, to);
+        }
+        still
     }
 
     pub(crate) fn remove(&mut self, key: LayerBlockKey) -> bool {
@@ -149,7 +264,7 @@ impl Table {
     }
 
     /// Forgets a segment and every record in it; answers with their keys.
-    pub(crate) fn remove_segment(&mut self, id: SegmentId) -> Vec<LayerBlockKey> {
+    pub(crate) fn remove_segment(&mut self, id: SegmentRef) -> Vec<LayerBlockKey> {
         let Some(segment) = self.segments.remove(&id) else {
             return Vec::new();
         };
@@ -173,9 +288,42 @@ impl Table {
         removed
     }
 
-    /// Bytes of all segment files.
-    pub(crate) fn disk_bytes(&self) -> u64 {
-        self.segments.values().map(|segment| segment.bytes).sum()
+    /// Bytes of all segment files of a disk.
+    pub(crate) fn disk_bytes(&self, disk: u8) -> u64 {
+        let segments = self.segments.range(SegmentRef::of_disk(disk));
+        segments.map(|(_, segment)| segment.bytes).sum()
+    }
+
+    pub(crate) fn segments_of(&self, disk: u8) -> u64 {
+        self.segments.range(SegmentRef::of_disk(disk)).count() as u64
+    }
+
+    /// Forgets all segments of a disk.
+    pub(crate) fn forget_disk(&mut self, disk: u8) {
+        let ids: Vec<_> = self
+            .segments
+            .range(SegmentRef::of_disk(disk))
+            .map(|(at, _)| *at)
+            .collect();
+        for id in ids {
+            self.remove_segment(id);
+        }
+    }
+
+    /// Segments of a disk in the order in which they should go: what is retired, then the oldest, but before it one with
+    /// less than half of its live bytes. Oldest first keeps recency, wears a flash disk evenly and rewrites least; a segment
+    /// that is mostly dead costs least to lose.
+    pub(crate) fn victims(&self, disk: u8) -> Vec<SegmentRef> {
+        let mut segments: Vec<_> = self.segments.range(SegmentRef::of_disk(disk)).collect();
+        segments.sort_by_key(|(at, segment)| (!segment.retired, **at));
+        let emptiest = (0..segments.len()).min_by_key(|&i| segments[i].1.live_bytes);
+        if let Some(i) = emptiest
+            && !segments[0].1.retired
+            && segments[i].1.live_bytes * 2 < segments[0].1.live_bytes
+        {
+            segments[..=i].rotate_right(1);
+        }
+        segments.into_iter().map(|(at, _)| *at).collect()
     }
 
     fn set(&mut self, key: LayerBlockKey, place: Place) -> Option<Place> {
@@ -195,7 +343,12 @@ impl Table {
                 self.queue_bytes -= queued.0.len() as u64;
                 self.queued -= 1;
             }
-            Some(Place::Stored(_)) => self.stored -= 1,
+            Some(Place::Stored(location)) => {
+                self.stored -= 1;
+                if let Some(segment) = self.segments.get_mut(&location.segment) {
+                    segment.live_bytes = segment.live_bytes.saturating_sub(location.record_bytes());
+                }
+            }
             None => {}
         }
     }

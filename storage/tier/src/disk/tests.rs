@@ -3,11 +3,21 @@
 
 mod crash;
 mod flips;
+mod many;
 mod room;
 
 use kvasir_block::{BlockHash, NamespaceId};
+use kvasir_device::{
+    Psync,
+    faulty::{EIO, Fault, Faulty, Operation, Rule},
+};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tempfile::TempDir;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use super::*;
 
@@ -23,10 +33,10 @@ impl DiskWatch for FreeWatch {
 
 fn config(dir: &Path) -> DiskConfig {
     DiskConfig {
-        dir: dir.to_owned(),
-        bytes_max: 16 << 20,
         segment_bytes: 1 << 20,
         queue_bytes_max: 4 << 20,
+        scrub_bytes_per_second: 0,
+        ..DiskConfig::in_dir(dir, 16 << 20)
     }
 }
 
@@ -64,6 +74,14 @@ fn payload_of(i: u32, bytes: usize) -> Bytes {
 
 fn offer(tier: &DiskTier, i: u32) -> Offer {
     tier.offer(key(i), payload(i), Checksum::of(&payload(i)))
+}
+
+/// [`config`] on a disk that fails on purpose.
+fn faulty(dir: &Path, seed: u64) -> (Arc<Faulty>, DiskConfig) {
+    let io = Arc::new(Faulty::new(Arc::new(Psync), seed));
+    let mut config = config(dir);
+    config.disks[0].io = Some(Arc::clone(&io) as Arc<dyn FileIo>);
+    (io, config)
 }
 
 /// 512 bytes of payload: 640 bytes on disk.
@@ -274,19 +292,19 @@ fn a_newer_format_stops_the_start_and_keeps_its_hands_off() {
 
 #[test]
 fn sizes_that_cannot_work_are_refused() {
-    let cases: [(u64, u64, &str); 5] = [
+    let cases: [(u64, u64, &str); 6] = [
         (16 << 20, 0, "segment_bytes"),
-        (16 << 20, 4095, "segment_bytes"),
+        (16 << 20, 12 << 10, "segment_bytes"),
+        (16 << 20, (1 << 20) + 64, "segment_bytes"),
         (u64::MAX, (1 << 30) + 1, "segment_bytes"),
-        (2 * 4096 - 1, 4096, "disk_bytes_max"),
-        (0, 4096, "disk_bytes_max"),
+        (2 * 16384 - 1, 16384, "disk_bytes_max"),
+        (0, 16384, "disk_bytes_max"),
     ];
     for (bytes_max, segment_bytes, wrong) in cases {
         let dir = TempDir::new().unwrap();
         let config = DiskConfig {
-            bytes_max,
             segment_bytes,
-            ..config(dir.path())
+            ..DiskConfig::in_dir(dir.path(), bytes_max)
         };
         let error = DiskTier::open(config).unwrap_err();
         assert!(

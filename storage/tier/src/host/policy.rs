@@ -22,7 +22,7 @@ pub enum HostPolicy {
     /// matched again passes through a tenth of the blocks.
     S3Fifo,
     /// Never a block before its descendants that are here: what is left of a chain is a prefix, and can be hit. Among
-    /// those without descendants, the ones never matched again first, then least recently matched first.
+    /// those without descendants, least recently matched first.
     #[default]
     Prefix,
 }

@@ -79,6 +79,11 @@ impl Shares {
         self.all[0].policy.wants_links()
     }
 
+    #[cfg(test)]
+    pub(super) fn all(&self) -> impl Iterator<Item = &Share> {
+        self.all.iter()
+    }
+
     /// The share that gives next: the fullest relative to its budget that holds anything and is not in `exhausted`.
     pub(super) fn fullest(&self, exhausted: &[usize]) -> Option<usize> {
         let candidates = (0..self.all.len()).filter(|index| self.all[*index].bytes > 0 && !exhausted.contains(index));

@@ -164,24 +164,17 @@ pub(super) fn encode_pack(
     }
 
     for entry in &entries {
-        fixed.put_slice(entry.hash.as_bytes());
-        fixed.put_u16_le(entry.layer);
-        fixed.put_u16_le(0);
-        fixed.put_u32_le(entry.payload_bytes);
-        fixed.put_u64_le(u64::from(entry.offset));
-        fixed.put_u32_le(entry.checksum.to_u32());
-        fixed.put_u32_le(0);
+        encode_entry(&mut fixed, entry);
     }
     let manifest = fixed.split().freeze();
     let digest = digest(namespace, &manifest);
-    fixed.put_slice(&FOOTER_MAGIC);
-    fixed.put_u32_le(PACK_FORMAT);
-    fixed.put_u32_le(entries.len() as u32);
-    fixed.put_u64_le(u64::from(offset));
-    fixed.put_slice(namespace.as_bytes());
-    fixed.put_u32_le(crc32c::crc32c(&manifest));
-    let crc = crc32c::crc32c(&fixed);
-    fixed.put_u32_le(crc);
+    encode_footer(
+        &mut fixed,
+        namespace,
+        &manifest,
+        entries.len() as u32,
+        u64::from(offset),
+    );
     let bytes = u64::from(offset) + (manifest.len() + FOOTER_BYTES) as u64;
     pieces.push(manifest);
     pieces.push(fixed.freeze());
@@ -221,6 +214,28 @@ fn encode_record_header(out: &mut BytesMut, namespace: NamespaceId, entry: &Entr
     out.put_u32_le(entry.payload_bytes);
     out.put_u64_le(u64::from(entry.offset));
     out.put_u32_le(entry.checksum.to_u32());
+    let crc = crc32c::crc32c(&out[start..]);
+    out.put_u32_le(crc);
+}
+
+fn encode_entry(out: &mut BytesMut, entry: &Entry) {
+    out.put_slice(entry.hash.as_bytes());
+    out.put_u16_le(entry.layer);
+    out.put_u16_le(0);
+    out.put_u32_le(entry.payload_bytes);
+    out.put_u64_le(u64::from(entry.offset));
+    out.put_u32_le(entry.checksum.to_u32());
+    out.put_u32_le(0);
+}
+
+fn encode_footer(out: &mut BytesMut, namespace: NamespaceId, manifest: &[u8], records: u32, manifest_at: u64) {
+    let start = out.len();
+    out.put_slice(&FOOTER_MAGIC);
+    out.put_u32_le(PACK_FORMAT);
+    out.put_u32_le(records);
+    out.put_u64_le(manifest_at);
+    out.put_slice(namespace.as_bytes());
+    out.put_u32_le(crc32c::crc32c(manifest));
     let crc = crc32c::crc32c(&out[start..]);
     out.put_u32_le(crc);
 }

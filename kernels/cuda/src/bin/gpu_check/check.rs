@@ -65,14 +65,14 @@ pub(crate) fn furthest(a: &[f32], b: &[f64]) -> f64 {
 }
 
 /// Limit of decode and of its lse, in bf16 or f16 arithmetic.
-fn limit(dtype: Dtype) -> f64 {
+pub(crate) fn limit(dtype: Dtype) -> f64 {
     if dtype == Dtype::Bf16 { 5e-3 } else { 1e-3 }
 }
 
 /// Runs all checks; whether all passed.
 pub(crate) fn run(gpu: &Gpu, seed: u64, cases: usize) -> Result<bool, GpuError> {
     type Check = fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
-    let checks: [(&str, Check); 9] = [
+    let checks: [(&str, Check); 12] = [
         ("decode", decode),
         ("decode in a graph", recorded),
         ("merge", merged),
@@ -81,6 +81,9 @@ pub(crate) fn run(gpu: &Gpu, seed: u64, cases: usize) -> Result<bool, GpuError> 
         ("top_k", selected),
         ("prefill", crate::prefill::prefilled),
         ("vertical-slash", crate::prefill::planned),
+        ("linear", crate::forward::products),
+        ("rows", crate::forward::rows),
+        ("steps", crate::forward::steps),
         ("refusals", refused),
     ];
     let (mut passed, mut failed) = (0, 0);

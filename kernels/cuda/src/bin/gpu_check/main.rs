@@ -8,6 +8,7 @@
 mod bench;
 mod cases;
 mod check;
+mod forward;
 mod prefill;
 
 use std::{path::PathBuf, process::ExitCode, time::SystemTime};

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs::OpenOptions, os::unix::fs::FileExt as _};
 
 use super::*;
-use crate::disk::format::{RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, record_bytes};
+use crate::disk::format::{PAGE, RECORD_HEADER_BYTES, record_bytes};
 
 const KEYS: u32 = 8;
 
@@ -17,12 +17,13 @@ fn flip(path: &Path, bit: u64) {
 
 /// Where the bytes of `key(0)` to `key(KEYS - 1)` lie that must be right, in the order they were put.
 fn records() -> Vec<std::ops::Range<u64>> {
-    let mut at = SEGMENT_HEADER_BYTES as u64;
+    let mut at = PAGE;
     let mut records = Vec::new();
     for i in 0..KEYS {
         let bytes = payload(i).len();
         records.push(at..at + (RECORD_HEADER_BYTES + bytes) as u64);
-        at += record_bytes(bytes);
+        // One to a batch, and a batch ends at a page.
+        at += record_bytes(bytes).next_multiple_of(PAGE);
     }
     records
 }

@@ -1,7 +1,7 @@
 //! Never a block before its descendants: only blocks without a child that is here are in the order of eviction.
 //!
-//! Those never matched since they came stand before those that were. Within both the one matched (or come) longest ago goes
-//! first; a parent that loses its last child comes in by the time of its own last match.
+//! The one matched (or come) longest ago goes first; a parent that loses its last child comes in by the time of its own last
+//! match.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,6 @@ const NONE: Place = Place::MAX;
 
 #[derive(Clone, Copy, Debug)]
 struct State {
-    matched: bool,
     tick: u64,
     parent: Place,
     children: u32,
@@ -23,7 +22,6 @@ struct State {
 }
 
 const ABSENT: State = State {
-    matched: false,
     tick: 0,
     parent: NONE,
     children: 0,
@@ -34,8 +32,8 @@ const ABSENT: State = State {
 #[derive(Debug, Default)]
 pub(super) struct Prefix {
     states: Vec<State>,
-    /// Blocks without children here, by whether they were matched and when.
-    leaves: BTreeSet<(bool, u64, Place)>,
+    /// Blocks without children here, by when they were matched.
+    leaves: BTreeSet<(u64, Place)>,
     clock: u64,
     #[cfg(test)]
     blocks: usize,
@@ -46,9 +44,8 @@ impl Prefix {
         &mut self.states[place as usize]
     }
 
-    fn rank(&self, place: Place) -> (bool, u64, Place) {
-        let state = &self.states[place as usize];
-        (state.matched, state.tick, place)
+    fn rank(&self, place: Place) -> (u64, Place) {
+        (self.states[place as usize].tick, place)
     }
 
     fn next_tick(&mut self) -> u64 {
@@ -109,7 +106,7 @@ impl Policy for Prefix {
 
     fn touched(&mut self, place: Place) {
         let tick = self.next_tick();
-        self.rerank(place, |state| (state.matched, state.tick) = (true, tick));
+        self.rerank(place, |state| state.tick = tick);
     }
 
     fn removed(&mut self, place: Place) {
@@ -118,7 +115,7 @@ impl Policy for Prefix {
 
     fn victim(&mut self, judge: &mut dyn FnMut(Place) -> Verdict) -> Option<Place> {
         for _ in 0..self.leaves.len() {
-            let &(_, _, first) = self.leaves.first()?;
+            let &(_, first) = self.leaves.first()?;
             match judge(first) {
                 Verdict::Evict => {
                     self.forget(first);

@@ -78,10 +78,15 @@ impl Policy for S3Fifo {
     }
 
     fn victim(&mut self, judge: &mut dyn FnMut(Place) -> Verdict) -> Option<Place> {
-        // Each block is met at most once for each match it has left, once to be spared, and once to go on to the main queue.
-        for _ in 0..=(usize::from(MATCHES_MAX) + 2) * self.blocks() {
-            let from_small =
-                self.small.len() > 0 && (self.small.len() * SMALL_PART >= self.blocks() || self.main.len() == 0);
+        // How many of each queue were spared, one after another: a queue of which all were has no victim. Whatever else moves
+        // in the main queue starts its count anew, which happens at most once for each match.
+        let (mut spared_small, mut spared_main) = (0, 0);
+        loop {
+            let (in_small, in_main) = (self.small.len() > spared_small, self.main.len() > spared_main);
+            if !in_small && !in_main {
+                return None;
+            }
+            let from_small = in_small && (self.small.len() * SMALL_PART >= self.blocks() || !in_main);
             let oldest = if from_small { &self.small } else { &self.main }.oldest()?;
             let state = &mut self.states[oldest as usize];
             if from_small {
@@ -89,11 +94,13 @@ impl Policy for S3Fifo {
                     (state.matches, state.in_main) = (0, true);
                     self.small.remove(&mut self.links, oldest);
                     self.main.push_youngest(&mut self.links, oldest);
+                    spared_main = 0;
                     continue;
                 }
             } else if state.matches > 0 {
                 state.matches -= 1;
                 self.main.renew(&mut self.links, oldest);
+                spared_main = 0;
                 continue;
             }
             let name = state.name;
@@ -106,11 +113,17 @@ impl Policy for S3Fifo {
                     }
                     return Some(oldest);
                 }
-                Verdict::Spare => queue.renew(&mut self.links, oldest),
+                Verdict::Spare => {
+                    queue.renew(&mut self.links, oldest);
+                    *if from_small {
+                        &mut spared_small
+                    } else {
+                        &mut spared_main
+                    } += 1;
+                }
                 Verdict::Stop => return None,
             }
         }
-        None
     }
 
     fn restored(&mut self, place: Place, key: &BlockKey) {

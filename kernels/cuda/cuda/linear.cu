@@ -1,0 +1,209 @@
+// linear: out[m, n] = sum over k of x[m, k] w[n, k], rows of k lying whole in memory on both sides.
+//
+// Two kernels, and which one a row of x goes through is the caller's choice, never the size's: in each the sum of an element
+// runs in an order that depends on k alone, so that a row has the same bits whatever other rows there are.
+//
+// `few` is for rows that are sampled from: bound by reading w once. Weights lie in the 16 rows of the tensor-core tile, 8
+// rows of x in its columns, and both come straight from global memory: the sum over k may take its terms in any order, so
+// a thread takes whole 16-byte words of both (see keys.cuh). A CTA's warps share k and join their sums in order.
+//
+// `many` is for a prompt: tiles of x and w come by cp.async into swizzled stages, two ahead of their use.
+#include "tile.cuh"
+
+struct LinearParams {
+    u64 w;   // [n, k], 16 bits
+    u64 x;   // [m, k], 16 bits
+    u64 out; // [m, n]: 16 bits or f32
+    u32 m, n, k;
+    u32 how; // what becomes of a sum
+};
+
+constexpr u32 STORE_16 = 0, STORE_F32 = 1, ADD_F32 = 2;
+constexpr float F16_MOST = 65504.0f;
+
+template <bool IS_BF16>
+__device__ __forceinline__ u32 round_pair(float low, float high) {
+    if constexpr (IS_BF16) return pack_bf16(low, high);
+    // Beyond its range f16 has only infinity, which no later layer would recover from.
+    return pack_f16(fminf(fmaxf(low, -F16_MOST), F16_MOST), fminf(fmaxf(high, -F16_MOST), F16_MOST));
+}
+
+template <bool IS_BF16>
+__device__ __forceinline__ void put(const LinearParams& params, u32 row, u32 column, float sum) {
+    const u64 at = u64(row) * params.n + column;
+    if (params.how == STORE_16) {
+        reinterpret_cast<u16*>(params.out)[at] = u16(round_pair<IS_BF16>(sum, 0.0f));
+    } else {
+        float* out = reinterpret_cast<float*>(params.out) + at;
+        *out = params.how == ADD_F32 ? *out + sum : sum;
+    }
+}
+
+constexpr u32 FEW_WARPS = 8, FEW_N = 16;
+
+template <bool IS_BF16, u32 TILES>
+__device__ __forceinline__ void few(const LinearParams& params) {
+    constexpr u32 ROWS = 8 * TILES;
+    __shared__ float sums[FEW_WARPS][ROWS][FEW_N + 1];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, g = lane >> 2, t = lane & 3u;
+    const u32 first_n = blockIdx.x * FEW_N, first_m = blockIdx.y * ROWS;
+    const u32 steps = params.k / 32, begin = steps * warp / FEW_WARPS, end = steps * (warp + 1) / FEW_WARPS;
+    const bool there[2] = {first_n + g < params.n, first_n + g + 8 < params.n};
+    const u16* w = reinterpret_cast<const u16*>(params.w) + u64(first_n + g) * params.k + 8 * t;
+    const u16* x = reinterpret_cast<const u16*>(params.x) + u64(first_m + g) * params.k + 8 * t;
+    const u64 eight = 8 * u64(params.k);
+
+    float c[TILES][4];
+#pragma unroll
+    for (u32 i = 0; i < TILES; ++i) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.0f;
+#pragma unroll(TILES >= 4 ? 2 : 4)
+    for (u32 step = begin; step < end; ++step) {
+        const Word4 low = there[0] ? load_once(w + 32 * step) : Word4{0, 0, 0, 0};
+        const Word4 high = there[1] ? load_once(w + eight + 32 * step) : Word4{0, 0, 0, 0};
+#pragma unroll
+        for (u32 i = 0; i < TILES; ++i) {
+            Word4 b = {0, 0, 0, 0};
+            if (first_m + 8 * i + g < params.m) b = *reinterpret_cast<const Word4*>(x + i * eight + 32 * step);
+            mma<IS_BF16>(c[i], low.x, high.x, low.y, high.y, b.x, b.y);
+            mma<IS_BF16>(c[i], low.z, high.z, low.w, high.w, b.z, b.w);
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < TILES; ++i) {
+        sums[warp][8 * i + 2 * t][g] = c[i][0];
+        sums[warp][8 * i + 2 * t + 1][g] = c[i][1];
+        sums[warp][8 * i + 2 * t][g + 8] = c[i][2];
+        sums[warp][8 * i + 2 * t + 1][g + 8] = c[i][3];
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < ROWS * FEW_N; i += 32 * FEW_WARPS) {
+        const u32 row = i / FEW_N, column = i % FEW_N;
+        if (first_m + row >= params.m || first_n + column >= params.n) continue;
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 part = 0; part < FEW_WARPS; ++part) sum += sums[part][row][column];
+        put<IS_BF16>(params, first_m + row, first_n + column, sum);
+    }
+}
+
+// Tiles of BM rows of x and BN rows of w; eight warps, two by four; 64 of k at a time.
+template <bool IS_BF16, u32 BM, u32 BN>
+__device__ __forceinline__ void many(const LinearParams& params) {
+    constexpr u32 THREADS = 256, BK = 64, STAGES = 3, STAGE = (BM + BN) * 128;
+    constexpr u32 WM = BM / 2, WN = BN / 4, MT = WM / 16, NT = WN / 8;
+    extern __shared__ char dynamic[];
+    const u32 base = (shared_address(dynamic) + 127u) & ~127u;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, g = lane >> 2, t = lane & 3u;
+    const u32 from_m = (warp / 4) * WM, from_n = (warp % 4) * WN;
+
+    // Eight row blocks of x after another share a row block of w, while it is in the cache.
+    const u32 blocks_m = (params.m + BM - 1) / BM, blocks_n = (params.n + BN - 1) / BN;
+    const u32 band = blockIdx.x / (8 * blocks_n), inside = blockIdx.x % (8 * blocks_n);
+    const u32 high = min(8u, blocks_m - 8 * band);
+    const u32 first_m = (8 * band + inside % high) * BM, first_n = inside / high * BN;
+
+    const u32 word = threadIdx.x % 8, own = threadIdx.x / 8;
+    auto load = [&](u32 step) {
+        const u32 to = base + step % STAGES * STAGE, k = step * BK + word * 8;
+        const bool inside_k = k < params.k;
+#pragma unroll
+        for (u32 i = 0; i < BM / 32; ++i) {
+            const u32 row = own + 32 * i;
+            const bool there = inside_k && first_m + row < params.m;
+            const u64 at = there ? u64(first_m + row) * params.k + k : 0;
+            copy_async(to + swizzle<128>(row, word), reinterpret_cast<const u16*>(params.x) + at, there);
+        }
+#pragma unroll
+        for (u32 i = 0; i < BN / 32; ++i) {
+            const u32 row = own + 32 * i;
+            const bool there = inside_k && first_n + row < params.n;
+            const u64 at = there ? u64(first_n + row) * params.k + k : 0;
+            copy_async(to + BM * 128 + swizzle<128>(row, word), reinterpret_cast<const u16*>(params.w) + at, there);
+        }
+    };
+
+    float c[MT][NT][4];
+#pragma unroll
+    for (u32 i = 0; i < MT; ++i) {
+#pragma unroll
+        for (u32 j = 0; j < NT; ++j) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0.0f;
+    }
+    const u32 steps = (params.k + BK - 1) / BK;
+#pragma unroll
+    for (u32 i = 0; i < STAGES - 1; ++i) {
+        if (i < steps) load(i);
+        commit_copies();
+    }
+    for (u32 step = 0; step < steps; ++step) {
+        wait_copies<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
+        commit_copies();
+        const u32 at_x = base + step % STAGES * STAGE, at_w = at_x + BM * 128;
+#pragma unroll
+        for (u32 k = 0; k < BK / 16; ++k) {
+            u32 a[MT][4];
+#pragma unroll
+            for (u32 i = 0; i < MT; ++i)
+                load_matrices(a[i], at_x + swizzle<128>(from_m + 16 * i + (lane & 15u), 2 * k + (lane >> 4)));
+#pragma unroll
+            for (u32 j = 0; j < NT; j += 2) {
+                u32 b[4];
+                load_matrices(b, at_w + swizzle<128>(from_n + 8 * (j + (lane >> 4)) + (lane & 7u),
+                                                     2 * k + (lane >> 3 & 1u)));
+#pragma unroll
+                for (u32 i = 0; i < MT; ++i) {
+                    mma<IS_BF16>(c[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
+                    mma<IS_BF16>(c[i][j + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3]);
+                }
+            }
+        }
+    }
+    const bool pairs = params.n % 2 == 0;
+#pragma unroll
+    for (u32 i = 0; i < MT; ++i) {
+#pragma unroll
+        for (u32 j = 0; j < NT; ++j) {
+            const u32 column = first_n + from_n + 8 * j + 2 * t;
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                const u32 row = first_m + from_m + 16 * i + g + 8 * half;
+                if (row >= params.m || column >= params.n) continue;
+                const float low = c[i][j][2 * half], high_sum = c[i][j][2 * half + 1];
+                if (pairs && params.how == STORE_16) {
+                    reinterpret_cast<u32*>(params.out)[(u64(row) * params.n + column) / 2] =
+                        round_pair<IS_BF16>(low, high_sum);
+                } else if (pairs && params.how == ADD_F32) {
+                    float2* out = reinterpret_cast<float2*>(params.out) + (u64(row) * params.n + column) / 2;
+                    const float2 before = *out;
+                    *out = float2{before.x + low, before.y + high_sum};
+                } else {
+                    put<IS_BF16>(params, row, column, low);
+                    if (column + 1 < params.n) put<IS_BF16>(params, row, column + 1, high_sum);
+                }
+            }
+        }
+    }
+}
+
+#define FEW(NAME, IS_BF16, TILES)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS) NAME(const __grid_constant__ LinearParams params) {  \
+        few<IS_BF16, TILES>(params);                                                                                   \
+    }
+
+FEW(few_bf16_1, true, 1)
+FEW(few_bf16_2, true, 2)
+FEW(few_bf16_4, true, 4)
+FEW(few_f16_1, false, 1)
+FEW(few_f16_2, false, 2)
+FEW(few_f16_4, false, 4)
+
+#define MANY(NAME, IS_BF16, BM, BN)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256, 2) NAME(const __grid_constant__ LinearParams params) {           \
+        many<IS_BF16, BM, BN>(params);                                                                                 \
+    }
+
+MANY(many_bf16_64, true, 64, 64)
+MANY(many_bf16_128, true, 128, 128)
+MANY(many_f16_64, false, 64, 64)
+MANY(many_f16_128, false, 128, 128)

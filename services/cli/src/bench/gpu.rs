@@ -1,0 +1,190 @@
+//! `kvasir bench gpu`: the model of the configuration on a GPU. Speed of prefill and decode, what it costs to send a
+//! prompt's keys and values to the host as a push does, and the greedy tokens beside those of the CPU.
+//!
+//! The kernels' own figures, beside the ceilings of the machine, are `kvasir-gpu-check bench`'s.
+
+mod compare;
+mod forward;
+
+use anyhow::{Context, Result, ensure};
+use kvasir_model::Device;
+use kvasir_worker::{DeviceKind, WorkerConfig};
+use serde::Serialize;
+
+use self::{
+    compare::{Agreement, compare},
+    forward::Forward,
+};
+use crate::{
+    args::GpuArgs,
+    corpus::Corpus,
+    measure::{Machine, median},
+    output::{print, say},
+    tree::Configuration,
+    up::open_model_blocking,
+    version::VERSION,
+};
+
+/// Prompts that are prefilled, in tokens.
+const PROMPTS: [usize; 4] = [512, 2048, 4096, 8000];
+/// Contexts and batches that are decoded at.
+const DECODES: [(usize, usize); 5] = [(512, 1), (2048, 1), (8000, 1), (2048, 8), (2048, 32)];
+/// Tokens decoded per measurement.
+const DECODED: usize = 64;
+/// Prompt tokens per step.
+const STEP_TOKENS: usize = 4096;
+/// Tokens of the prompts that greedy texts begin with.
+const COMPARED_PROMPTS: [usize; 4] = [40, 200, 700, 2000];
+
+/// The result of `--json`; medians over the rounds.
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    gpu: String,
+    text: String,
+    rounds: u16,
+    load_seconds: f64,
+    prefill: Vec<Prefill>,
+    decode: Vec<Decode>,
+    agreement: Vec<Agreement>,
+    kvasir: &'static str,
+    machine: Machine,
+}
+
+#[derive(Debug, Serialize)]
+struct Prefill {
+    tokens: usize,
+    step_tokens: usize,
+    tokens_per_second: f64,
+    /// The same with every whole block sent to the host, layer by layer, as a push does.
+    pushed_tokens_per_second: f64,
+    /// How much longer that takes, as a share.
+    push_cost: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Decode {
+    context: usize,
+    sequences: usize,
+    milliseconds_per_step: f64,
+    tokens_per_second: f64,
+}
+
+pub(crate) fn run(configuration: &Configuration, args: &GpuArgs) -> Result<()> {
+    let worker = WorkerConfig {
+        device: DeviceKind::Gpu,
+        ..configuration.tree().worker.clone()
+    };
+    let device = worker.open_device()?;
+    let Device::Gpu(gpu) = &device else {
+        anyhow::bail!("the device is no GPU");
+    };
+    let name = gpu.name().to_owned();
+    let file = open_model_blocking(&configuration.tree().model.path)?;
+    let corpus = Corpus::read(&args.text, &file)?;
+    let most = file.shape().context_tokens_max - DECODED;
+    let longest = most.min(PROMPTS[PROMPTS.len() - 1]) + DECODED;
+    ensure!(
+        corpus.len() >= longest,
+        "the text has {} tokens, and {longest} are needed (--text)",
+        corpus.len()
+    );
+    let tokens = corpus.tokens(0..longest);
+    let prompts: Vec<usize> = PROMPTS.into_iter().filter(|prompt| *prompt <= most).collect();
+    ensure!(
+        !prompts.is_empty(),
+        "the model's context is shorter than any prompt that is measured"
+    );
+
+    let begun = std::time::Instant::now();
+    let mut forward = Forward::load(&file, &device, worker.block_tokens, tokens.len(), 32)?;
+    let load_seconds = begun.elapsed().as_secs_f64();
+    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    for &prompt in &prompts {
+        say(format_args!("prefill of {prompt}"));
+        let mut times = (Vec::new(), Vec::new());
+        for round in 0..=args.rounds {
+            let plain = forward.prefill(&tokens[..prompt], STEP_TOKENS, false)?;
+            let pushed = forward.prefill(&tokens[..prompt], STEP_TOKENS, true)?;
+            // The first round loads kernels and makes room, and is not counted.
+            if round > 0 {
+                times.0.push(plain);
+                times.1.push(pushed);
+            }
+        }
+        let (plain, pushed) = (median(times.0), median(times.1));
+        prefill.push(Prefill {
+            tokens: prompt,
+            step_tokens: STEP_TOKENS.min(prompt),
+            tokens_per_second: prompt as f64 / plain,
+            pushed_tokens_per_second: prompt as f64 / pushed,
+            push_cost: pushed / plain - 1.0,
+        });
+    }
+    for (context, sequences) in DECODES.into_iter().filter(|(context, _)| *context <= most) {
+        say(format_args!("decode of {sequences} at {context}"));
+        let times = (0..=args.rounds)
+            .map(|_| forward.decode(&tokens[..context], sequences, DECODED))
+            .collect::<Result<Vec<_>>>()?;
+        let per_step = median(times[1..].to_vec()) / DECODED as f64;
+        decode.push(Decode {
+            context,
+            sequences,
+            milliseconds_per_step: 1e3 * per_step,
+            tokens_per_second: sequences as f64 / per_step,
+        });
+    }
+    drop(forward);
+    let mut agreement = Vec::new();
+    if args.compare > 0 {
+        say("greedy tokens beside the CPU's");
+        let prompts: Vec<&[u32]> = COMPARED_PROMPTS
+            .into_iter()
+            .filter(|prompt| *prompt <= tokens.len())
+            .map(|prompt| &tokens[..prompt])
+            .collect();
+        agreement = compare(&file, &device, &worker, &prompts, args.compare)?;
+    }
+    let report = Report {
+        model: file.name().to_owned(),
+        gpu: name,
+        text: corpus.source.clone(),
+        rounds: args.rounds,
+        load_seconds,
+        prefill,
+        decode,
+        agreement,
+        kvasir: VERSION,
+        machine: Machine::here(),
+    };
+    show(&report);
+    if args.json {
+        print(serde_json::to_string_pretty(&report).context("the result cannot be written as JSON")?);
+    }
+    Ok(())
+}
+
+fn show(report: &Report) {
+    say(format_args!(
+        "{} on {}, loaded in {:.1} s, medians of {}",
+        report.model, report.gpu, report.load_seconds, report.rounds
+    ));
+    for row in &report.prefill {
+        say(format_args!(
+            "prefill {:5}: {:8.0} tok/s, pushed {:8.0} tok/s ({:+.1} %)",
+            row.tokens,
+            row.tokens_per_second,
+            row.pushed_tokens_per_second,
+            100.0 * row.push_cost
+        ));
+    }
+    for row in &report.decode {
+        say(format_args!(
+            "decode at {:5}, {:2} sequences: {:6.3} ms a step, {:7.0} tok/s",
+            row.context, row.sequences, row.milliseconds_per_step, row.tokens_per_second
+        ));
+    }
+    for row in &report.agreement {
+        say(format_args!("{row}"));
+    }
+}

@@ -1,0 +1,133 @@
+//! The forward alone: no worker, no store.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use kvasir_model::{
+    Attention, Device, Logits, Model, ModelFile, PageId, PagePool, Sampler, Sampling, StepHooks, StepSequence,
+};
+
+pub(super) struct Forward {
+    model: Model,
+    pool: PagePool,
+    block_tokens: usize,
+    /// Pages of each sequence.
+    pages: Vec<Vec<Option<PageId>>>,
+}
+
+/// Takes the pages it wants as a worker's push does.
+struct Push {
+    wanted: Vec<PageId>,
+    bytes: usize,
+}
+
+impl StepHooks for Push {
+    fn wanted_pages(&self) -> &[PageId] {
+        &self.wanted
+    }
+
+    fn after_layer(&mut self, layer: usize, pool: &PagePool) {
+        for page in &self.wanted {
+            self.bytes += pool.page_bytes(layer, *page).map_or(0, |bytes| bytes.len());
+        }
+    }
+}
+
+impl Forward {
+    /// Room for `sequences` of `tokens` each.
+    pub(super) fn load(
+        file: &ModelFile,
+        device: &Device,
+        block_tokens: u16,
+        tokens: usize,
+        sequences: usize,
+    ) -> Result<Self> {
+        let model = Model::load_on(file, device, block_tokens)?;
+        let block_tokens = usize::from(block_tokens);
+        let blocks = (tokens + block_tokens) / block_tokens + 1;
+        let pool = model.pool(blocks * sequences)?;
+        let pages = (0..sequences).map(|sequence| {
+            let first = sequence * blocks;
+            (first..first + blocks).map(|page| Some(PageId(page as u32))).collect()
+        });
+        Ok(Self {
+            pages: pages.collect(),
+            model,
+            pool,
+            block_tokens,
+        })
+    }
+
+    /// Seconds to prefill `tokens` as the first sequence, logits of the last one included.
+    pub(super) fn prefill(&mut self, tokens: &[u32], step: usize, push: bool) -> Result<f64> {
+        let begun = Instant::now();
+        self.prompt(0, tokens, step, push)?;
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    /// Runs a prompt as sequence `index`, and returns the last token's logits.
+    pub(super) fn prompt(&mut self, index: usize, tokens: &[u32], step: usize, push: bool) -> Result<Vec<f32>> {
+        let mut logits = Vec::new();
+        let steps = tokens.len().div_ceil(step);
+        for (nth, some) in tokens.chunks(step).enumerate() {
+            let position = nth * step;
+            let last = nth + 1 == steps;
+            let sequence = StepSequence {
+                tokens: some,
+                position,
+                pages: &self.pages[index],
+                attention: Attention::Full,
+                logits: if last { Logits::Last } else { Logits::None },
+            };
+            let whole = position / self.block_tokens..(position + some.len()) / self.block_tokens;
+            let wanted = self.pages[index][whole].iter().copied().flatten();
+            let mut hooks = Push {
+                wanted: if push { wanted.collect() } else { Vec::new() },
+                bytes: 0,
+            };
+            let output = self.model.step(&[sequence], &mut self.pool, &mut hooks)?;
+            let wanted_bytes = hooks.wanted.len() * self.model.schema().block_bytes();
+            anyhow::ensure!(hooks.bytes == wanted_bytes, "not every page came to the host");
+            logits = output.rows.into_iter().next().unwrap_or_default();
+        }
+        Ok(logits)
+    }
+
+    /// Logits of one more token of the first sequence.
+    pub(super) fn next(&mut self, token: u32, position: usize) -> Result<Vec<f32>> {
+        let sequence = StepSequence {
+            tokens: &[token],
+            position,
+            pages: &self.pages[0],
+            attention: Attention::Full,
+            logits: Logits::Last,
+        };
+        let output = self.model.step(&[sequence], &mut self.pool, &mut ())?;
+        output.rows.into_iter().next().context("no logits came")
+    }
+
+    /// Seconds to decode `count` tokens of each of `sequences` behind `prompt`, sampling included; the prefill is not.
+    pub(super) fn decode(&mut self, prompt: &[u32], sequences: usize, count: usize) -> Result<f64> {
+        let mut sampler = Sampler::new(Sampling::greedy());
+        let mut next = Vec::new();
+        for sequence in 0..sequences {
+            let logits = self.prompt(sequence, prompt, super::STEP_TOKENS, false)?;
+            next.push(sampler.sample(&logits));
+        }
+        let begun = Instant::now();
+        for step in 0..count {
+            let batch: Vec<StepSequence<'_>> = (0..sequences)
+                .map(|sequence| StepSequence {
+                    tokens: std::slice::from_ref(&next[sequence]),
+                    position: prompt.len() + step,
+                    pages: &self.pages[sequence],
+                    attention: Attention::Full,
+                    logits: Logits::Last,
+                })
+                .collect();
+            let output = self.model.step(&batch, &mut self.pool, &mut ())?;
+            next = output.rows.iter().map(|logits| sampler.sample(logits)).collect();
+        }
+        Ok(begun.elapsed().as_secs_f64())
+    }
+}

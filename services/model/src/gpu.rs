@@ -1,0 +1,171 @@
+//! The forward on a GPU: the same model, the same steps, the same pages.
+//!
+//! Rows of a step are of two kinds, and each kind has its own kernels. *Prompt rows* go through products and attention made
+//! for many rows; *sampled rows*, those that logits are asked for or that attend locally, through ones that read weights and
+//! keys once, at memory speed. Which kind a token is follows from what is asked for, never from the size of the batch, and
+//! each kernel gives a row the same bits in any company. So a prompt row's KV, and the logits of any token, are the same
+//! in any batch and any chunking; and a block of prompt rows alone has a name (`Model::names_sampled_tokens`).
+//!
+//! To the same end a sequence's prompt rows are attended to in row blocks of absolute positions: up to 127 rows that
+//! nobody reads stand before its first one.
+
+mod layout;
+mod pages;
+mod scratch;
+mod step;
+mod watch;
+mod weights;
+
+use std::path::PathBuf;
+
+use kvasir_block::KvSchema;
+use kvasir_cuda::{DeviceTiles, Dtype, Gpu, GpuError, HeadTiles, KvShape, Options, Pairs, Products, Rope, TileList};
+
+use self::{scratch::Scratch, weights::GpuWeights};
+use crate::{LoadError, ModelFile, ModelShape, PagePool, PoolError, StepError, file::FORWARD};
+
+pub(crate) use self::pages::DevicePages;
+
+/// How the kernels and the forward order their floating-point steps; changes whenever the bits of named blocks change.
+const KERNELS: &str = "cuda/1";
+
+/// Which GPU, and where its compiler is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GpuOptions {
+    /// Index of the GPU, as the driver counts.
+    pub index: usize,
+    /// Folder of NVRTC's libraries; by default the system's loader is asked.
+    pub nvrtc: Option<PathBuf>,
+    /// Folder for compiled kernels; without one they are compiled at each start.
+    pub cache: Option<PathBuf>,
+}
+
+/// An open GPU.
+#[derive(Clone, Debug)]
+pub struct GpuDevice(Gpu);
+
+impl GpuDevice {
+    /// Opens a GPU.
+    ///
+    /// # Errors
+    /// [`LoadError::Gpu`] with what is missing: a driver, the GPU, or NVRTC.
+    pub fn open(options: &GpuOptions) -> Result<Self, LoadError> {
+        let found = Options {
+            nvrtc: options.nvrtc.clone(),
+            cache: options.cache.clone(),
+        };
+        Gpu::open(options.index, &found)
+            .map(Self)
+            .map_err(|error| LoadError::Gpu(error.to_string()))
+    }
+
+    /// Name, as the driver gives it.
+    pub fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    /// Bytes of its memory that are free now.
+    ///
+    /// # Errors
+    /// If the driver failed.
+    pub fn free_bytes(&self) -> Result<usize, LoadError> {
+        self.0.memory().map(|(free, _)| free).map_err(load_error)
+    }
+
+    /// What decides the bits of named blocks: prompt rows' kernels, and the type they compute in.
+    pub(crate) fn numerics(&self) -> String {
+        let products = match Products::best(&self.0) {
+            Products::Wgmma => "wgmma",
+            Products::Mma => "mma",
+        };
+        format!("{KERNELS}-{products}+f16+{FORWARD}")
+    }
+}
+
+fn load_error(error: GpuError) -> LoadError {
+    LoadError::Gpu(error.to_string())
+}
+
+fn step_error(error: GpuError) -> StepError {
+    StepError::Gpu(error.to_string())
+}
+
+fn pool_error(error: GpuError) -> PoolError {
+    PoolError::Gpu(error.to_string())
+}
+
+/// Weights on a GPU, and scratch for steps.
+pub(crate) struct GpuModel {
+    gpu: Gpu,
+    shape: ModelShape,
+    schema: KvSchema,
+    kv: KvShape,
+    weights: GpuWeights,
+    rope: Rope,
+    /// Full causal attention over the longest context.
+    dense: DeviceTiles,
+    products: Products,
+    scratch: Option<Scratch>,
+}
+
+impl GpuModel {
+    pub(crate) fn load(file: &ModelFile, device: &GpuDevice, block_tokens: u16) -> Result<Self, LoadError> {
+        let gpu = device.0.clone();
+        let schema = crate::Device::Gpu(device.clone()).schema(file, block_tokens);
+        schema.validate().map_err(|error| LoadError::Option {
+            option: "block_tokens",
+            found: error.found,
+            expected: error.expected,
+        })?;
+        let shape = file.shape().clone();
+        if shape.head_dim != 64 && shape.head_dim != 128 {
+            return Err(LoadError::Unsupported {
+                path: file.path().to_owned(),
+                what: format!("a head of {} elements on a GPU", shape.head_dim),
+                instead: "use a model with heads of 64 or 128, or the CPU".to_owned(),
+            });
+        }
+        if !block_tokens.is_multiple_of(16) {
+            return Err(LoadError::Option {
+                option: "block_tokens",
+                found: block_tokens.to_string(),
+                expected: "a multiple of 16 on a GPU",
+            });
+        }
+        let weights = GpuWeights::load(file, &gpu)?;
+        file.tensors().check_unchanged()?;
+        let (context, dims) = (shape.context_tokens_max, shape.rope_dims);
+        let tiles = TileList::new(vec![HeadTiles::dense(context); shape.q_heads])
+            .map_err(|error| LoadError::Gpu(error.to_string()))?;
+        tracing::debug!(model = file.name(), gpu = gpu.name(), "loaded weights");
+        Ok(Self {
+            kv: KvShape {
+                dtype: Dtype::F16,
+                kv_heads: shape.kv_heads,
+                head_dim: shape.head_dim,
+            },
+            rope: Rope::new(&gpu, context, dims, shape.rope_theta, Pairs::Interleaved).map_err(load_error)?,
+            dense: DeviceTiles::upload(&gpu, &tiles).map_err(load_error)?,
+            products: Products::best(&gpu),
+            scratch: None,
+            weights,
+            gpu,
+            shape,
+            schema,
+        })
+    }
+
+    pub(crate) fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    pub(crate) fn schema(&self) -> &KvSchema {
+        &self.schema
+    }
+
+    pub(crate) fn pool(&self, pages: usize) -> Result<PagePool, PoolError> {
+        let layout = self.schema.layout();
+        let pages = DevicePages::new(&self.gpu, layout, self.shape.layers, pages)?;
+        Ok(PagePool::on_gpu(layout, pages))
+    }
+}

@@ -1,0 +1,372 @@
+//! One step on the device.
+
+use std::{ops::Range, sync::Arc};
+
+use kvasir_cuda::{
+    Dtype, GpuError, KvView, Prefill, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm, silu_mul,
+};
+
+use super::{
+    GpuModel,
+    layout::RowLayout,
+    pages::DevicePages,
+    scratch::{Room, SAMPLED_ROWS, Scratch},
+    step_error,
+};
+use crate::{PagePool, StepError, StepHooks, StepOutput, StepSequence, forward::Plan};
+
+/// Fewest rows and tables that buffers are made for.
+const ROWS_MIN: usize = 256;
+const TABLES_MIN: usize = 32;
+
+impl GpuModel {
+    pub(crate) fn step(
+        &mut self,
+        batch: &[StepSequence<'_>],
+        pool: &mut PagePool,
+        hooks: &mut dyn StepHooks,
+    ) -> Result<StepOutput, StepError> {
+        let plan = Plan::new(batch, pool, &self.shape, &self.schema, 1)?;
+        let layout = RowLayout::new(batch, &plan, pool.layout().block_tokens)?;
+        let vocab = self.shape.vocab;
+        if pool.device_mut().is_none() {
+            let problem = "the pool lies in the host's memory, and the model on a GPU: make it with Model::pool";
+            return Err(StepError::Invalid(problem.to_owned()));
+        }
+        if layout.rows.is_empty() {
+            return Ok(StepOutput {
+                vocab,
+                rows: vec![Vec::new(); batch.len()],
+            });
+        }
+        let mut scratch = self.scratch_for(&layout, pool.pages())?;
+        let done = self.compute(&layout, pool, hooks, &mut scratch);
+        let ended = pool.device_mut().map_or(Ok(()), DevicePages::end_sending);
+        let output = done.and_then(|()| self.logits(&layout, &mut scratch).map_err(step_error));
+        self.scratch = Some(scratch);
+        ended.map_err(step_error)?;
+        output
+    }
+
+    /// Buffers with room for the step; a step that needs more than any before gets new ones.
+    fn scratch_for(&mut self, layout: &RowLayout, pages: usize) -> Result<Scratch, StepError> {
+        let needed = Room {
+            rows: layout.rows.len().next_power_of_two().max(ROWS_MIN),
+            sampled: layout.sampled().len().next_power_of_two(),
+            tables: layout.tables.len().next_power_of_two().max(TABLES_MIN),
+            pages,
+        };
+        let old = self.scratch.take();
+        let had = old.as_ref().map(|scratch| scratch.room);
+        if let (Some(scratch), Some(had)) = (old, had)
+            && had.rows >= needed.rows
+            && had.sampled >= needed.sampled
+            && had.tables >= needed.tables
+            && had.pages == pages
+        {
+            return Ok(scratch);
+        }
+        let room = had.map_or(needed, |had| Room {
+            rows: needed.rows.max(had.rows),
+            sampled: needed.sampled.max(had.sampled),
+            tables: needed.tables.max(had.tables),
+            pages,
+        });
+        let page_tokens = usize::from(self.schema.block_tokens);
+        Scratch::new(&self.gpu, &self.shape, self.kv, page_tokens, room).map_err(step_error)
+    }
+
+    fn compute(
+        &self,
+        layout: &RowLayout,
+        pool: &mut PagePool,
+        hooks: &mut dyn StepHooks,
+        scratch: &mut Scratch,
+    ) -> Result<(), StepError> {
+        let sequences = &layout.sequences;
+        let plain = layout.prompt == 0
+            && layout.rows.len() <= SAMPLED_ROWS
+            && hooks.wanted_pages().is_empty()
+            && (0..sequences.len()).all(|index| !sequences[index].local && !hooks.wants_queries(index));
+        if plain {
+            return self.sampled_alone(layout, pool, hooks, scratch);
+        }
+        scratch
+            .step
+            .set(&self.gpu, &layout.rows, &layout.tables)
+            .map_err(step_error)?;
+        let device = |pool: &mut PagePool, act: &mut dyn FnMut(&mut DevicePages) -> Result<(), GpuError>| {
+            pool.device_mut().map_or(Ok(()), act).map_err(step_error)
+        };
+        let wanted = hooks.wanted_pages().to_vec();
+        let mut sending = false;
+        device(pool, &mut |pages| {
+            sending = pages.begin_sending(&wanted)?;
+            Ok(())
+        })?;
+        self.embed(layout.rows.len(), scratch).map_err(step_error)?;
+        let (layers, mut told) = (self.weights.layers.len(), 0);
+        let mut partials = Vec::new();
+        for layer in 0..layers {
+            let last = layer + 1 == layers;
+            hooks.before_layer(layer, pool)?;
+            device(pool, &mut |pages| {
+                pages.join()?;
+                self.before_attention(layer, layout.prompt, layout.rows.len(), pages, scratch)
+            })?;
+            self.watch(layout, layer, hooks, scratch)?;
+            device(pool, &mut |pages| {
+                if !last {
+                    self.attend_prompts(layout, layer, pages, scratch)?;
+                }
+                let alone = layout.sequences.iter().filter(|sequence| !sequence.local);
+                alone
+                    .map(|sequence| sequence.sampled.clone())
+                    .try_for_each(|rows| self.attend_sampled(rows, layer, pages, scratch))
+            })?;
+            if let Some(pages) = pool.device_mut() {
+                self.attend_locally(layout, layer, pages, hooks, scratch, &mut partials)?;
+            }
+            let prompt = if last { 0 } else { layout.prompt };
+            self.after_attention(layer, layout.prompt, prompt, layout.rows.len(), scratch)
+                .map_err(step_error)?;
+            if sending {
+                device(pool, &mut |pages| pages.send(layer))?;
+            }
+            // What was sent is told as it arrives; nobody waits for it but the step's end.
+            let there = |pool: &mut PagePool, layer| pool.device_mut().is_some_and(|pages| pages.is_there(layer));
+            while told <= layer && (!sending || there(pool, told)) {
+                hooks.after_layer(told, pool);
+                told += 1;
+            }
+        }
+        self.finish(layout.sampled(), scratch).map_err(step_error)?;
+        (told..layers).for_each(|layer| hooks.after_layer(layer, pool));
+        Ok(())
+    }
+
+    /// A step of sampled rows alone: recorded once for each number of rows that is a power of two, and replayed.
+    fn sampled_alone(
+        &self,
+        layout: &RowLayout,
+        pool: &mut PagePool,
+        hooks: &mut dyn StepHooks,
+        scratch: &mut Scratch,
+    ) -> Result<(), StepError> {
+        let layers = self.weights.layers.len();
+        for layer in 0..layers {
+            hooks.before_layer(layer, pool)?;
+        }
+        if let Some(pages) = pool.device_mut() {
+            self.replay(layout, pages, scratch).map_err(step_error)?;
+        }
+        (0..layers).for_each(|layer| hooks.after_layer(layer, pool));
+        Ok(())
+    }
+
+    fn replay(&self, layout: &RowLayout, pages: &mut DevicePages, scratch: &mut Scratch) -> Result<(), GpuError> {
+        let count = layout.rows.len().next_power_of_two().min(scratch.room.sampled);
+        let mut rows = layout.rows.clone();
+        rows.resize(count, StepRow::default());
+        scratch.step.set(&self.gpu, &rows, &layout.tables)?;
+        pages.join()?;
+        if !scratch
+            .recorded_over
+            .as_ref()
+            .is_some_and(|over| Arc::ptr_eq(over, pages.identity()))
+        {
+            scratch.graphs.clear();
+            scratch.recorded_over = Some(Arc::clone(pages.identity()));
+        }
+        if let Some(graph) = scratch.graphs.get(&count) {
+            return graph.replay();
+        }
+        // Kernels are loaded by their first launch, which cannot be recorded.
+        if scratch.launched.insert(count) {
+            return self.sampled_rows(count, pages, scratch);
+        }
+        let graph = self.gpu.clone().record(|_| self.sampled_rows(count, pages, scratch))?;
+        graph.replay()?;
+        scratch.graphs.insert(count, graph);
+        Ok(())
+    }
+
+    fn sampled_rows(&self, count: usize, pages: &mut DevicePages, scratch: &mut Scratch) -> Result<(), GpuError> {
+        self.embed(count, scratch)?;
+        for layer in 0..self.weights.layers.len() {
+            self.before_attention(layer, 0, count, pages, scratch)?;
+            self.attend_sampled(0..count, layer, pages, scratch)?;
+            self.after_attention(layer, 0, 0, count, scratch)?;
+        }
+        self.finish(0..count, scratch)
+    }
+
+    fn embed(&self, rows: usize, scratch: &mut Scratch) -> Result<(), GpuError> {
+        embed(
+            &self.gpu,
+            &self.weights.embedding,
+            &scratch.step,
+            0..rows,
+            &mut scratch.x,
+        )
+    }
+
+    /// Norm, projections, rope and the way into pages. Rows below `prompt` are prompt rows.
+    fn before_attention(
+        &self,
+        layer: usize,
+        prompt: usize,
+        rows: usize,
+        pages: &mut DevicePages,
+        scratch: &mut Scratch,
+    ) -> Result<(), GpuError> {
+        let (gpu, weights) = (&self.gpu, &self.weights.layers[layer]);
+        let (norm, epsilon) = (&weights.attention_norm, self.shape.norm_epsilon);
+        rms_norm(gpu, Dtype::F16, &scratch.x, norm, epsilon, 0..rows, &mut scratch.normed)?;
+        for (rows, kind) in kinds(0, prompt, rows) {
+            let sums = Sums::Store(&mut scratch.qkv);
+            linear(gpu, kind, &weights.qkv, &scratch.normed, rows.clone(), sums, rows.start)?;
+        }
+        self.rope.apply(
+            gpu,
+            self.kv,
+            self.shape.q_heads,
+            &scratch.step,
+            0..rows,
+            &scratch.qkv,
+            &mut scratch.q,
+            Some(pages.layer(layer)),
+        )
+    }
+
+    fn attend_prompts(
+        &self,
+        layout: &RowLayout,
+        layer: usize,
+        pages: &mut DevicePages,
+        scratch: &mut Scratch,
+    ) -> Result<(), GpuError> {
+        let width = self.shape.q_heads * self.shape.head_dim;
+        let prompts = layout.sequences.iter().enumerate();
+        for (index, sequence) in prompts.filter(|(_, sequence)| !sequence.prompt.is_empty()) {
+            let rows = sequence.prompt.start - sequence.filling..sequence.prompt.end;
+            let pool = &*pages.layer(layer);
+            let view = KvView::of_step(self.kv, pool, &scratch.step, index, sequence.prompt_end)?;
+            let query = Query::rows(&scratch.q, Dtype::F16, rows.clone(), width)?;
+            let prefill = Prefill {
+                rows: rows.len(),
+                q_heads: self.shape.q_heads,
+                scale: self.shape.softmax_scale(),
+                products: self.products,
+            };
+            let (out, lse) = (&mut scratch.attended, &mut scratch.lse);
+            prefill.attend_at(&self.gpu, query, &view, &self.dense, out, rows.start, lse)?;
+        }
+        Ok(())
+    }
+
+    fn attend_sampled(
+        &self,
+        rows: Range<usize>,
+        layer: usize,
+        pages: &mut DevicePages,
+        scratch: &mut Scratch,
+    ) -> Result<(), GpuError> {
+        for first in rows.clone().step_by(SAMPLED_ROWS) {
+            let some = first..rows.end.min(first + SAMPLED_ROWS);
+            scratch.decode.attend(
+                &self.gpu,
+                &scratch.q,
+                &scratch.step,
+                some,
+                pages.layer(layer),
+                self.shape.softmax_scale(),
+                RowsOut::Rounded(&mut scratch.attended),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Attention's output projection and the feed-forward, each added to the residual stream; of the prompt rows, which end
+    /// at `end`, the last `prompt`.
+    fn after_attention(
+        &self,
+        layer: usize,
+        end: usize,
+        prompt: usize,
+        rows: usize,
+        scratch: &mut Scratch,
+    ) -> Result<(), GpuError> {
+        let (gpu, weights, inner) = (&self.gpu, &self.weights.layers[layer], self.shape.feed_forward);
+        let first = end - prompt;
+        for (rows, kind) in kinds(first, end, rows) {
+            let (to, sums) = (rows.start, Sums::Add(&mut scratch.x));
+            linear(gpu, kind, &weights.attention_output, &scratch.attended, rows, sums, to)?;
+        }
+        let (norm, epsilon) = (&weights.feed_forward_norm, self.shape.norm_epsilon);
+        rms_norm(
+            gpu,
+            Dtype::F16,
+            &scratch.x,
+            norm,
+            epsilon,
+            first..rows,
+            &mut scratch.normed,
+        )?;
+        for (rows, kind) in kinds(first, end, rows) {
+            let (to, sums) = (rows.start, Sums::Store(&mut scratch.gate_up));
+            linear(gpu, kind, &weights.gate_up, &scratch.normed, rows, sums, to)?;
+        }
+        silu_mul(
+            gpu,
+            Dtype::F16,
+            &scratch.gate_up,
+            inner,
+            first..rows,
+            &mut scratch.inner,
+        )?;
+        for (rows, kind) in kinds(first, end, rows) {
+            let (to, sums) = (rows.start, Sums::Add(&mut scratch.x));
+            linear(gpu, kind, &weights.down, &scratch.inner, rows, sums, to)?;
+        }
+        Ok(())
+    }
+
+    /// Final norm and output matrix over the sampled rows.
+    fn finish(&self, sampled: Range<usize>, scratch: &mut Scratch) -> Result<(), GpuError> {
+        let (gpu, norm, epsilon) = (&self.gpu, &self.weights.output_norm, self.shape.norm_epsilon);
+        rms_norm(
+            gpu,
+            Dtype::F16,
+            &scratch.x,
+            norm,
+            epsilon,
+            sampled.clone(),
+            &mut scratch.normed,
+        )?;
+        let sums = Sums::StoreF32(&mut scratch.logits);
+        linear(gpu, Rows::Few, self.weights.output(), &scratch.normed, sampled, sums, 0)
+    }
+
+    /// Brings the logits to the host, which waits for the step.
+    fn logits(&self, layout: &RowLayout, scratch: &mut Scratch) -> Result<StepOutput, GpuError> {
+        let (vocab, count) = (self.shape.vocab, layout.sampled().len());
+        let (from, to) = (&scratch.logits, &mut scratch.logits_on_host);
+        self.gpu.copy_to_host(from, to, 0, 4 * count * vocab)?;
+        let words = scratch.logits_on_host.read()?.as_chunks::<4>().0;
+        let rows = layout.sequences.iter().map(|sequence| {
+            let end = sequence.sampled.end - layout.prompt;
+            let words = &words[(end - sequence.logits) * vocab..end * vocab];
+            words.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+        });
+        Ok(StepOutput {
+            vocab,
+            rows: rows.collect(),
+        })
+    }
+}
+
+/// Prompt rows from `first` to `prompt`, and sampled rows up to `rows`, each with its kernels.
+fn kinds(first: usize, prompt: usize, rows: usize) -> [(Range<usize>, Rows); 2] {
+    [(first..prompt, Rows::Many), (prompt..rows, Rows::Few)]
+}

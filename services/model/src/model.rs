@@ -1,0 +1,128 @@
+//! One model type, whatever computes it.
+
+use kvasir_block::KvSchema;
+
+use crate::{
+    GpuDevice, LoadError, LoadOptions, ModelFile, ModelShape, PagePool, PoolError, StepError, StepHooks, StepOutput,
+    StepSequence, forward::CpuModel, gpu::GpuModel,
+};
+
+/// What computes a forward.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// The CPU, with so many threads, the stepping one included.
+    Cpu {
+        /// Threads that share each kernel.
+        threads: usize,
+    },
+    /// An open GPU.
+    Gpu(GpuDevice),
+}
+
+impl Device {
+    /// Complete identity of the KV blocks that `file` makes on this device. It differs between devices, because their last
+    /// bits do.
+    pub fn schema(&self, file: &ModelFile, block_tokens: u16) -> KvSchema {
+        let schema = file.schema(block_tokens);
+        match self {
+            Self::Cpu { .. } => schema,
+            Self::Gpu(gpu) => KvSchema {
+                numerics: gpu.numerics(),
+                ..schema
+            },
+        }
+    }
+}
+
+/// Weights and scratch for steps. One thread steps at a time.
+pub struct Model(Backend);
+
+enum Backend {
+    Cpu(Box<CpuModel>),
+    Gpu(Box<GpuModel>),
+}
+
+impl Model {
+    /// Reads and packs the weights of `file` for the CPU.
+    ///
+    /// # Errors
+    /// [`LoadError`] if an option is out of range, or the file changed since it was opened or cannot be read.
+    pub fn load(file: &ModelFile, options: &LoadOptions) -> Result<Self, LoadError> {
+        Ok(Self(Backend::Cpu(Box::new(CpuModel::load(file, options)?))))
+    }
+
+    /// Reads the weights of `file` for `device`. On a GPU they become f16, whatever the file holds.
+    ///
+    /// # Errors
+    /// As [`Model::load`]; and if the GPU has no room, or no kernel for the model's shape.
+    pub fn load_on(file: &ModelFile, device: &Device, block_tokens: u16) -> Result<Self, LoadError> {
+        match device {
+            Device::Cpu { threads } => Self::load(
+                file,
+                &LoadOptions {
+                    threads: *threads,
+                    block_tokens,
+                },
+            ),
+            Device::Gpu(gpu) => Ok(Self(Backend::Gpu(Box::new(GpuModel::load(file, gpu, block_tokens)?)))),
+        }
+    }
+
+    /// Sizes and constants of the forward.
+    pub fn shape(&self) -> &ModelShape {
+        match &self.0 {
+            Backend::Cpu(model) => model.shape(),
+            Backend::Gpu(model) => model.shape(),
+        }
+    }
+
+    /// Complete identity of the KV that steps write.
+    pub fn schema(&self) -> &KvSchema {
+        match &self.0 {
+            Backend::Cpu(model) => model.schema(),
+            Backend::Gpu(model) => model.schema(),
+        }
+    }
+
+    /// What scores are multiplied by before the softmax: `1 / sqrt(head_dim)`.
+    pub fn softmax_scale(&self) -> f32 {
+        self.shape().softmax_scale()
+    }
+
+    /// A pool of `pages` pages where this model's steps can use it.
+    ///
+    /// # Errors
+    /// [`PoolError`] if there would be no page, or no room for them.
+    pub fn pool(&self, pages: usize) -> Result<PagePool, PoolError> {
+        match &self.0 {
+            Backend::Cpu(model) => PagePool::new(model.schema().layout(), model.shape().layers, pages),
+            Backend::Gpu(model) => model.pool(pages),
+        }
+    }
+
+    /// Whether the KV of a token that logits were asked for ([`crate::Logits::Last`]) has the same bits as that of any other.
+    /// Where it has not, a block with such a token must get no name: on a GPU these tokens go through kernels of their own,
+    /// which sum in another order. All other tokens' KV, and all logits, have the same bits in any batch and any chunking.
+    pub fn names_sampled_tokens(&self) -> bool {
+        matches!(self.0, Backend::Cpu(_))
+    }
+
+    /// Computes one step for a batch; writes K and V of its tokens into their pages, and returns logits as asked.
+    ///
+    /// Scratch grows with the tokens of the largest step: about 40 KiB each for SmolLM2-135M, logits not counted.
+    ///
+    /// # Errors
+    /// [`StepError::Invalid`] before anything is written if a token, position, page or range of the batch cannot be;
+    /// [`StepError::Aborted`] if a hook gave up; [`StepError::Gpu`] if a GPU failed.
+    pub fn step(
+        &mut self,
+        batch: &[StepSequence<'_>],
+        pool: &mut PagePool,
+        hooks: &mut dyn StepHooks,
+    ) -> Result<StepOutput, StepError> {
+        match &mut self.0 {
+            Backend::Cpu(model) => model.step(batch, pool, hooks),
+            Backend::Gpu(model) => model.step(batch, pool, hooks),
+        }
+    }
+}
