@@ -75,6 +75,7 @@ impl Drop for Farewell {
         self.0.progress.notify_all();
         // What this one will not take, another may.
         self.0.work.notify_all();
+        self.0.removal.notify_all();
     }
 }
 
@@ -208,7 +209,7 @@ impl Flusher {
         if self.writer.is_none() && first > 0 {
             match self.begin_segment(first) {
                 // A cache gives way before it gives up: drop a segment once, then try again.
-                Err(error) if error.is_disk_full() && self.is_healthy() && self.drop_one(0) => {
+                Err(error) if error.is_disk_full() && self.is_healthy() && self.give_way() => {
                     self.begin_segment(first)?;
                 }
                 begun => begun?,
@@ -228,7 +229,7 @@ impl Flusher {
             Ok(()) => Ok(()),
             Err(error) => {
                 shared.state.lock().table.give_back(batch);
-                if error.is_disk_full() && self.is_healthy() && self.drop_one(0) {
+                if error.is_disk_full() && self.is_healthy() && self.give_way() {
                     // The next round is the second attempt; it does not count as a failure.
                     return Ok(());
                 }
@@ -303,7 +304,8 @@ impl Flusher {
             drop(state);
             let _ = std::fs::remove_file(segment_path(&volume.segments_dir(), writer.identity.id));
         } else if let Some(segment) = state.table.segments.get_mut(&writer.at) {
-            segment.retired = true;
+            // A full disk is no reason to let it go before older ones.
+            segment.retired = !error.is_disk_full();
             if cut.is_ok() {
                 segment.bytes = writer.end;
             }
