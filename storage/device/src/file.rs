@@ -149,6 +149,13 @@ pub trait FileIo: Send + Sync + fmt::Debug {
     /// submitted is waited for.
     fn read_many(&self, reads: &mut [ReadAt<'_>], deadline: Option<Instant>);
 
+    /// [`Self::read_many`] that tells of each read by its place in `reads` when it is done, where possible while the disk is
+    /// busy with others.
+    fn read_each(&self, reads: &mut [ReadAt<'_>], deadline: Option<Instant>, done: &mut dyn FnMut(usize, &ReadAt<'_>)) {
+        self.read_many(reads, deadline);
+        reads.iter().enumerate().for_each(|(i, read)| done(i, read));
+    }
+
     /// Writes everything, in any order.
     ///
     /// # Errors

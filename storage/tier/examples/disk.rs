@@ -29,8 +29,8 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 
 const ROUNDS: usize = 5;
 const MIB: usize = 1 << 20;
-/// Keys of one call, as many as the tier has in flight, and of one fio.
-const DEPTH: usize = 32;
+/// Keys of one call: a prefix. The tier has 32 of them in flight, as fio has.
+const KEYS: usize = 256;
 /// A layer block of a small model.
 const LAYER_BLOCK: usize = 48 << 10;
 
@@ -106,7 +106,7 @@ fn put(tier: &DiskTier, i: usize, payload: &Bytes, checksum: Checksum) -> Outcom
 fn beside_fio(dir: &Path, gib: usize) -> Outcome<()> {
     let count = gib * 1024;
     let arena = Arena::new(ArenaConfig {
-        bytes: (2 * DEPTH * MIB) as u64,
+        bytes: (2 * KEYS * MIB) as u64,
         huge_pages: HugePages::Auto,
     })?;
     let (mut write, mut sequential, mut random) = (Pairs::default(), Pairs::default(), Pairs::default());
@@ -119,7 +119,9 @@ fn beside_fio(dir: &Path, gib: usize) -> Outcome<()> {
         }
         let file = dir.join("fio");
         write.tier.push(rate(count, || fill(&tier, 0, count, MIB))?);
-        write.fio.push(fio(&file, "write", gib, &["--iodepth=16", "--fdatasync=16"])?);
+        write
+            .fio
+            .push(fio(&file, "write", gib, &["--iodepth=16", "--fdatasync=16"])?);
         let mut keys: Vec<LayerBlockKey> = (0..count).map(key).collect();
         sequential.tier.push(rate(count, || read(&tier, &arena, &keys))?);
         sequential.fio.push(fio(&file, "read", gib, &["--iodepth=32"])?);
@@ -144,7 +146,7 @@ fn rate(mib: usize, mut work: impl FnMut() -> Outcome<()>) -> Outcome<f64> {
 }
 
 fn read(tier: &DiskTier, arena: &Arena, keys: &[LayerBlockKey]) -> Outcome<()> {
-    for keys in keys.chunks(DEPTH) {
+    for keys in keys.chunks(KEYS) {
         let reads = tier.get_many(keys, &mut |bytes| arena.try_reserve(bytes), None);
         if !reads.iter().all(|read| matches!(read, DiskRead::Hit { .. })) {
             return Err("a layer block is missing".into());

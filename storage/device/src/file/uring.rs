@@ -62,21 +62,27 @@ impl FileIo for Uring {
     }
 
     fn read_many(&self, reads: &mut [ReadAt<'_>], deadline: Option<Instant>) {
+        self.read_each(reads, deadline, &mut |_, _| {});
+    }
+
+    fn read_each(&self, reads: &mut [ReadAt<'_>], deadline: Option<Instant>, done: &mut dyn FnMut(usize, &ReadAt<'_>)) {
         let ring = if reads.len() > 1 { self.take() } else { None };
         let Some(mut ring) = ring else {
-            return Psync.read_many(reads, deadline);
+            return Psync.read_each(reads, deadline, done);
         };
         let mut flight = Flight::new(&mut ring);
         let mut started = vec![None; reads.len()];
+        // Done, not yet told of: first the disk gets more to do.
+        let mut finished = Vec::new();
         let mut next = 0;
         loop {
             while next < reads.len() && flight.in_flight < self.depth {
                 let now = Instant::now();
                 if deadline.is_some_and(|deadline| now >= deadline) {
-                    // The rest was made `TooLate`.
-                    reads[next..]
-                        .iter_mut()
-                        .for_each(|read| read.outcome = ReadOutcome::TooLate);
+                    for read in &mut reads[next..] {
+                        read.outcome = ReadOutcome::TooLate;
+                    }
+                    finished.extend(next..reads.len());
                     next = reads.len();
                     break;
                 }
@@ -92,10 +98,15 @@ impl FileIo for Uring {
                 started[next] = Some(now);
                 next += 1;
             }
+            if !finished.is_empty() {
+                flight.submit();
+                finished.drain(..).for_each(|index| done(index, &reads[index]));
+            }
             if flight.in_flight == 0 {
                 break;
             }
             flight.wait(|index, result| {
+                finished.push(index);
                 let read = &mut reads[index];
                 match completed(result) {
                     Completed::Bytes(0) => read.outcome = ReadOutcome::Read(0),
@@ -107,9 +118,11 @@ impl FileIo for Uring {
             });
         }
         drop(flight);
-        // A ring that would take nothing more: the rest another way.
-        Psync.read_many(&mut reads[next..], deadline);
         self.free.lock().push(ring);
+        // A ring that would take nothing more: the rest another way.
+        Psync.read_each(&mut reads[next..], deadline, &mut |index, read| {
+            done(next + index, read)
+        });
     }
 
     fn write_many(&self, file: &BlockFile, writes: &[WriteAt<'_>]) -> io::Result<()> {
@@ -181,7 +194,14 @@ impl FileIo for Uring {
             if unsafe { flight.push(&entry) } {
                 flight.submit();
             } else {
-                outcome = write_rest(file, &WriteAt { offset: place(next), bytes: pieces[next] }, 0);
+                outcome = write_rest(
+                    file,
+                    &WriteAt {
+                        offset: place(next),
+                        bytes: pieces[next],
+                    },
+                    0,
+                );
             }
             next += 1;
             while flight.in_flight == self.depth || (next == pieces.len() && flight.in_flight > 0) {

@@ -295,7 +295,7 @@ impl Flusher {
         tracing::warn!(segment = writer.identity.id, %error, "retiring the segment");
         let mut state = self.shared.state.lock();
         if !error.is_disk_full() {
-            state.counts.retired_segments += 1;
+            state.counts.retired_segments += u64::from(writer.end > PAGE);
             state.health[self.number].segment_failed(Instant::now(), self.shared.config.rest_after_failures);
         }
         // Or a disk that fails for a day would leave a file and an open descriptor for every attempt.

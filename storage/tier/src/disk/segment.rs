@@ -87,8 +87,8 @@ impl SegmentWriter {
             offset: 0,
             bytes: page.as_slice(),
         };
-        io.write_many(file, &[write])?;
-        io.sync_data(file)
+        // Synced with the first batch: until then there is nothing in it to be lost.
+        io.write_many(file, &[write])
     }
 
     /// Bytes that records may still take.
