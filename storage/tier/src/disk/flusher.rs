@@ -224,13 +224,14 @@ impl Flusher {
             // Reclaim filled the segment with what must stay: another round.
             return Ok(());
         }
+        let begun_now = self.writer.as_ref().is_none_or(|writer| writer.end == PAGE);
         let batch = shared.state.lock().table.take_batch(room);
         match self.write(&batch) {
             Ok(()) => Ok(()),
             Err(error) => {
                 shared.state.lock().table.give_back(batch);
-                if error.is_disk_full() && self.is_healthy() && self.give_way() {
-                    // The next round is the second attempt; it does not count as a failure.
+                if error.is_disk_full() && self.is_healthy() && !begun_now {
+                    // The next round tries a new segment and makes room for it; this one does not count as a failure.
                     return Ok(());
                 }
                 Err(error)
