@@ -133,11 +133,7 @@ fn a_failure_that_passes_is_asked_again() {
         config.range_bytes_max = 4 << 10;
     });
     proxy.set_reads(Fault::Cut(3000));
-    let reads = get(&tier, 0..40);
-    assert!(
-        (0..40).zip(&reads).all(|(i, read)| *read == hit(i)),
-        "each attempt brings some: {reads:?}"
-    );
+    assert_hits(&tier, 0..40, "each attempt brings some");
     let stats = tier.stats();
     assert!(stats.failures.of(ObjectFailure::Reset) > 0);
     assert_eq!((stats.hits, stats.corrupt), (40, 0));

@@ -25,7 +25,7 @@ pub(super) enum Fault {
     Status(u16, &'static str),
     /// Close the connection as soon as the request is there.
     Reset,
-    /// Let this many bytes of the body through, then close.
+    /// Let this many bytes of the body through, then close; a body that is not longer passes.
     Cut(usize),
     /// Flip one bit of the byte at this place of the body.
     Flip(usize),
@@ -214,7 +214,12 @@ fn serve(mut client: TcpStream, server: SocketAddr, state: &State) -> io::Result
         _ => {}
     }
     let (mut head, mut body) = ask(server, &head, &body)?;
-    if fault.needs_body() && !body.is_empty() && (is_read || fault != Fault::Less) {
+    let is_spoilt = match fault {
+        Fault::Cut(at) => at < body.len(),
+        Fault::Less => is_read && !body.is_empty(),
+        _ => fault.needs_body() && !body.is_empty(),
+    };
+    if is_spoilt {
         state.count(fault);
     }
     match fault {
@@ -235,7 +240,7 @@ fn serve(mut client: TcpStream, server: SocketAddr, state: &State) -> io::Result
     }
     client.write_all(head.as_bytes())?;
     match fault {
-        Fault::Cut(at) => client.write_all(&body[..at.min(body.len().saturating_sub(1))]),
+        Fault::Cut(at) => client.write_all(&body[..at.min(body.len())]),
         Fault::StallIn(at) => {
             client.write_all(&body[..at.min(body.len().saturating_sub(1))])?;
             hold(state)
