@@ -217,7 +217,8 @@ fn an_outage_keeps_what_is_queued_and_refuses_the_rest() {
         assert!(Instant::now() < patience, "{:?}", tier.stats());
         std::thread::yield_now();
     }
-    assert_eq!(offer(&tier, 300), Offer::Degraded);
+    let next = 100 + taken.len() as u32;
+    assert_eq!(offer(&tier, next), Offer::Degraded, "the first that did not fit");
     assert_hits(&tier, taken.clone(), "from the queue, during the outage");
     proxy.set(Fault::None);
     tier.flush(soon()).unwrap();
@@ -306,13 +307,20 @@ fn storm(seed: u64, answers: u64) -> (BTreeMap<&'static str, u64>, u64) {
     }
     let stats = tier.stats();
     assert!(hits > 0 && stats.failures.total() > 0, "seed {seed}: {stats:?}");
-    assert_eq!(stats.breaker, BreakerState::Closed, "seed {seed}");
-    for (i, read) in (0..40).zip(get(&tier, 0..40)) {
+    // A busy machine may answer later than these limits, and is asked again.
+    let reads = loop {
+        let reads = get(&tier, 0..40);
+        if !reads.contains(&ObjectRead::Unavailable) || Instant::now() > patience {
+            break reads;
+        }
+    };
+    for (i, read) in (0..40).zip(reads) {
         assert!(
             read == hit(i) || read == ObjectRead::Miss,
             "seed {seed}, key {i}: {read:?}"
         );
     }
+    assert_eq!(tier.stats().breaker, BreakerState::Closed, "seed {seed}");
     (proxy.spoilt(), stats.breaker_opened)
 }
 
