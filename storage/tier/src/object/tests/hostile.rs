@@ -308,6 +308,7 @@ fn storm(seed: u64, answers: u64) -> (BTreeMap<&'static str, u64>, u64) {
     let stats = tier.stats();
     assert!(hits > 0 && stats.failures.total() > 0, "seed {seed}: {stats:?}");
     // A busy machine may answer later than these limits, and is asked again.
+    let patience = soon();
     let reads = loop {
         let reads = get(&tier, 0..40);
         if !reads.contains(&ObjectRead::Unavailable) || Instant::now() > patience {
@@ -317,7 +318,8 @@ fn storm(seed: u64, answers: u64) -> (BTreeMap<&'static str, u64>, u64) {
     for (i, read) in (0..40).zip(reads) {
         assert!(
             read == hit(i) || read == ObjectRead::Miss,
-            "seed {seed}, key {i}: {read:?}"
+            "seed {seed}, key {i}: {read:?}, {:?}",
+            tier.stats()
         );
     }
     assert_eq!(tier.stats().breaker, BreakerState::Closed, "seed {seed}");
