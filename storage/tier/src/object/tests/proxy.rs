@@ -88,7 +88,7 @@ impl Fault {
 #[derive(Debug)]
 enum Plan {
     Always(Fault),
-    Seeded(StdRng, usize),
+    Seeded(Box<StdRng>, usize),
 }
 
 struct State {
@@ -163,7 +163,7 @@ impl Proxy {
     /// From now on a fault of any kind, or none, drawn for each request.
     pub(super) fn set_random(&self, seed: u64, body_bytes_max: usize) {
         self.state.reads_only.store(false, Ordering::SeqCst);
-        *self.state.plan.lock() = Plan::Seeded(StdRng::seed_from_u64(seed), body_bytes_max);
+        *self.state.plan.lock() = Plan::Seeded(Box::new(StdRng::seed_from_u64(seed)), body_bytes_max);
     }
 
     /// How many answers were spoilt, and how.
