@@ -327,7 +327,7 @@ fn payloads_that_no_segment_holds_are_refused() {
     let dir = TempDir::new().unwrap();
     let tier = open_as(small(dir.path()));
     for (bytes, offered) in [
-        (60 << 10, Offer::Queued),
+        (56 << 10, Offer::Queued),
         (64 << 10, Offer::TooLarge),
         (65 << 20, Offer::TooLarge),
     ] {
