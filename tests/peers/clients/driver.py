@@ -207,8 +207,9 @@ def serve(make):
     for line in sys.stdin:
         try:
             answer = session.measure(json.loads(line))
-        except Exception as error:  # A case that fails is reported; the next is tried.
+        except Exception as error:  # A case that fails is reported; the next is tried, with its data put anew.
             traceback.print_exc()
+            session.filled.clear()
             answer = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(answer) + "\n")
     close = getattr(peer, "close", None)
