@@ -366,7 +366,8 @@ fn s3(
         // Naming a proxy that no host uses keeps the client from looking for one in the environment, which would send
         // blocks somewhere that the configuration does not name.
         .with_proxy_url("http://127.0.0.1:9")
-        .with_proxy_excludes("*");
+        // The star names hosts only; addresses have masks.
+        .with_proxy_excludes("*,0.0.0.0/0,::/0");
     for authority in object_store::Certificate::from_pem_bundle(&config.authorities_pem)? {
         options = options.with_root_certificate(authority);
     }

@@ -203,7 +203,7 @@ fn the_breaker_opens_and_closes_again() {
 #[test]
 fn an_outage_keeps_what_is_queued_and_refuses_the_rest() {
     let Bad { tier, proxy, _server } = bad(|config| {
-        (config.queue_bytes_max, config.object_bytes) = (40 << 10, 16 << 10);
+        (config.queue_bytes_max, config.object_bytes) = (96 << 10, 16 << 10);
         config.breaker.pause = Duration::from_millis(50);
     });
     proxy.set(Fault::Reset);
