@@ -19,8 +19,8 @@ use crate::{
 };
 
 const SECTOR: u64 = 512;
-/// 480 layer blocks of 8 KiB: nearly the 4 MiB of a segment.
-const BLOCKS: usize = 240;
+/// 330 layer blocks of 8 KiB: a segment of 4 MiB holds them however the writer batches them, each batch ending at a page.
+const BLOCKS: usize = 165;
 const LAYERS: u16 = 2;
 /// Blocks of the last batch, which the crash meets.
 const LAST: usize = 25;
