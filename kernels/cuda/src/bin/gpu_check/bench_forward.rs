@@ -24,9 +24,7 @@ fn random(gpu: &Gpu, rng: &mut StdRng, len: usize) -> Result<Buffer<u16>, GpuErr
 }
 
 fn bits(rng: &mut StdRng, len: usize) -> Vec<u16> {
-    let some: Vec<u16> = (0..1 << 19)
-        .map(|_| (rng.random::<u16>() & 0x83ff) | 0x3800)
-        .collect();
+    let some: Vec<u16> = (0..1 << 19).map(|_| (rng.random::<u16>() & 0x83ff) | 0x3800).collect();
     some.into_iter().cycle().take(len).collect()
 }
 
@@ -41,7 +39,15 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         for m in [512, 4096, 8192] {
             let (x, mut out) = (random(gpu, rng, m * k)?, gpu.zeros::<u16>(m * n)?);
             let time = median(gpu, |i| {
-                linear(gpu, Rows::Many, &matrices[i % copies], &x, 0..m, Sums::Store(&mut out), 0)
+                linear(
+                    gpu,
+                    Rows::Many,
+                    &matrices[i % copies],
+                    &x,
+                    0..m,
+                    Sums::Store(&mut out),
+                    0,
+                )
             })?;
             let rate = 2.0 * (m * n * k) as f64 / time / 1e6;
             many.push(json!({"matrix": name, "rows": m, "us": round(time), "tflop_s": round(rate)}));
@@ -49,7 +55,15 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         for m in [1, 8, 32] {
             let (x, mut out) = (random(gpu, rng, m * k)?, gpu.zeros::<u16>(m * n)?);
             let time = median(gpu, |i| {
-                linear(gpu, Rows::Few, &matrices[i % copies], &x, 0..m, Sums::Store(&mut out), 0)
+                linear(
+                    gpu,
+                    Rows::Few,
+                    &matrices[i % copies],
+                    &x,
+                    0..m,
+                    Sums::Store(&mut out),
+                    0,
+                )
             })?;
             let rate = (2 * n * k) as f64 / time / 1e6;
             few.push(json!({"matrix": name, "rows": m, "us": round(time), "tb_s": round(rate)}));
