@@ -122,7 +122,7 @@ fn a_row_sees_what_is_before_it_in_its_own_ranges() {
         (0, Attention::Full, &[5], 1),
         (33, Attention::Full, &[5, 6, 7], 34),
         (100, local(&[0..16, 64..101]), &[5, 9, 10, 11], 16 + 37),
-        (100, local(&[64..200]), &[9, 10, 11], 37),
+        (100, local(std::slice::from_ref(&(64..200))), &[9, 10, 11], 37),
     ];
     for (position, attention, pages, seen) in table {
         let layout = lay(&[(position, 1, 5, attention.clone(), Logits::Last)]).expect("fits");
