@@ -116,10 +116,7 @@ impl Memory {
 
     /// # Safety
     /// As [`Self::slice`], the mapping is writable, and no other slice of these bytes exists in this process.
-    #[expect(
-        clippy::mut_from_ref,
-        reason = "exclusive by page, not by mapping: the caller owns these pages"
-    )]
+    #[expect(clippy::mut_from_ref, reason = "exclusive by page: the caller owns these pages")]
     pub(super) unsafe fn slice_mut(&self, offset: usize, len: usize) -> &mut [u8] {
         debug_assert!(offset + len <= self.map.len());
         // SAFETY: as in `slice`; exclusive by the caller's word.
