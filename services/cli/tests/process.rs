@@ -4,6 +4,8 @@
 mod calibrate;
 #[path = "process/kvasir.rs"]
 mod kvasir;
+#[path = "process/peers.rs"]
+mod peers;
 
 use std::{path::Path, time::Duration};
 

@@ -62,3 +62,23 @@ impl Drop for Bucket {
         self.serving.abort();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn it_answers() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let bucket = Bucket::start().await.expect("a bucket");
+        let mut stream = tokio::net::TcpStream::connect(bucket.addr).await.expect("a connection");
+        let request = format!("GET /{BUCKET}?list-type=2 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("an answer");
+        assert!(
+            answer.starts_with("HTTP/1.1 403"),
+            "unsigned requests are refused: {answer}"
+        );
+    }
+}

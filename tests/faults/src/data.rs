@@ -21,6 +21,8 @@ pub(crate) fn config(dir: &Path) -> CacheConfig {
         disk_bytes_max: 256 << 20,
         segment_bytes: 4 << 20,
         flush_queue_bytes_max: 16 << 20,
+        // What is damaged is to be found by the row's own reads.
+        scrub_bytes_per_second: 0,
         ..CacheConfig::in_dir(dir)
     }
 }

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tokio::{
@@ -82,6 +82,8 @@ struct Shared {
     target: SocketAddr,
     weather: Mutex<Weather>,
     seed: u64,
+    /// What is written in place of what on the way to the client; both of the same length.
+    rewrite: Mutex<Option<(String, String)>>,
     connections: AtomicU64,
     damaged: AtomicU64,
 }
@@ -95,6 +97,7 @@ impl Proxy {
             target,
             weather: Mutex::new(Weather::CLEAR),
             seed,
+            rewrite: Mutex::new(None),
             connections: AtomicU64::new(0),
             damaged: AtomicU64::new(0),
         });
@@ -109,6 +112,14 @@ impl Proxy {
     /// From now on, for all connections.
     pub(crate) fn set(&self, weather: Weather) {
         *self.shared.weather.lock() = weather;
+    }
+
+    /// An address that the store names is to be this one, so that its clients come through another proxy there too.
+    pub(crate) fn rewrite(&self, named: SocketAddr, instead: SocketAddr) -> Result<()> {
+        let (named, instead) = (named.to_string(), instead.to_string());
+        ensure!(named.len() == instead.len(), "{named} and {instead} differ in length");
+        *self.shared.rewrite.lock() = Some((named, instead));
+        Ok(())
     }
 
     /// Pieces damaged so far.
@@ -141,8 +152,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
         let _ = (client.set_nodelay(true), store.set_nodelay(true));
         let (from_client, to_client) = client.into_split();
         let (from_store, to_store) = store.into_split();
-        connections.spawn(pump(from_client, to_store, rng(0), Arc::clone(&shared)));
-        connections.spawn(pump(from_store, to_client, rng(1), Arc::clone(&shared)));
+        connections.spawn(pump(from_client, to_store, rng(0), Arc::clone(&shared), false));
+        connections.spawn(pump(from_store, to_client, rng(1), Arc::clone(&shared), true));
         while connections.try_join_next().is_some() {}
     }
 }
@@ -166,11 +177,14 @@ async fn refuse(mut client: TcpStream, kind: Damage) {
     let _ = client.shutdown().await;
 }
 
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut rng: StdRng, shared: Arc<Shared>) {
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut rng: StdRng, shared: Arc<Shared>, down: bool) {
     let mut piece = vec![0; PIECE];
     while let Ok(count @ 1..) = from.read(&mut piece).await {
         let weather = *shared.weather.lock();
         let mut bytes = piece[..count].to_vec();
+        if down && let Some((named, instead)) = &*shared.rewrite.lock() {
+            replace(&mut bytes, named.as_bytes(), instead.as_bytes());
+        }
         let kind = weather.draw(&mut rng, false);
         if let Some(kind) = kind {
             shared.damaged.fetch_add(1, Ordering::Relaxed);
@@ -184,6 +198,15 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut rng: StdRng, 
         }
     }
     let _ = to.shutdown().await;
+}
+
+/// Puts `instead` wherever `named` stands in the piece; they have the same length.
+fn replace(bytes: &mut [u8], named: &[u8], instead: &[u8]) {
+    let mut at = 0;
+    while let Some(found) = bytes[at..].windows(named.len()).position(|window| window == named) {
+        bytes[at + found..at + found + named.len()].copy_from_slice(instead);
+        at += found + named.len();
+    }
 }
 
 /// Damages a piece.

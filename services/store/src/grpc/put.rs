@@ -79,38 +79,6 @@ impl Call {
         }
     }
 
-    /// Stores blocks, and those that find no thread or no room in the flush queue again, until `put_wait_max` has passed: meanwhile
-    /// the sender is held back by flow control, which loses less than an answer of `BUSY`.
-    async fn put_patiently(
-        served: &Served,
-        cache: &Arc<BlockCache>,
-        entries: &[Entry],
-    ) -> Result<Vec<PutOutcome>, Status> {
-        let until = Instant::now() + served.config.put_wait_max.get();
-        let (mut pause, longest) = PAUSES;
-        let mut outcomes = vec![PutOutcome::Busy; entries.len()];
-        loop {
-            let is_open = |i: &usize| outcomes[*i] == PutOutcome::Busy;
-            let open: Vec<usize> = (0..entries.len()).filter(is_open).collect();
-            let batch = open.iter().map(|&i| entries[i].clone()).collect();
-            let (cache, left) = (Arc::clone(cache), until.saturating_duration_since(Instant::now()));
-            let Some(tried) = served.io.run_within(left, move || put_all(&cache, batch)).await? else {
-                metrics::shed("busy", open.len());
-                return Ok(outcomes);
-            };
-            for (i, outcome) in open.into_iter().zip(tried.map_err(|error| of_cache(&error))?) {
-                outcomes[i] = outcome;
-            }
-            if !outcomes.contains(&PutOutcome::Busy) || Instant::now() + pause >= until {
-                return Ok(outcomes);
-            }
-            tokio::select! {
-                () = served.stopping.cancelled() => return Ok(outcomes),
-                () = tokio::time::sleep(pause) => pause = (2 * pause).min(longest),
-            }
-        }
-    }
-
     async fn message(&mut self, bytes: usize) -> Result<Rope, Status> {
         let _room = self.served.put_room(bytes).await?;
         let wait = self.served.config.message_timeout.get();
@@ -125,7 +93,7 @@ impl Call {
         let message = BulkMessage::parse(message, &self.served.config.bulk_limits())?;
         let cache = self.served.cache()?;
         let entries = cut(&cache, message)?;
-        let outcomes = Self::put_patiently(&self.served, &cache, &entries).await?;
+        let outcomes = put_patiently(&self.served, &cache, &entries).await?;
         let outcomes = outcomes.into_iter().map(|outcome| wire(outcome).into()).collect();
         Ok(frame::encode_message(&v1::PutBlocksReply { outcomes })?)
     }
@@ -133,6 +101,34 @@ impl Call {
 
 /// First and longest pause before a put is tried again.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+
+/// Stores blocks, and those that find no thread or no room in the flush queue again, until `put_wait_max` has passed: meanwhile
+/// the sender is held back by flow control, which loses less than an answer of `BUSY`.
+async fn put_patiently(served: &Served, cache: &Arc<BlockCache>, entries: &[Entry]) -> Result<Vec<PutOutcome>, Status> {
+    let until = Instant::now() + served.config.put_wait_max.get();
+    let (mut pause, longest) = PAUSES;
+    let mut outcomes = vec![PutOutcome::Busy; entries.len()];
+    loop {
+        let is_open = |i: &usize| outcomes[*i] == PutOutcome::Busy;
+        let open: Vec<usize> = (0..entries.len()).filter(is_open).collect();
+        let batch = open.iter().map(|&i| entries[i].clone()).collect();
+        let (cache, left) = (Arc::clone(cache), until.saturating_duration_since(Instant::now()));
+        let Some(tried) = served.io.run_within(left, move || put_all(&cache, batch)).await? else {
+            metrics::shed("busy", open.len());
+            return Ok(outcomes);
+        };
+        for (i, outcome) in open.into_iter().zip(tried.map_err(|error| of_cache(&error))?) {
+            outcomes[i] = outcome;
+        }
+        if !outcomes.contains(&PutOutcome::Busy) || Instant::now() + pause >= until {
+            return Ok(outcomes);
+        }
+        tokio::select! {
+            () = served.stopping.cancelled() => return Ok(outcomes),
+            () = tokio::time::sleep(pause) => pause = (2 * pause).min(longest),
+        }
+    }
+}
 
 /// The message's layer blocks, all checked against the schema before any is stored.
 fn cut(cache: &BlockCache, message: BulkMessage) -> Result<Vec<Entry>, Status> {

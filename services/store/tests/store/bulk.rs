@@ -238,8 +238,9 @@ async fn garbage_and_guesses_are_shown_the_door() {
     ];
     for (garbage, answered) in table {
         let mut stream = raw(&setup);
-        stream.write_all(garbage).expect("written");
-        stream.shutdown(std::net::Shutdown::Write).expect("half-closed");
+        // The store may have closed it already.
+        let _ = stream.write_all(garbage);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
         assert_eq!(rest(stream).len(), answered, "{garbage:?}");
     }
     setup.client.stat().await.expect("the store is well");

@@ -1,7 +1,10 @@
 //! Start, stop, start again; and what a store says about itself.
 
 use kvasir_client::{ErrorKind, GetOutcome, PutOutcome};
-use kvasir_runtime::{Runtime, units::ByteSize};
+use kvasir_runtime::{
+    Runtime,
+    units::{ByteSize, HumanDuration},
+};
 use kvasir_store::{Store, StoreConfig};
 
 use crate::support::{LAYERS, Setup, chain, config, in_order, layer_block, payload, schema};

@@ -16,7 +16,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
+use kvasir_block::{
+    BlockKey, Checksum, LayerBlockKey,
+    planted::{Bug, planted},
+};
 use kvasir_tier::{DiskWatch, Fate, Offer};
 
 use super::{Shared, State, Tier};
@@ -104,7 +107,8 @@ impl DiskWatch for ReclaimWatch {
         let Some(shared) = self.0.upgrade() else { return false };
         let mut state = shared.state.lock();
         state.leases.expire(Instant::now());
-        if blocks.iter().any(|block| state.leases.is_pinned(block)) {
+        let leased = |block| state.leases.is_pinned(block) && !planted(Bug::LeasedBlockEvicted);
+        if blocks.iter().any(leased) {
             return false;
         }
         forget();
@@ -119,7 +123,8 @@ impl DiskWatch for ReclaimWatch {
             return Fate::Forget;
         };
         let state = shared.state.lock();
-        if state.leases.is_pinned(block) || state.reuse.asked(block) >= REUSED_ASKED {
+        let leased = state.leases.is_pinned(block) && !planted(Bug::LeasedBlockEvicted);
+        if leased || state.reuse.asked(block) >= REUSED_ASKED {
             return Fate::Readmit;
         }
         if shared.object.is_some() {

@@ -9,6 +9,8 @@ use crate::{
     testing::{payload, schema},
 };
 
+mod flow;
+
 const LAYERS: u16 = 3;
 
 fn config(dir: &Path) -> CacheConfig {

@@ -118,7 +118,7 @@ async fn one_bucket(run: &mut Run, round: u64) -> Result<()> {
 
 fn config(addr: std::net::SocketAddr, store: u64) -> ObjectConfig {
     let mut config = ObjectConfig::new(format!("s3://{BUCKET}/faults"), StoreId::from_u64(store));
-    config.endpoint = Some(format!("http://{addr}"));
+    config.endpoint = Some(format!("http://localhost:{}", addr.port()));
     config.path_style = true;
     config.allow_http = true;
     config.credentials = Credentials::Key {

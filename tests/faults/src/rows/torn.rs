@@ -19,8 +19,8 @@ use crate::{
 };
 
 const SECTOR: u64 = 512;
-/// 500 layer blocks of 8 KiB: nearly the 4 MiB of a segment.
-const BLOCKS: usize = 250;
+/// 330 layer blocks of 8 KiB: a segment of 4 MiB holds them however the writer batches them, each batch ending at a page.
+const BLOCKS: usize = 165;
 const LAYERS: u16 = 2;
 /// Blocks of the last batch, which the crash meets.
 const LAST: usize = 25;
@@ -53,13 +53,12 @@ impl Crash {
         let (before, after) = (tempfile::tempdir()?, tempfile::tempdir()?);
         let corpus = Corpus::new("torn", &schema(LAYERS, 8192), seed, BLOCKS);
         let early: Vec<_> = corpus.keys().take((BLOCKS - LAST) * usize::from(LAYERS)).collect();
-        let cache = data::open(data::config(before.path()), &[&corpus])?;
+        let cache = data::open(data::config(after.path()), &[&corpus])?;
         for batch in early.chunks(100) {
             data::put(&cache, &corpus, batch.iter().copied())?;
         }
-        cache.close()?;
-        data::copy_dir(before.path(), after.path())?;
-        let cache = data::open(data::config(after.path()), &[&corpus])?;
+        // Nothing is under way: the folder is as a kill at this moment would leave it.
+        data::copy_dir(after.path(), before.path())?;
         data::put(&cache, &corpus, corpus.keys())?;
         cache.close()?;
         let segments = data::segments(after.path())?;
