@@ -204,7 +204,7 @@ pub trait FileIo: Send + Sync + fmt::Debug {
     }
 
     /// The first place from `from` on that may hold something else than zeros that were never written; `None` where only such
-    /// follow. A file system that cannot tell answers `from`.
+    /// follow. A file system that cannot tell answers `from`; zeros that were read into the page cache may count as written.
     ///
     /// # Errors
     /// What the system said.

@@ -247,17 +247,23 @@ fn a_segment_of_format_1_is_read_and_never_written() {
     assert_eq!(tier.recovery(), clean, "the index knows it now");
 }
 
-/// What a kill leaves is mostly space that was allocated and never written.
+/// What a kill leaves is mostly space that was allocated and never written. Through the page cache the scan's own readahead
+/// may make it look written, which costs time and nothing else: only direct I/O is held to it.
 #[test]
 fn a_scan_does_not_read_what_was_never_written() {
     let dir = TempDir::new().unwrap();
-    let file = kvasir_device::BlockFile::create(&dir.path().join("file"), false).unwrap();
+    if !kvasir_device::takes_direct_io(dir.path()).unwrap() {
+        return;
+    }
+    let file = kvasir_device::BlockFile::create(&dir.path().join("file"), true).unwrap();
     let io = Faulty::new(Arc::new(Psync), 1);
     io.add(Rule::new(Operation::Read, Fault::Delay(Duration::ZERO)));
     Psync.preallocate(&file, 256 << 20).unwrap();
-    let bytes = [1; PAGE as usize];
+    let mut page = Buffer::heap(PAGE as usize);
+    page.as_mut_slice().fill(1);
     for offset in [0, 100 << 20] {
-        let write = kvasir_device::WriteAt { offset, bytes: &bytes };
+        let bytes = page.as_slice();
+        let write = kvasir_device::WriteAt { offset, bytes };
         Psync.write_many(&file, &[write]).unwrap();
     }
     Psync.sync_data(&file).unwrap();
