@@ -95,6 +95,9 @@ pub struct RequestHead {
     pub deadline: Option<Duration>,
     /// For a get, the lease that covers the blocks; 0 for none. For a match, the lease that is wished for in milliseconds.
     pub lease: u64,
+    /// For a get, how long computing a block, all of its layers, takes the client: what would take longer to read is too late at
+    /// once. Whole microseconds, at least one; `None` where it is not known.
+    pub recompute: Option<Duration>,
     /// Rows of the table.
     pub rows: u32,
     /// Bytes of the payloads behind the table.
@@ -117,6 +120,7 @@ impl RequestHead {
             layers: 0..0,
             deadline: None,
             lease: 0,
+            recompute: None,
             rows: 0,
             payload_bytes: 0,
             table: Checksum::of(&[]),
@@ -139,6 +143,9 @@ impl RequestHead {
                 .unwrap_or(u64::MAX - 1)
                 .saturating_add(1)
         });
+        let recompute = self
+            .recompute
+            .map_or(0, |block| u64::try_from(block.as_micros()).unwrap_or(u64::MAX).max(1));
         Writer::new(MAGIC)
             .u8(self.op.code())
             .u8(u8::from(self.receiver_verifies))
@@ -152,6 +159,7 @@ impl RequestHead {
             .u64(self.payload_bytes)
             .u32(self.table.to_u32())
             .bytes(self.namespace.as_bytes())
+            .u64(recompute)
             .finish()
     }
 
@@ -176,6 +184,7 @@ impl RequestHead {
         let (lease, payload_bytes) = (reader.u64(), reader.u64());
         let table = Checksum::from_u32(reader.u32());
         let namespace = NamespaceId::from_bytes(reader.array());
+        let recompute = reader.u64();
         if payload_bytes != 0 && op != Op::Put {
             return Err(BulkError::field(
                 "payload_bytes",
@@ -190,6 +199,7 @@ impl RequestHead {
             layers,
             deadline: deadline.checked_sub(1).map(Duration::from_micros),
             lease,
+            recompute: (recompute != 0).then(|| Duration::from_micros(recompute)),
             rows,
             payload_bytes,
             table,

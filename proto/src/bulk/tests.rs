@@ -48,6 +48,7 @@ fn heads_round_trip() {
                 layers: 3..65_535,
                 deadline,
                 lease: u64::MAX,
+                recompute: deadline.filter(|deadline| !deadline.is_zero()),
                 payload_bytes: if op == Op::Put { 1 << 50 } else { 0 },
                 ..RequestHead::new(op, 1 << 63, NAMESPACE)
             }
@@ -218,6 +219,7 @@ fn a_request_as_it_was_written_down() {
         layers: 1..3,
         deadline: Some(Duration::from_micros(9)),
         lease: 5,
+        recompute: Some(Duration::from_micros(0x0403)),
         receiver_verifies: true,
         ..RequestHead::new(Op::GetChain, 7, NAMESPACE)
     }
@@ -231,6 +233,7 @@ fn a_request_as_it_was_written_down() {
         ]
     );
     assert_eq!(bytes[52..84], [9; 32]);
+    assert_eq!(bytes[84..92], [3, 4, 0, 0, 0, 0, 0, 0]);
 }
 
 proptest! {

@@ -264,6 +264,12 @@ pub struct MatchPrefixReply {
     pub lease: u64,
     #[prost(uint32, tag = "4")]
     pub lease_ms: u32,
+    /// Of the others, blocks whose layers are all in the host tier or on disk.
+    #[prost(uint32, tag = "5")]
+    pub disk_blocks: u32,
+    /// Of the others, blocks that need the object tier.
+    #[prost(uint32, tag = "6")]
+    pub object_blocks: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReleaseLeaseRequest {
@@ -326,6 +332,10 @@ pub struct GetBlocksRequest {
     /// Lease that covers the blocks; 0 for none.
     #[prost(uint64, tag = "5")]
     pub lease: u64,
+    /// How long computing a block, all of its layers, takes the caller, in microseconds; 0 where it is not known. What would
+    /// take longer to read is answered TOO_LATE at once.
+    #[prost(uint64, tag = "6")]
+    pub recompute_us_per_block: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetBlocksReply {
@@ -382,6 +392,40 @@ pub struct StatReply {
     /// Namespaces with a sketch basis.
     #[prost(uint64, tag = "19")]
     pub namespaces_with_basis: u64,
+    /// Of get_hits, by where the bytes were.
+    #[prost(uint64, tag = "20")]
+    pub get_hits_host: u64,
+    #[prost(uint64, tag = "21")]
+    pub get_hits_disk: u64,
+    #[prost(uint64, tag = "22")]
+    pub get_hits_object: u64,
+    /// Layer blocks held, too late for their deadline or slower to read than to compute.
+    #[prost(uint64, tag = "23")]
+    pub misses_late: u64,
+    /// Layer blocks kept in memory after a read from below, prefetch included.
+    #[prost(uint64, tag = "24")]
+    pub promoted: u64,
+    /// Layer blocks handed to the object tier when the disk forgot them.
+    #[prost(uint64, tag = "25")]
+    pub demoted: u64,
+    /// Layer blocks accepted that were not meant for the disk, since nobody asked for them before.
+    #[prost(uint64, tag = "26")]
+    pub admission_skipped: u64,
+    /// Layer blocks read ahead; of those, read by their reader, and not read before their lease ended.
+    #[prost(uint64, tag = "27")]
+    pub prefetch_issued: u64,
+    #[prost(uint64, tag = "28")]
+    pub prefetch_useful: u64,
+    #[prost(uint64, tag = "29")]
+    pub prefetch_wasted: u64,
+    /// Layer blocks that were not read ahead though they were wished for.
+    #[prost(uint64, tag = "30")]
+    pub prefetch_dropped: u64,
+    /// The object tier as far as this store knows it: bytes and layer blocks; 0 where there is none.
+    #[prost(uint64, tag = "31")]
+    pub object_bytes: u64,
+    #[prost(uint64, tag = "32")]
+    pub object_layer_blocks: u64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

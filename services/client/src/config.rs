@@ -26,6 +26,9 @@ pub struct ClientConfig {
     /// are trusted: a store that serves a bulk path does not verify what lies in its memory when its reader says it will, and
     /// then nobody does. Over gRPC blocks are verified always.
     pub verify: bool,
+    /// How long computing a block, all of its layers, takes this client. A store answers a get with too late, at once, where
+    /// reading the block would take longer. `None` where it is not known.
+    pub recompute_per_block: Option<Duration>,
     /// Longest wait for a connection.
     pub connect_timeout: Duration,
     /// Deadline of one unary call, its retries included; also the longest wait for a stream to open or to move.
@@ -51,6 +54,7 @@ impl ClientConfig {
             url: url.into(),
             path: DataPath::Auto,
             verify: true,
+            recompute_per_block: None,
             connect_timeout: Duration::from_secs(1),
             call_timeout: Duration::from_secs(5),
             attempts_max: 3,

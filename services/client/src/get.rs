@@ -95,6 +95,7 @@ impl GetStream {
             layers: &layers,
             lease,
             deadline,
+            recompute: client.config().recompute_per_block,
             verify: client.config().verify,
         };
         let replies = match bulk(client, &name, wanted).await {
@@ -319,6 +320,9 @@ async fn grpc(client: &StoreClient, name: &CallName, wanted: Wanted<'_>) -> Resu
         layer_start: wanted.layers.start.into(),
         layer_end: wanted.layers.end.into(),
         lease: wanted.lease.unwrap_or(0),
+        recompute_us_per_block: wanted
+            .recompute
+            .map_or(0, |block| u64::try_from(block.as_micros()).unwrap_or(u64::MAX).max(1)),
     };
     let message = frame::encode_message(&request).map_err(Status::from);
     client.bulk(name, PATH, stream::iter([message]), wanted.deadline).await

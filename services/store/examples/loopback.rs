@@ -246,7 +246,7 @@ async fn get_generated(channel: &Channel, n: u16, round: u8) -> anyhow::Result<D
         hashes: convert::hash_bytes(&chain),
         layer_start: 0,
         layer_end: 1,
-        lease: 0,
+        ..v1::GetBlocksRequest::default()
     };
     let started = Instant::now();
     let mut stub = BlockStoreClient::new(channel.clone()).max_decoding_message_size(8 << 20);

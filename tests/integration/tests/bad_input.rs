@@ -243,7 +243,7 @@ async fn to_the_store(cluster: &Cluster) -> Result<()> {
         hashes: vec![good.hash.as_bytes().to_vec().into()],
         layer_start: 1,
         layer_end: 9,
-        lease: 0,
+        ..GetBlocksRequest::default()
     };
     let status = raw
         .get_blocks(layers)

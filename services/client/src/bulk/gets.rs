@@ -24,6 +24,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) layers: &'a Range<u16>,
     pub(crate) lease: Option<u64>,
     pub(crate) deadline: Option<Duration>,
+    pub(crate) recompute: Option<Duration>,
     pub(crate) verify: bool,
 }
 
@@ -89,6 +90,7 @@ impl BulkGets {
             layers: wanted.layers.clone(),
             deadline: wanted.deadline,
             lease: wanted.lease.unwrap_or(0),
+            recompute: wanted.recompute,
             ..RequestHead::new(Op::GetChain, lane.next_id, namespace.id)
         }
         .with_table(&table);

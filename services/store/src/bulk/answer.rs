@@ -100,7 +100,7 @@ pub(super) fn get(
         deadline: head.deadline.and_then(|left| started.checked_add(left)),
         lease: (head.lease != 0).then(|| LeaseId::from_u64(head.lease)),
         verify: !head.receiver_verifies,
-        ..GetOptions::default()
+        recompute: head.recompute,
     };
     let per_frame = (FRAME_BYTES / schema.layer_block_bytes()).clamp(1, FRAME_ROWS_MAX);
     let (mut keys, mut rows) = (Vec::new(), Vec::new());

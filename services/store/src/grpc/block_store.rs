@@ -166,6 +166,8 @@ impl BlockStoreApi {
             host_blocks: matched.host_blocks as u32,
             lease: matched.lease.map_or(0, LeaseId::to_u64),
             lease_ms: matched.lease_for.as_millis() as u32,
+            disk_blocks: matched.disk_blocks as u32,
+            object_blocks: matched.object_blocks as u32,
         })
     }
 }
@@ -204,6 +206,7 @@ fn unexpected(cache: &BlockCache, expected: NamespaceId, id: NamespaceId, schema
 }
 
 fn stat_reply(stats: &CacheStats) -> v1::StatReply {
+    let object = stats.object.as_ref();
     v1::StatReply {
         epoch: stats.epoch,
         uptime_ms: u64::try_from(stats.uptime.as_millis()).unwrap_or(u64::MAX),
@@ -224,5 +227,18 @@ fn stat_reply(stats: &CacheStats) -> v1::StatReply {
         leases: stats.leases,
         flush_dropped: stats.disk.refused,
         namespaces_with_basis: stats.namespaces_with_basis,
+        get_hits_host: stats.get_hits_host,
+        get_hits_disk: stats.get_hits_disk,
+        get_hits_object: stats.get_hits_object,
+        misses_late: stats.misses_late,
+        promoted: stats.promoted,
+        demoted: stats.demoted,
+        admission_skipped: stats.admission_skipped,
+        prefetch_issued: stats.prefetch_issued,
+        prefetch_useful: stats.prefetch_useful,
+        prefetch_wasted: stats.prefetch_wasted,
+        prefetch_dropped: stats.prefetch_dropped,
+        object_bytes: object.map_or(0, |object| object.bytes),
+        object_layer_blocks: object.map_or(0, |object| object.layer_blocks),
     }
 }

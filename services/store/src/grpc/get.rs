@@ -4,7 +4,11 @@
 //! way out. Reading happens on the I/O door, a message at a time, since any block may be on disk; that hop costs some
 //! tens of microseconds per MiB.
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::{StreamExt, stream};
 use http::{Request, Response};
@@ -45,6 +49,8 @@ struct Wanted {
     /// Blocks after it are answered `TOO_LATE`.
     deadline: Option<Instant>,
     lease: Option<LeaseId>,
+    /// How long computing a block takes the caller.
+    recompute: Option<Duration>,
     _slot: StreamSlot,
 }
 
@@ -82,6 +88,7 @@ pub(super) async fn serve(
         layers,
         deadline,
         lease: (request.lease != 0).then(|| LeaseId::from_u64(request.lease)),
+        recompute: (request.recompute_us_per_block != 0).then(|| Duration::from_micros(request.recompute_us_per_block)),
         _slot: slot,
     });
     let total = wanted.hashes.len() * wanted.layers.len();
@@ -144,6 +151,7 @@ fn read_message(cache: &BlockCache, wanted: &Wanted, range: Range<usize>) -> Res
     let options = GetOptions {
         deadline: wanted.deadline,
         lease: wanted.lease,
+        recompute: wanted.recompute,
         ..GetOptions::default()
     };
     let outcomes = cache.get_many(&keys, &options).map_err(|error| of_cache(&error))?;

@@ -102,7 +102,7 @@ async fn hashes_and_ranges() {
         hashes: convert::hash_bytes(&chain(20, 3)),
         layer_start: 0,
         layer_end: 1,
-        lease: 0,
+        ..v1::GetBlocksRequest::default()
     };
     store.get_blocks(good.clone()).await.expect("all is well");
     type Break = fn(&mut v1::GetBlocksRequest);

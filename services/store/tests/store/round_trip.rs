@@ -61,6 +61,10 @@ async fn put_match_get_lease_stat() {
     assert_eq!((stat.blocks, stat.put_blocks, stat.get_hits), (200, blocks, blocks));
     assert_eq!((stat.put_bytes, stat.get_bytes), (blocks * 4096, blocks * 4096));
     assert_eq!(
+        (stat.get_hits_host, stat.get_hits_disk, stat.get_hits_object),
+        (blocks, 0, 0)
+    );
+    assert_eq!(
         (stat.misses_absent, stat.leases, stat.namespaces),
         (100 * u64::from(LAYERS), 1, 1)
     );

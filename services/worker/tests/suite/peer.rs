@@ -357,6 +357,7 @@ impl v1::block_store_server::BlockStore for Peer {
             host_blocks: hit_blocks,
             lease: u64::from(hit_blocks > 0),
             lease_ms: 1000 * u32::from(hit_blocks > 0),
+            ..v1::MatchPrefixReply::default()
         }))
     }
 

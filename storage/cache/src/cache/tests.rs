@@ -10,6 +10,8 @@ use crate::{
 };
 
 mod flow;
+mod model;
+mod reclaim;
 
 const LAYERS: u16 = 3;
 

@@ -17,7 +17,7 @@ fn cold(dir: &Path, blocks: u32, config: CacheConfig) -> (BlockCache, NamespaceI
     open_with(config)
 }
 
-fn keys(namespace: NamespaceId, blocks: std::ops::Range<u32>, layer: u16) -> Vec<LayerBlockKey> {
+pub(super) fn keys(namespace: NamespaceId, blocks: std::ops::Range<u32>, layer: u16) -> Vec<LayerBlockKey> {
     blocks.map(|i| namespace.block(hash(i)).layer(layer)).collect()
 }
 
@@ -31,7 +31,7 @@ fn close_gate(cache: &BlockCache) -> super::super::gate::Pass<'_> {
 }
 
 /// Waits for what other threads do; the test fails if they never do it.
-fn eventually(what: &str, done: impl Fn() -> bool) {
+pub(super) fn eventually(what: &str, done: impl Fn() -> bool) {
     let until = Instant::now() + MINUTE;
     while !done() {
         assert!(Instant::now() < until, "{what}");
@@ -39,7 +39,7 @@ fn eventually(what: &str, done: impl Fn() -> bool) {
     }
 }
 
-fn tiers(cache: &BlockCache, keys: &[LayerBlockKey], options: &GetOptions) -> Vec<Result<Tier, GetOutcome>> {
+pub(super) fn tiers(cache: &BlockCache, keys: &[LayerBlockKey], options: &GetOptions) -> Vec<Result<Tier, GetOutcome>> {
     let outcomes = cache.get_many(keys, options).unwrap();
     let judge = |(key, outcome): (&LayerBlockKey, GetOutcome)| match outcome {
         GetOutcome::Hit { payload, tier, .. } => {
