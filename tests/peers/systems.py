@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ANSWER_SECONDS = 180
-START_SECONDS = 60
+START_SECONDS = 180
 
 
 class Failed(Exception):

@@ -231,6 +231,8 @@ pub(crate) enum StoreTier {
     Host,
     /// On disk: the store has memory for a sixteenth of the data
     Disk,
+    /// As objects in a folder: the store has memory and disk for a small part of the data. --data of 1GiB and more
+    Object,
 }
 
 /// How a client and the store exchange blocks.

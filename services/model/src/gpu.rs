@@ -169,3 +169,20 @@ impl GpuModel {
         Ok(PagePool::on_gpu(layout, pages))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_gpu_the_error_says_what_is_missing() {
+        // Beyond every GPU that a machine has; where there is no driver, that comes first.
+        let options = GpuOptions {
+            index: 4096,
+            ..GpuOptions::default()
+        };
+        let error = GpuDevice::open(&options).expect_err("no such GPU").to_string();
+        let known = ["no NVIDIA driver", "GPU 4096 does not exist"];
+        assert!(known.iter().any(|known| error.contains(known)), "{error}");
+    }
+}

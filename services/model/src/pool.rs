@@ -68,7 +68,7 @@ pub struct PagePool {
 /// Where the pages lie: per layer all of them, end to end.
 enum Memory {
     Host(Vec<Vec<f16>>),
-    Gpu(DevicePages),
+    Gpu(Box<DevicePages>),
 }
 
 impl PagePool {
@@ -112,7 +112,7 @@ impl PagePool {
         Self {
             layout,
             pages: pages.pages(),
-            memory: Memory::Gpu(pages),
+            memory: Memory::Gpu(Box::new(pages)),
         }
     }
 

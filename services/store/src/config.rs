@@ -1,55 +1,17 @@
 //! `[store]`: places and limits.
 
-use std::{net::SocketAddr, path::PathBuf};
+mod cache;
+mod kinds;
+mod validate;
 
-use anyhow::Context;
-use kvasir_cache::{AbsentDisk, Admission, CacheConfig, Credentials, DiskPath, ObjectConfig, StoreId};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+
+use kvasir_cache::HostPolicy;
 use kvasir_proto::frame::BulkLimits;
-use kvasir_runtime::{
-    address::loopback_or_allowed,
-    units::{ByteSize, HumanDuration},
-};
+use kvasir_runtime::units::{ByteSize, HumanDuration};
 use serde::{Deserialize, Serialize};
 
-/// Which puts are written to disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DiskAdmission {
-    /// All.
-    #[default]
-    Always,
-    /// Those of blocks that were asked for before, and what is hit again in memory.
-    Reuse,
-}
-
-impl From<DiskAdmission> for Admission {
-    fn from(admission: DiskAdmission) -> Self {
-        match admission {
-            DiskAdmission::Always => Self::Always,
-            DiskAdmission::Reuse => Self::Reuse,
-        }
-    }
-}
-
-/// One of several disks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskPlace {
-    /// Folder on it that the store has for itself.
-    pub dir: PathBuf,
-    /// Most bytes of segment files there; at least two segments.
-    pub bytes_max: ByteSize,
-}
-
-impl DiskPlace {
-    fn path(&self) -> DiskPath {
-        DiskPath {
-            dir: self.dir.clone(),
-            bytes_max: self.bytes_max.as_u64(),
-            io: None,
-        }
-    }
-}
+pub use self::kinds::{DiskAdmission, DiskPlace};
 
 /// Configuration of a store. Every queue, pool and map of the store has its bound here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,6 +30,17 @@ pub struct StoreConfig {
     pub data_dir: PathBuf,
     /// Most bytes of blocks kept in memory, bookkeeping included.
     pub host_bytes_max: ByteSize,
+    /// Which blocks leave memory first: `prefix` (never a block before those that continue it, then least recently matched),
+    /// `lru` (least recently matched), or `s3-fifo` (what is matched once passes through a tenth of the memory).
+    #[serde(with = "kinds::host_policy")]
+    pub host_policy: HostPolicy,
+    /// Ask the system for pages of 2 MiB for the blocks in memory; where it has none, they are of 4 KiB.
+    pub huge_pages: bool,
+    /// Most bytes in memory for single tenants, by name: each evicts its own blocks beyond it, and no other takes from what it
+    /// has a right to.
+    pub tenant_host_bytes_max: BTreeMap<String, ByteSize>,
+    /// The same for each tenant that is not named there; 0: they share what is left.
+    pub tenant_host_bytes_max_default: ByteSize,
     /// Most bytes of segment files; at least two segments.
     pub disk_bytes_max: ByteSize,
     /// Bytes of one segment file: the unit in which disk space comes back.
@@ -164,6 +137,10 @@ impl Default for StoreConfig {
             allow_remote: false,
             data_dir: PathBuf::from("kvasir-data/store"),
             host_bytes_max: ByteSize::gib(1),
+            host_policy: HostPolicy::default(),
+            huge_pages: true,
+            tenant_host_bytes_max: BTreeMap::new(),
+            tenant_host_bytes_max_default: ByteSize::bytes(0),
             disk_bytes_max: ByteSize::gib(16),
             segment_bytes: ByteSize::mib(256),
             flush_queue_bytes_max: ByteSize::mib(256),
@@ -209,130 +186,6 @@ impl Default for StoreConfig {
 }
 
 impl StoreConfig {
-    /// Checks what a type cannot: addresses, and limits that must fit each other.
-    ///
-    /// # Errors
-    /// Names the key and says what to do.
-    pub fn validate(&self) -> anyhow::Result<()> {
-        loopback_or_allowed("store.listen", self.listen, "store.allow_remote", self.allow_remote)?;
-        loopback_or_allowed(
-            "store.admin_listen",
-            self.admin_listen,
-            "store.allow_remote",
-            self.allow_remote,
-        )?;
-        loopback_or_allowed(
-            "store.bulk_listen",
-            self.bulk_listen,
-            "store.allow_remote",
-            self.allow_remote,
-        )?;
-        let counts = [
-            ("streams_max", self.streams_max),
-            ("bulk_connections_max", self.bulk_connections_max),
-            (
-                "bulk_idle_timeout",
-                usize::from(!self.bulk_idle_timeout.get().is_zero()),
-            ),
-            (
-                "bulk_stall_timeout",
-                usize::from(!self.bulk_stall_timeout.get().is_zero()),
-            ),
-            ("hashes_max", self.hashes_max),
-            ("disk_reads_max", self.disk_reads_max),
-            ("reuse_entries", self.reuse_entries),
-            ("io_threads", self.io_threads),
-            ("retrieval_threads", self.retrieval_threads),
-            ("message_timeout", usize::from(!self.message_timeout.get().is_zero())),
-        ];
-        if let Some((key, _)) = counts.iter().find(|(_, count)| *count == 0) {
-            anyhow::bail!("store.{key} is 0: it must be more");
-        }
-        let largest = ByteSize::gib(1);
-        if self.message_bytes_max < ByteSize::kib(64) || self.message_bytes_max > largest {
-            anyhow::bail!(
-                "store.message_bytes_max = {}: choose 64KiB to {largest}",
-                self.message_bytes_max
-            );
-        }
-        if self.put_bytes_max < self.message_bytes_max || self.put_bytes_max > ByteSize::gib(1024) {
-            anyhow::bail!(
-                "store.put_bytes_max = {}: must have room for one message, store.message_bytes_max = {}",
-                self.put_bytes_max,
-                self.message_bytes_max
-            );
-        }
-        Ok(())
-    }
-
-    /// The part of it that the cache wants.
-    pub(crate) fn cache(&self) -> CacheConfig {
-        CacheConfig {
-            host_bytes_max: self.host_bytes_max.as_u64(),
-            disk_bytes_max: self.disk_bytes_max.as_u64(),
-            segment_bytes: self.segment_bytes.as_u64(),
-            flush_queue_bytes_max: self.flush_queue_bytes_max.as_u64(),
-            disk_reads_max: self.disk_reads_max,
-            disk_reads_waiting_max: self.disk_reads_waiting_max,
-            disk_admission: self.disk_admission.into(),
-            promote_after_reads: self.promote_after_reads,
-            reuse_entries: self.reuse_entries,
-            prefetch_layers: self.prefetch_layers,
-            prefetch_bytes_max: self.prefetch_bytes_max.as_u64(),
-            disks: self.disks.iter().map(DiskPlace::path).collect(),
-            disk_absent: if self.disk_absent_ok {
-                AbsentDisk::LeaveOut
-            } else {
-                AbsentDisk::Refuse
-            },
-            disk_free_bytes_min: self.disk_free_bytes_min.as_u64(),
-            scrub_bytes_per_second: self.scrub_bytes_per_second.as_u64(),
-            lease_max: self.lease_max.get(),
-            leases_max: self.leases_max,
-            contexts_max: self.contexts_max,
-            context_blocks_max: self.hashes_max,
-            context_bytes_max: self.context_bytes_max.as_u64(),
-            basis_bytes_max: self.basis_bytes_max.as_u64(),
-            namespaces_max: self.namespaces_max,
-            event_queue_max: self.event_queue_max,
-            subscribers_max: self.subscribers_max,
-            ..CacheConfig::in_dir(&self.data_dir)
-        }
-    }
-
-    /// The object tier, if one is configured. `store` names this store among those that share the bucket.
-    ///
-    /// # Errors
-    /// When the credentials cannot be read.
-    pub(crate) fn object(&self, store: StoreId) -> anyhow::Result<Option<ObjectConfig>> {
-        if self.object_url.is_empty() {
-            return Ok(None);
-        }
-        let mut object = ObjectConfig::new(&self.object_url, store);
-        object.endpoint = (!self.object_endpoint.is_empty()).then(|| self.object_endpoint.clone());
-        object.path_style = object.endpoint.is_some();
-        object.region.clone_from(&self.object_region);
-        object.allow_http = self.object_allow_http;
-        if !self.object_credentials_file.as_os_str().is_empty() {
-            let path = self.object_credentials_file.display();
-            let text = std::fs::read_to_string(&self.object_credentials_file)
-                .with_context(|| format!("store.object_credentials_file: cannot read {path}"))?;
-            let mut lines = text
-                .lines()
-                .map(str::trim)
-                .filter(|line| !line.is_empty())
-                .map(str::to_owned);
-            let (Some(id), Some(secret)) = (lines.next(), lines.next()) else {
-                anyhow::bail!(
-                    "store.object_credentials_file: {path} must have an access key id and its secret, a line each"
-                );
-            };
-            let token = lines.next();
-            object.credentials = Credentials::Key { id, secret, token };
-        }
-        Ok(Some(object))
-    }
-
     /// Largest request that carries hashes rather than blocks. Decoded hashes take no more than their bytes on the wire
     /// and bookkeeping of the same size, so this bounds both.
     pub(crate) fn control_bytes_max(&self) -> usize {
@@ -352,52 +205,4 @@ impl StoreConfig {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn defaults_are_valid_and_survive_toml() {
-        let config = StoreConfig::default();
-        config.validate().expect("valid");
-        let json = serde_json::to_string(&config).expect("serialises");
-        assert_eq!(serde_json::from_str::<StoreConfig>(&json).expect("reads back"), config);
-        let unknown = serde_json::from_str::<StoreConfig>(r#"{"host_byte_max": "1GiB"}"#);
-        assert!(
-            unknown
-                .expect_err("unknown")
-                .to_string()
-                .contains("unknown field `host_byte_max`")
-        );
-    }
-
-    #[test]
-    fn what_cannot_work_names_the_key() {
-        type Break = fn(&mut StoreConfig);
-        let table: [(Break, &str); 9] = [
-            (
-                |c| c.listen = ([0, 0, 0, 0], 7401).into(),
-                "store.listen = \"0.0.0.0:7401\"",
-            ),
-            (|c| c.admin_listen = ([10, 0, 0, 1], 1).into(), "store.admin_listen"),
-            (|c| c.bulk_listen = ([0, 0, 0, 0], 7402).into(), "store.bulk_listen"),
-            (|c| c.bulk_connections_max = 0, "store.bulk_connections_max is 0"),
-            (|c| c.streams_max = 0, "store.streams_max is 0"),
-            (|c| c.retrieval_threads = 0, "store.retrieval_threads is 0"),
-            (
-                |c| c.message_bytes_max = ByteSize::kib(1),
-                "store.message_bytes_max = 1KiB",
-            ),
-            (
-                |c| c.message_bytes_max = ByteSize::gib(4),
-                "store.message_bytes_max = 4GiB",
-            ),
-            (|c| c.put_bytes_max = ByteSize::mib(1), "store.put_bytes_max = 1MiB"),
-        ];
-        for (damage, expected) in table {
-            let mut config = StoreConfig::default();
-            damage(&mut config);
-            let error = config.validate().expect_err(expected).to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
-}
+mod tests;

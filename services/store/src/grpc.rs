@@ -16,6 +16,7 @@ use std::sync::Arc;
 use kvasir_proto::v1::{block_store_server::BlockStoreServer, retrieval_server::RetrievalServer};
 use kvasir_runtime::grpc::GrpcServer;
 
+pub(crate) use self::block_store::TENANT_BYTES_MAX;
 use self::{block_store::BlockStoreApi, retrieval::RetrievalApi, routes::BlockStoreRoutes};
 use crate::served::Served;
 

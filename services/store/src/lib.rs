@@ -35,5 +35,5 @@ mod searches;
 mod served;
 mod store;
 
-pub use config::StoreConfig;
+pub use config::{DiskAdmission, DiskPlace, StoreConfig};
 pub use store::Store;

@@ -55,6 +55,7 @@ fn cache(stats: &CacheStats) {
         ("kvasir_store_flush_queue_bytes", disk.queue_bytes),
         ("kvasir_store_flush_queue_bytes_max", disk.queue_bytes_max),
         ("kvasir_store_flush_queue_layer_blocks", disk.queued_layer_blocks),
+        ("kvasir_store_host_bytes_elsewhere", stats.host_bytes_elsewhere),
         ("kvasir_store_segments", disk.segments),
         ("kvasir_store_leases", stats.leases),
         ("kvasir_store_leases_max", stats.leases_max),
@@ -105,6 +106,10 @@ fn cache(stats: &CacheStats) {
         ("kvasir_store_put_bytes_total", stats.put_bytes),
         ("kvasir_store_put_host_only_total", stats.put_host_only),
         ("kvasir_store_host_evicted_blocks_total", stats.host_evicted_blocks),
+        (
+            "kvasir_store_host_moved_layer_blocks_total",
+            stats.host_moved_layer_blocks,
+        ),
         ("kvasir_store_host_corrupt_total", stats.host_corrupt),
         ("kvasir_store_disk_refused_total", disk.refused),
         ("kvasir_store_disk_corrupt_total", disk.corrupt),
@@ -130,6 +135,7 @@ fn flow(stats: &CacheStats) {
     let gauges = [
         ("kvasir_store_disk_reads_running", stats.disk_reads_running),
         ("kvasir_store_disk_reads_waiting", stats.disk_reads_waiting),
+        ("kvasir_store_prefetch_running", stats.prefetch_running),
         ("kvasir_store_prefetch_waiting", stats.prefetch_waiting),
         ("kvasir_store_prefetch_bytes", stats.prefetch_bytes),
     ];

@@ -28,8 +28,12 @@ pub struct CacheStats {
     pub host_bytes: u64,
     /// Their limit.
     pub host_bytes_max: u64,
+    /// Of those bytes: in buffers that are being filled, or held by readers after eviction.
+    pub host_bytes_elsewhere: u64,
     /// Layer blocks in the host tier.
     pub host_layer_blocks: u64,
+    /// Layer blocks moved inside the host tier, to join free memory.
+    pub host_moved_layer_blocks: u64,
     /// Blocks evicted from the host tier.
     pub host_evicted_blocks: u64,
     /// The disk tier: bytes, queue, failures.
@@ -84,6 +88,8 @@ pub struct CacheStats {
     pub demoted: u64,
     /// The object tier, if there is one.
     pub object: Option<ObjectStats>,
+    /// Layers of leases that are being brought into memory ahead: one or none.
+    pub prefetch_running: u64,
     /// Layers of leases that wait to be brought into memory ahead.
     pub prefetch_waiting: u64,
     /// Bytes brought ahead and not read yet.

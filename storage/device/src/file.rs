@@ -23,6 +23,9 @@ use rustix::fs::OFlags;
 pub use self::{psync::Psync, uring::Uring};
 use crate::{Buffer, PAGE_BYTES};
 
+/// Bytes of one write of [`FileIo::write_filled`].
+pub const PIECE_BYTES: usize = 1 << 20;
+
 /// An open file, and whether it goes past the page cache.
 ///
 /// With direct I/O offsets, lengths and memory must be multiples of [`PAGE_BYTES`]; keep them so for every file, then it does
@@ -146,11 +149,37 @@ pub trait FileIo: Send + Sync + fmt::Debug {
     /// submitted is waited for.
     fn read_many(&self, reads: &mut [ReadAt<'_>], deadline: Option<Instant>);
 
+    /// [`Self::read_many`] that tells of each read by its place in `reads` when it is done, where possible while the disk is
+    /// busy with others.
+    fn read_each(&self, reads: &mut [ReadAt<'_>], deadline: Option<Instant>, done: &mut dyn FnMut(usize, &ReadAt<'_>)) {
+        self.read_many(reads, deadline);
+        reads.iter().enumerate().for_each(|(i, read)| done(i, read));
+    }
+
     /// Writes everything, in any order.
     ///
     /// # Errors
     /// The first thing that went wrong; then nothing is known about any of the bytes.
     fn write_many(&self, file: &BlockFile, writes: &[WriteAt<'_>]) -> io::Result<()>;
+
+    /// Fills `memory` piece by piece and writes it from `offset` on, in pieces of [`PIECE_BYTES`]; the last one is what is left.
+    /// `fill` is called for them in order, and works at the next one while the disk takes those before it, where that is
+    /// possible.
+    ///
+    /// # Errors
+    /// As [`Self::write_many`].
+    fn write_filled(
+        &self,
+        file: &BlockFile,
+        offset: u64,
+        memory: &mut [u8],
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> io::Result<()> {
+        memory.chunks_mut(PIECE_BYTES).for_each(fill);
+        let pieces = memory.chunks(PIECE_BYTES).zip((offset..).step_by(PIECE_BYTES));
+        let writes: Vec<_> = pieces.map(|(bytes, offset)| WriteAt { offset, bytes }).collect();
+        self.write_many(file, &writes)
+    }
 
     /// Makes what was written, and the file's length, survive a loss of power.
     ///
@@ -171,6 +200,20 @@ pub trait FileIo: Send + Sync + fmt::Debug {
         match made.map_err(io::Error::from) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => file.file.set_len(bytes),
             made => made,
+        }
+    }
+
+    /// The first place from `from` on that may hold something else than zeros that were never written; `None` where only such
+    /// follow. A file system that cannot tell answers `from`.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn next_written(&self, file: &BlockFile, from: u64) -> io::Result<Option<u64>> {
+        match rustix::fs::seek(&file.file, rustix::fs::SeekFrom::Data(from)) {
+            Ok(at) => Ok(Some(at.max(from))),
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(Some(from)),
+            Err(error) => Err(error.into()),
         }
     }
 

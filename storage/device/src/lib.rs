@@ -31,4 +31,6 @@ pub mod socket;
 
 pub use arena::{Arena, ArenaConfig, ArenaError, ArenaView, Fence, Held, HugePages, PageKind, ViewError};
 pub use buffer::{Buffer, PAGE_BYTES};
-pub use file::{BlockFile, FileIo, Psync, ReadAt, ReadOutcome, Uring, WriteAt, best_io, faulty, takes_direct_io};
+pub use file::{
+    BlockFile, FileIo, PIECE_BYTES, Psync, ReadAt, ReadOutcome, Uring, WriteAt, best_io, faulty, takes_direct_io,
+};

@@ -19,6 +19,7 @@ mod outcome;
 mod read;
 mod reclaim;
 mod recovery;
+mod removal;
 mod scrub;
 mod segment;
 mod stats;
@@ -83,6 +84,8 @@ struct Shared {
     work: Condvar,
     /// Wakes those who wait for a flush.
     progress: Condvar,
+    /// Space of a dropped segment is to be given back, or was.
+    removal: Condvar,
     /// Wakes the scrub when it should stop.
     scrub: Condvar,
     /// Reads that callers wait for: the scrub lets them pass.
@@ -170,6 +173,7 @@ impl DiskTier {
             state: Mutex::new(state),
             work: Condvar::new(),
             progress: Condvar::new(),
+            removal: Condvar::new(),
             scrub: Condvar::new(),
             reading: AtomicUsize::new(0),
         };
@@ -197,6 +201,9 @@ impl DiskTier {
             let thread = std::thread::Builder::new().name(format!("kv-flusher-{number}"));
             let spawned = thread.spawn(move || flusher.run());
             running.push(spawned.inspect_err(|_| self.shared.state.lock().health[number].running = false)?);
+            let shared = Arc::clone(&self.shared);
+            let thread = std::thread::Builder::new().name(format!("kv-removal-{number}"));
+            running.push(thread.spawn(move || removal::run(&shared, number as u8))?);
         }
         if self.shared.config.scrub_bytes_per_second > 0 {
             let shared = Arc::clone(&self.shared);
@@ -320,6 +327,7 @@ impl DiskTier {
         self.shared.state.lock().stop = true;
         self.shared.work.notify_all();
         self.shared.scrub.notify_all();
+        self.shared.removal.notify_all();
         let threads = std::mem::replace(&mut *self.threads.lock(), Threads::Stopped);
         if let Threads::Running(threads) = threads {
             for thread in threads {

@@ -126,7 +126,7 @@ class Session:
                 ask(window())
             until = time.perf_counter() + case["seconds"]
             with clock:
-                while time.perf_counter() < until:
+                while not latencies or time.perf_counter() < until:
                     asked = window()
                     begun = time.perf_counter_ns()
                     got = ask(asked)
@@ -207,8 +207,9 @@ def serve(make):
     for line in sys.stdin:
         try:
             answer = session.measure(json.loads(line))
-        except Exception as error:  # A case that fails is reported; the next is tried.
+        except Exception as error:  # A case that fails is reported; the next is tried, with its data put anew.
             traceback.print_exc()
+            session.filled.clear()
             answer = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(answer) + "\n")
     close = getattr(peer, "close", None)

@@ -17,6 +17,8 @@ from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 SHAPES = {16 << 10: (1, 4), 64 << 10: (1, 16), 256 << 10: (1, 64), 1 << 20: (4, 64), 4 << 20: (4, 256), 16 << 20: (16, 256)}
 
 
+# Values that are received at a time, with a margin.
+BATCH_ROOM = 48
 PUT_PLACES = 4 * PAYLOADS
 
 
@@ -28,31 +30,44 @@ class LMCache:
         self.url = f"lm://127.0.0.1:{settings['port']}"
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.block_bytes = 0
+        self.sizes = {}
         self.lent = []
 
     def prepare(self, block_bytes):
-        if block_bytes == self.block_bytes:
-            return
-        self.block_bytes, self.lent = block_bytes, []
+        self.give_back()
+        # Made once per size: what a backend has allocated comes back only when the process ends.
+        if block_bytes not in self.sizes:
+            self.sizes[block_bytes] = self.backend(block_bytes)
+        self.connector, self.values = self.sizes[block_bytes]
+
+    def backend(self, block_bytes):
+        """A connector with room for its gets, and the values that are put."""
         layers, tokens = SHAPES[block_bytes]
+        gigabytes = (BATCH_ROOM + PAYLOADS) * block_bytes / (1 << 30) + 0.0625
         config = LMCacheEngineConfig.from_defaults(
-            chunk_size=tokens, local_cpu=False, max_local_cpu_size=1.0, remote_url=self.url, remote_serde="naive"
+            chunk_size=tokens, local_cpu=False, max_local_cpu_size=gigabytes, remote_url=self.url, remote_serde="naive"
         )
         metadata = LMCacheMetadata(
             "m", 1, 1, 0, 0, torch.bfloat16, kv_shape=(layers, 2, tokens, 8, 128), chunk_size=tokens
         )
-        self.backend = LocalCPUBackend(config, metadata, "cpu")
-        self.connector = CreateConnector(self.url, self.loop, self.backend, config, metadata)
+        backend = LocalCPUBackend(config, metadata, "cpu")
+        connector = CreateConnector(self.url, self.loop, backend, config, metadata)
         shape = torch.Size([2, layers, tokens, 1024])
         bytes_ = bytearray(noise(block_bytes + PAYLOADS * STEP))
-        self.values = []
+        values = []
         for i in range(PAYLOADS):
-            value = self.backend.allocate(shape, torch.bfloat16, MemoryFormat.KV_2LTD)
+            value = backend.allocate(shape, torch.bfloat16, MemoryFormat.KV_2LTD)
             value.tensor.view(torch.uint8).flatten().copy_(
                 torch.frombuffer(bytes_, dtype=torch.uint8, count=block_bytes, offset=i * STEP)
             )
-            self.values.append(value)
+            values.append(value)
+        return connector, values
+
+    def give_back(self):
+        """What the last get lent, as its engine does after copying to the device; late, so that it can be compared."""
+        for value in self.lent:
+            value.ref_count_down()
+        self.lent = []
 
     def key(self, number, kind):
         # The number stands for the hash of the tokens; sets of different sizes and puts must not meet. The server never
@@ -85,9 +100,7 @@ class LMCache:
         async def all_of_them():
             return await asyncio.gather(*(self.connector.get(key) for key, _ in self.keys(keys)))
 
-        # Given back as its engine does after copying to the device; one request later, so that it can be compared.
-        for value in self.lent:
-            value.ref_count_down()
+        self.give_back()
         self.lent = self.wait(all_of_them())
         if any(value is None for value in self.lent):
             self.lent = [value for value in self.lent if value is not None]

@@ -44,6 +44,8 @@ const BLOCK_TOKENS: u16 = 64;
 /// Blocks of a `match` and an `exists`: the size at which peers state their lookups.
 const MATCH_BLOCKS: usize = 256;
 const MATCH_BLOCK_BYTES: usize = 16 << 10;
+/// Disk of a store whose data is to lie in objects.
+const OBJECT_DISK: ByteSize = ByteSize::mib(256);
 /// Memory of a store under churn.
 const CHURN_HOST: ByteSize = ByteSize::gib(2);
 /// Longest wait for a store that is busy while the data set is put.
@@ -97,9 +99,22 @@ pub(crate) async fn run(args: &StoreBenchArgs, config: &ConfigArgs) -> Result<()
         (Some(bytes), _) => bytes,
         // Everything fits, and what is put meanwhile too.
         (None, StoreTier::Host) => ByteSize::bytes(4 * args.data.as_u64() + (1 << 30)),
-        (None, StoreTier::Disk) => ByteSize::bytes((args.data.as_u64() / 16).max(4 * largest as u64)),
+        (None, StoreTier::Disk | StoreTier::Object) => {
+            ByteSize::bytes((args.data.as_u64() / 16).max(4 * largest as u64))
+        }
     };
-    let host = Host::start(wanted(args, host_bytes, None), config).await?;
+    ensure!(
+        args.tier != StoreTier::Object || args.data.as_u64() >= 4 * OBJECT_DISK.as_u64(),
+        "--tier object with --data {}: take at least {}, or the disk holds most of it",
+        args.data,
+        ByteSize::bytes(4 * OBJECT_DISK.as_u64())
+    );
+    let wanted = Wanted {
+        disk_bytes: (args.tier == StoreTier::Object).then_some(OBJECT_DISK),
+        objects: args.tier == StoreTier::Object,
+        ..wanted(args, host_bytes, None)
+    };
+    let host = Host::start(wanted, config).await?;
     let mut cases = Vec::new();
     for operation in &args.operations {
         let (sizes, batches) = match operation {
@@ -155,6 +170,7 @@ fn wanted(args: &StoreBenchArgs, host_bytes: ByteSize, disk_bytes: Option<ByteSi
         out: &args.out,
         host_bytes,
         disk_bytes,
+        objects: false,
     }
 }
 

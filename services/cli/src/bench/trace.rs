@@ -65,6 +65,7 @@ pub(crate) async fn run(args: &TraceArgs, config: &ConfigArgs) -> Result<()> {
         out: &args.out,
         host_bytes: args.host,
         disk_bytes: args.disk,
+        objects: false,
     };
     let host = Host::start(wanted, config).await?;
     let client = StoreClient::new(ClientConfig::to(host.url()))?;

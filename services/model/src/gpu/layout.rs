@@ -108,3 +108,6 @@ fn table<'a>(
     };
     Ok((pages, Box::new(seen)))
 }
+
+#[cfg(test)]
+mod tests;

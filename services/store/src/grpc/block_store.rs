@@ -20,7 +20,7 @@ use super::{
 use crate::served::Served;
 
 /// Longest tenant name, in bytes.
-const TENANT_BYTES_MAX: usize = 256;
+pub(crate) const TENANT_BYTES_MAX: usize = 256;
 
 /// Version of the span indexes; the flat scan persists nothing, which is version 0.
 const INDEX_FORMAT: u32 = 0;

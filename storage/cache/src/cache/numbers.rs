@@ -13,10 +13,12 @@ impl BlockCache {
         let disk = shared.disk.stats();
         let (with_basis, basis_bytes) = shared.namespaces.bases();
         let (running, waiting) = shared.disk_gate.load();
+        let (bringing, to_bring) = shared.prefetch.load();
         let mut state = shared.state.lock();
         state.leases.expire(Instant::now());
         let State { leases, ahead, .. } = &mut *state;
         ahead.sweep(|lease| leases.is_live(lease));
+        let host = state.host.stats();
         CacheStats {
             epoch: shared.epoch,
             uptime: shared.started.elapsed(),
@@ -25,10 +27,12 @@ impl BlockCache {
             basis_bytes,
             basis_bytes_max: shared.config.basis_bytes_max,
             blocks: state.available.len() as u64,
-            host_bytes: state.host.bytes(),
-            host_bytes_max: state.host.bytes_max(),
-            host_layer_blocks: state.host.layer_blocks(),
-            host_evicted_blocks: state.host.evicted_blocks(),
+            host_bytes: host.bytes,
+            host_bytes_max: host.bytes_max,
+            host_bytes_elsewhere: host.bytes_elsewhere,
+            host_layer_blocks: host.layer_blocks,
+            host_moved_layer_blocks: host.moved_layer_blocks,
+            host_evicted_blocks: host.evicted_blocks,
             disk,
             recovery: shared.disk.recovery(),
             put_blocks: counters.put_blocks.get(),
@@ -55,7 +59,8 @@ impl BlockCache {
             promoted: counters.promoted.get(),
             demoted: counters.demoted.get(),
             object: shared.object.as_ref().map(kvasir_tier::ObjectTier::stats),
-            prefetch_waiting: shared.prefetch.len() as u64,
+            prefetch_running: bringing as u64,
+            prefetch_waiting: to_bring as u64,
             prefetch_bytes: state.ahead.bytes(),
             prefetch_issued: counters.prefetch_issued.get(),
             prefetch_useful: state.ahead.useful,

@@ -40,6 +40,8 @@ pub(crate) struct Prefetch {
 #[derive(Debug, Default)]
 struct Queue {
     wishes: VecDeque<Wish>,
+    /// Whether the thread is at one that it took.
+    running: bool,
     stop: bool,
 }
 
@@ -86,9 +88,10 @@ impl Prefetch {
         }
     }
 
-    /// Wishes that wait.
-    pub(crate) fn len(&self) -> usize {
-        self.queue.lock().wishes.len()
+    /// Wishes that are being granted (one or none), and that wait.
+    pub(crate) fn load(&self) -> (usize, usize) {
+        let queue = self.queue.lock();
+        (usize::from(queue.running), queue.wishes.len())
     }
 
     /// Queues a wish; false if the queue is full.
@@ -104,12 +107,16 @@ impl Prefetch {
 
     fn next(&self) -> Option<Wish> {
         let mut queue = self.queue.lock();
+        queue.running = false;
         loop {
             if queue.stop {
                 return None;
             }
             match queue.wishes.pop_front() {
-                Some(wish) => return Some(wish),
+                Some(wish) => {
+                    queue.running = true;
+                    return Some(wish);
+                }
                 None => self.wake.wait(&mut queue),
             }
         }

@@ -262,3 +262,87 @@ fn a_loss_of_power_takes_only_what_was_not_synced() {
     }
     assert_eq!((whole, none), (20, 20), "some of it, and not all of it");
 }
+
+/// More pieces than fit into a ring, the last one a short one.
+#[test]
+fn what_is_filled_piece_by_piece_is_written() {
+    for io in all_io() {
+        for direct in [false, true] {
+            let dir = TempDir::new().unwrap();
+            if direct && !takes_direct_io(dir.path()).unwrap() {
+                continue;
+            }
+            let what = format!("{} direct {direct}", io.name());
+            let file = BlockFile::create(&dir.path().join("file"), direct).unwrap();
+            for len in [PAGE, PIECE_BYTES, 6 * PIECE_BYTES + PAGE] {
+                let mut expected = vec![0; len];
+                StdRng::seed_from_u64(len as u64).fill(&mut expected[..]);
+                let (mut memory, mut rest) = (Buffer::heap(len), &expected[..]);
+                let mut fill = |piece: &mut [u8]| {
+                    let (now, later) = rest.split_at(piece.len());
+                    piece.copy_from_slice(now);
+                    rest = later;
+                };
+                io.write_filled(&file, PAGE as u64, memory.as_mut_slice(), &mut fill)
+                    .unwrap();
+                assert!(rest.is_empty(), "{what}");
+                let (outcome, read) = read(&*io, &file, PAGE as u64, len);
+                assert!(
+                    matches!(outcome, ReadOutcome::Read(done) if done == len) && read == expected,
+                    "{what}: {len}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn an_error_of_one_piece_is_an_error_of_all() {
+    for io in all_io() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("file");
+        BlockFile::create(&path, false).unwrap();
+        // Not open for writing.
+        let file = BlockFile {
+            file: File::open(&path).unwrap(),
+            path,
+            direct: false,
+        };
+        for pieces in [1, 6] {
+            let mut memory = Buffer::heap(pieces * PIECE_BYTES);
+            let error = io
+                .write_filled(&file, 0, memory.as_mut_slice(), &mut |_| {})
+                .unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(9), "{}", io.name());
+        }
+        assert_eq!(file.len().unwrap(), 0, "{}", io.name());
+    }
+}
+
+/// A file system that cannot tell may answer with the place it was asked about.
+#[test]
+fn space_that_was_never_written_is_known() {
+    let dir = TempDir::new().unwrap();
+    let file = BlockFile::create(&dir.path().join("file"), false).unwrap();
+    let (mib, page) = (1 << 20, PAGE as u64);
+    Psync.preallocate(&file, 8 * mib).unwrap();
+    let bytes = [1; PAGE];
+    let write = WriteAt {
+        offset: 4 * mib,
+        bytes: &bytes,
+    };
+    Psync.write_many(&file, &[write]).unwrap();
+    Psync.sync_data(&file).unwrap();
+    let cases = [
+        (0, Some(4 * mib)),
+        (4 * mib - 1, Some(4 * mib)),
+        (4 * mib + 7, Some(4 * mib + 7)),
+        (4 * mib + page, None),
+        (8 * mib, None),
+        (9 * mib, None),
+    ];
+    for (from, expected) in cases {
+        let found = Psync.next_written(&file, from).unwrap();
+        assert!(found == expected || found == Some(from), "from {from}: {found:?}");
+    }
+}

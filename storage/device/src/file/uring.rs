@@ -14,7 +14,7 @@ use io_uring::{IoUring, Probe, opcode, squeue, types};
 use parking_lot::Mutex;
 
 use super::{
-    BlockFile, FileIo, Psync, ReadAt, ReadOutcome, WriteAt,
+    BlockFile, FileIo, PIECE_BYTES, Psync, ReadAt, ReadOutcome, WriteAt,
     psync::{read_rest, write_rest},
 };
 
@@ -62,21 +62,27 @@ impl FileIo for Uring {
     }
 
     fn read_many(&self, reads: &mut [ReadAt<'_>], deadline: Option<Instant>) {
+        self.read_each(reads, deadline, &mut |_, _| {});
+    }
+
+    fn read_each(&self, reads: &mut [ReadAt<'_>], deadline: Option<Instant>, done: &mut dyn FnMut(usize, &ReadAt<'_>)) {
         let ring = if reads.len() > 1 { self.take() } else { None };
         let Some(mut ring) = ring else {
-            return Psync.read_many(reads, deadline);
+            return Psync.read_each(reads, deadline, done);
         };
         let mut flight = Flight::new(&mut ring);
         let mut started = vec![None; reads.len()];
+        // Done, not yet told of: first the disk gets more to do.
+        let mut finished = Vec::new();
         let mut next = 0;
         loop {
             while next < reads.len() && flight.in_flight < self.depth {
                 let now = Instant::now();
                 if deadline.is_some_and(|deadline| now >= deadline) {
-                    // The rest was made `TooLate`.
-                    reads[next..]
-                        .iter_mut()
-                        .for_each(|read| read.outcome = ReadOutcome::TooLate);
+                    for read in &mut reads[next..] {
+                        read.outcome = ReadOutcome::TooLate;
+                    }
+                    finished.extend(next..reads.len());
                     next = reads.len();
                     break;
                 }
@@ -92,10 +98,15 @@ impl FileIo for Uring {
                 started[next] = Some(now);
                 next += 1;
             }
+            if !finished.is_empty() {
+                flight.submit();
+                finished.drain(..).for_each(|index| done(index, &reads[index]));
+            }
             if flight.in_flight == 0 {
                 break;
             }
             flight.wait(|index, result| {
+                finished.push(index);
                 let read = &mut reads[index];
                 match completed(result) {
                     Completed::Bytes(0) => read.outcome = ReadOutcome::Read(0),
@@ -107,9 +118,11 @@ impl FileIo for Uring {
             });
         }
         drop(flight);
-        // A ring that would take nothing more: the rest another way.
-        Psync.read_many(&mut reads[next..], deadline);
         self.free.lock().push(ring);
+        // A ring that would take nothing more: the rest another way.
+        Psync.read_each(&mut reads[next..], deadline, &mut |index, read| {
+            done(next + index, read)
+        });
     }
 
     fn write_many(&self, file: &BlockFile, writes: &[WriteAt<'_>]) -> io::Result<()> {
@@ -151,6 +164,66 @@ impl FileIo for Uring {
         self.free.lock().push(ring);
         outcome?;
         Psync.write_many(file, &writes[next..])
+    }
+
+    fn write_filled(
+        &self,
+        file: &BlockFile,
+        offset: u64,
+        memory: &mut [u8],
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> io::Result<()> {
+        let mut pieces: Vec<&mut [u8]> = memory.chunks_mut(PIECE_BYTES).collect();
+        let ring = if pieces.len() > 1 { self.take() } else { None };
+        let Some(mut ring) = ring else {
+            pieces.iter_mut().for_each(|piece| fill(piece));
+            return (pieces.iter().zip((offset..).step_by(PIECE_BYTES)))
+                .try_for_each(|(bytes, offset)| write_rest(file, &WriteAt { offset, bytes }, 0));
+        };
+        let place = |index: usize| offset + (index * PIECE_BYTES) as u64;
+        let mut flight = Flight::new(&mut ring);
+        let mut outcome = Ok(());
+        let mut next = 0;
+        while next < pieces.len() && outcome.is_ok() {
+            fill(pieces[next]);
+            let bytes = pieces[next].len() as u32;
+            let entry = opcode::Write::new(types::Fd(file.file.as_raw_fd()), pieces[next].as_ptr(), bytes);
+            let entry = entry.offset(place(next)).build().user_data(next as u64);
+            // SAFETY: `memory` and `file` are borrowed for the whole call, and a piece is not touched again once it was filled;
+            // `flight` waits for all operations before it is dropped, also in a panic.
+            if unsafe { flight.push(&entry) } {
+                flight.submit();
+            } else {
+                outcome = write_rest(
+                    file,
+                    &WriteAt {
+                        offset: place(next),
+                        bytes: pieces[next],
+                    },
+                    0,
+                );
+            }
+            next += 1;
+            while flight.in_flight == self.depth || (next == pieces.len() && flight.in_flight > 0) {
+                flight.wait(|index, result| {
+                    let write = WriteAt {
+                        offset: place(index),
+                        bytes: pieces[index],
+                    };
+                    let finished = match completed(result) {
+                        Completed::Bytes(done) => write_rest(file, &write, done),
+                        Completed::Again => write_rest(file, &write, 0),
+                        Completed::Failed(error) => Err(error),
+                    };
+                    if outcome.is_ok() {
+                        outcome = finished;
+                    }
+                });
+            }
+        }
+        drop(flight);
+        self.free.lock().push(ring);
+        outcome
     }
 }
 
@@ -203,6 +276,13 @@ impl<'r> Flight<'r> {
         let pushed = unsafe { self.ring.submission().push(entry) }.is_ok();
         self.in_flight += u32::from(pushed);
         pushed
+    }
+
+    /// Tells the kernel of what was pushed. What it does not take now, it is told of again by [`Self::wait`].
+    fn submit(&mut self) {
+        if let Err(error) = self.ring.submit() {
+            tracing::debug!(%error, "the ring is busy");
+        }
     }
 
     /// Waits for at least one operation and tells of all that are done.

@@ -75,6 +75,7 @@ impl Drop for Farewell {
         self.0.progress.notify_all();
         // What this one will not take, another may.
         self.0.work.notify_all();
+        self.0.removal.notify_all();
     }
 }
 
@@ -208,7 +209,7 @@ impl Flusher {
         if self.writer.is_none() && first > 0 {
             match self.begin_segment(first) {
                 // A cache gives way before it gives up: drop a segment once, then try again.
-                Err(error) if error.is_disk_full() && self.is_healthy() && self.drop_one(0) => {
+                Err(error) if error.is_disk_full() && self.is_healthy() && self.give_way() => {
                     self.begin_segment(first)?;
                 }
                 begun => begun?,
@@ -223,13 +224,14 @@ impl Flusher {
             // Reclaim filled the segment with what must stay: another round.
             return Ok(());
         }
+        let begun_now = self.writer.as_ref().is_none_or(|writer| writer.end == PAGE);
         let batch = shared.state.lock().table.take_batch(room);
         match self.write(&batch) {
             Ok(()) => Ok(()),
             Err(error) => {
                 shared.state.lock().table.give_back(batch);
-                if error.is_disk_full() && self.is_healthy() && self.drop_one(0) {
-                    // The next round is the second attempt; it does not count as a failure.
+                if error.is_disk_full() && self.is_healthy() && !begun_now {
+                    // The next round tries a new segment and makes room for it; this one does not count as a failure.
                     return Ok(());
                 }
                 Err(error)
@@ -294,7 +296,7 @@ impl Flusher {
         tracing::warn!(segment = writer.identity.id, %error, "retiring the segment");
         let mut state = self.shared.state.lock();
         if !error.is_disk_full() {
-            state.counts.retired_segments += 1;
+            state.counts.retired_segments += u64::from(writer.end > PAGE);
             state.health[self.number].segment_failed(Instant::now(), self.shared.config.rest_after_failures);
         }
         // Or a disk that fails for a day would leave a file and an open descriptor for every attempt.
@@ -303,7 +305,8 @@ impl Flusher {
             drop(state);
             let _ = std::fs::remove_file(segment_path(&volume.segments_dir(), writer.identity.id));
         } else if let Some(segment) = state.table.segments.get_mut(&writer.at) {
-            segment.retired = true;
+            // A full disk is no reason to let it go before older ones.
+            segment.retired = !error.is_disk_full();
             if cut.is_ok() {
                 segment.bytes = writer.end;
             }

@@ -13,6 +13,7 @@ use super::{
     format::{Identity, RECORD_HEADER_BYTES},
     segment::{pages_of, verify},
     table::Location,
+    volume::Volume,
 };
 
 /// So many failed reads, and a segment takes nothing more.
@@ -33,6 +34,32 @@ pub(crate) enum RecordOutcome {
     Wrong,
     Failed,
     TooLate,
+}
+
+/// A read record, and where to say what became of it.
+struct Judged<'a> {
+    key: LayerBlockKey,
+    location: Location,
+    identity: Identity,
+    outcome: &'a mut RecordOutcome,
+}
+
+impl Judged<'_> {
+    fn judge(&mut self, read: &ReadAt<'_>, volume: &Volume) {
+        *self.outcome = match &read.outcome {
+            ReadOutcome::TooLate => RecordOutcome::TooLate,
+            ReadOutcome::Read(done) => {
+                volume.pace.note(read.took, *done);
+                // What lies behind the end of the file is not of this read.
+                let right = verify(&read.buffer[..*done], self.identity, self.key, self.location);
+                right.map_or(RecordOutcome::Wrong, RecordOutcome::Right)
+            }
+            ReadOutcome::Failed(error) => {
+                tracing::warn!(file = %read.file.path().display(), offset = read.offset, %error, "a record cannot be read");
+                RecordOutcome::Failed
+            }
+        };
+    }
 }
 
 impl RecordRead {
@@ -128,56 +155,34 @@ impl Shared {
                 }
             }));
         }
-        let mut reads: Vec<ReadAt<'_>> = Vec::with_capacity(records.len());
-        let mut of_volume: Vec<u8> = Vec::with_capacity(records.len());
         let mut sorted: Vec<&mut RecordRead> = records.iter_mut().flatten().collect();
         sorted.sort_by_key(|record| record.location.segment.disk());
-        let mut told = Vec::with_capacity(sorted.len());
+        let mut reads: Vec<ReadAt<'_>> = Vec::with_capacity(sorted.len());
+        let mut judged: Vec<Judged<'_>> = Vec::with_capacity(sorted.len());
         for record in &mut sorted {
-            let RecordRead {
-                file,
-                buffer,
-                location,
-                outcome,
-                ..
-            } = &mut **record;
-            let (offset, bytes, _) = pages_of(*location);
-            reads.push(ReadAt::new(file, offset, &mut buffer.as_mut_slice()[..bytes]));
-            of_volume.push(location.segment.disk());
-            told.push(outcome);
+            let (offset, bytes, _) = pages_of(record.location);
+            let buffer = &mut record.buffer.as_mut_slice()[..bytes];
+            reads.push(ReadAt::new(&record.file, offset, buffer));
+            judged.push(Judged {
+                key: record.key,
+                location: record.location,
+                identity: record.identity,
+                outcome: &mut record.outcome,
+            });
         }
-        // Disks that share a way in are read in one go, all in flight together.
+        // Disks that share a way in are read in one go, all in flight together, and verified as they come.
         let mut start = 0;
         while start < reads.len() {
-            let io = &self.volumes[usize::from(of_volume[start])].io;
-            let same = |disk: &u8| Arc::ptr_eq(io, &self.volumes[usize::from(*disk)].io);
-            let end = start + of_volume[start..].iter().take_while(|disk| same(disk)).count();
-            io.read_many(&mut reads[start..end], deadline);
+            let disk = |judged: &Judged<'_>| &self.volumes[usize::from(judged.location.segment.disk())];
+            let io = &disk(&judged[start]).io;
+            let same = |judged: &&Judged<'_>| Arc::ptr_eq(io, &disk(judged).io);
+            let end = start + judged[start..].iter().take_while(same).count();
+            let judged = &mut judged[start..end];
+            io.read_each(&mut reads[start..end], deadline, &mut |i, read| {
+                let volume = &self.volumes[usize::from(judged[i].location.segment.disk())];
+                judged[i].judge(read, volume);
+            });
             start = end;
-        }
-        for ((read, disk), told) in reads.into_iter().zip(of_volume).zip(told) {
-            *told = match read.outcome {
-                ReadOutcome::TooLate => RecordOutcome::TooLate,
-                ReadOutcome::Read(done) => {
-                    self.volumes[usize::from(disk)].pace.note(read.took, done);
-                    // Judged below; a page that is missing is a wrong record.
-                    if done == 0 {
-                        RecordOutcome::Wrong
-                    } else {
-                        RecordOutcome::Right(Checksum::of(&[]))
-                    }
-                }
-                ReadOutcome::Failed(error) => {
-                    tracing::warn!(file = %read.file.path().display(), offset = read.offset, %error, "a record cannot be read");
-                    RecordOutcome::Failed
-                }
-            };
-        }
-        for record in records.iter_mut().flatten() {
-            if matches!(record.outcome, RecordOutcome::Right(_)) {
-                let right = verify(record.buffer.as_slice(), record.identity, record.key, record.location);
-                record.outcome = right.map_or(RecordOutcome::Wrong, RecordOutcome::Right);
-            }
         }
         records
     }

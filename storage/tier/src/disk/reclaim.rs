@@ -3,7 +3,10 @@
 //! While the current segment is young there is a spare one; when it is half full and no further segment fits, the victim
 //! goes ([`Table::victims`](super::table::Table::victims) has the order) and what [`Fate`] keeps of it is appended to the current
 //! one. At most half a segment is written again for one that goes, so reclaim always wins room. All reads and writes are
-//! done without a lock, and readers that hold the victim's file read on.
+//! done without a lock, and readers that hold the victim's file read on. A large file takes the file system a tenth of a
+//! second to free: its name goes at once, its space on a thread of its own (`disk/removal.rs`), until which it counts.
+
+use std::sync::Arc;
 
 use kvasir_block::{
     BlockKey, LayerBlockKey,
@@ -16,7 +19,7 @@ use super::{
     format::PAGE,
     read::RecordOutcome,
     segment::{Record, segment_path},
-    table::{Location, SegmentRef},
+    table::{Doomed, Location, SegmentRef},
 };
 
 /// How often the owner is asked again about what it leased meanwhile.
@@ -29,9 +32,16 @@ impl Flusher {
     pub(super) fn make_room(&mut self, bytes: u64) -> Result<(), WriteError> {
         let (number, bytes_max) = (self.volume().number, self.volume().bytes_max);
         loop {
-            let disk_bytes = self.shared.state.lock().table.disk_bytes(number);
-            if disk_bytes + bytes <= bytes_max || disk_bytes == 0 || planted(Bug::DiskBudgetIgnored) {
+            let (disk_bytes, doomed_bytes) = {
+                let table = &self.shared.state.lock().table;
+                (table.disk_bytes(number), table.doomed_bytes(number))
+            };
+            let claimed = disk_bytes + doomed_bytes;
+            if claimed + bytes <= bytes_max || claimed == 0 || planted(Bug::DiskBudgetIgnored) {
                 return Ok(());
+            }
+            if doomed_bytes > 0 && self.shared.wait_for_removal(number) {
+                continue;
             }
             if !self.drop_one(0) {
                 return Err(WriteError::Leased { bytes_max });
@@ -60,6 +70,20 @@ impl Flusher {
             .into_iter()
             .filter(|at| Some(*at) != current)
             .any(|at| self.reclaim(at, budget))
+    }
+
+    /// The file system is full, maybe with what others put there: drops one segment, but never the newest. False if there
+    /// is none to drop.
+    pub(super) fn give_way(&mut self) -> bool {
+        let number = self.volume().number;
+        let (newest, victims) = {
+            let table = &self.shared.state.lock().table;
+            (table.newest(number), table.victims(number))
+        };
+        let mut victims = victims.into_iter().filter(|at| Some(*at) != newest);
+        let dropped = victims.any(|at| self.reclaim(at, 0));
+        while dropped && self.shared.wait_for_removal(number) {}
+        dropped
     }
 
     fn reclaim(&mut self, at: SegmentRef, mut budget: u64) -> bool {
@@ -139,8 +163,13 @@ impl Flusher {
     fn forget(&self, at: SegmentRef, blocks: &[BlockKey]) -> bool {
         let volume = self.volume();
         let mut removed = Vec::new();
+        let mut doomed = None;
         let reclaimed = self.watch.reclaim(blocks, &mut || {
             let mut state = self.shared.state.lock();
+            doomed = state.table.segments.get(&at).map(|segment| Doomed {
+                file: Arc::clone(&segment.file),
+                bytes: segment.bytes,
+            });
             removed = state.table.remove_segment(at);
             state.counts.reclaimed_segments += 1;
             state.counts.reclaimed_layer_blocks += removed.len() as u64;
@@ -153,8 +182,13 @@ impl Flusher {
         if let Err(error) = volume.index.forget(Some(at.id()), removed.into_iter()) {
             tracing::warn!(segment = at.id(), %error, "index keeps entries of a dropped segment");
         }
-        if let Err(error) = std::fs::remove_file(segment_path(&volume.segments_dir(), at.id())) {
-            tracing::warn!(segment = at.id(), %error, "cannot remove a dropped segment");
+        match std::fs::remove_file(segment_path(&volume.segments_dir(), at.id())) {
+            Ok(()) => {
+                let mut state = self.shared.state.lock();
+                state.table.doomed.extend(doomed.map(|doomed| (at, doomed)));
+                self.shared.removal.notify_all();
+            }
+            Err(error) => tracing::warn!(segment = at.id(), %error, "cannot remove a dropped segment"),
         }
         true
     }

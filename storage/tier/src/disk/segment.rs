@@ -23,8 +23,6 @@ use super::{
 /// A layer block on its way to disk.
 pub(crate) type Record = (LayerBlockKey, Bytes, Checksum);
 
-/// Bytes of one write of many.
-const WRITE_BYTES: usize = 1 << 20;
 /// Bytes that a scan reads at a time, where records are smaller.
 const SCAN_BYTES: u64 = 4 << 20;
 
@@ -89,8 +87,8 @@ impl SegmentWriter {
             offset: 0,
             bytes: page.as_slice(),
         };
-        io.write_many(file, &[write])?;
-        io.sync_data(file)
+        // Synced with the first batch: until then there is nothing in it to be lost.
+        io.write_many(file, &[write])
     }
 
     /// Bytes that records may still take.
@@ -110,11 +108,10 @@ impl SegmentWriter {
         if (staging.len() as u64) < bytes {
             *staging = Buffer::heap(bytes as usize);
         }
-        let staged = &mut staging.as_mut_slice()[..bytes as usize];
         let mut locations = Vec::with_capacity(records.len());
-        let mut used = 0;
+        let mut headers = Vec::with_capacity(records.len());
+        let mut offset = self.end;
         for (key, payload, checksum) in records {
-            let offset = self.end + used as u64;
             let header = RecordHeader {
                 segment: self.identity,
                 offset,
@@ -122,22 +119,20 @@ impl SegmentWriter {
                 payload_bytes: payload.len() as u32,
                 payload_checksum: *checksum,
             };
-            let record = &mut staged[used..used + record_bytes(payload.len()) as usize];
-            record[..RECORD_HEADER_BYTES].copy_from_slice(&header.encode());
-            let (body, padding) = record[RECORD_HEADER_BYTES..].split_at_mut(payload.len());
-            body.copy_from_slice(payload);
-            padding.fill(0);
+            headers.push(header.encode());
             locations.push(Location {
                 segment: self.at,
                 offset: offset as u32,
                 payload_bytes: header.payload_bytes,
             });
-            used += record.len();
+            offset += record_bytes(payload.len());
         }
-        staged[used..].fill(0);
-        let pieces = staged.chunks(WRITE_BYTES).zip((self.end..).step_by(WRITE_BYTES));
-        let writes: Vec<_> = pieces.map(|(bytes, offset)| WriteAt { offset, bytes }).collect();
-        io.write_many(&self.file, &writes)?;
+        let mut packer = Packer {
+            records: records.iter().zip(&headers),
+            current: None,
+        };
+        let staged = &mut staging.as_mut_slice()[..bytes as usize];
+        io.write_filled(&self.file, self.end, staged, &mut |piece| packer.fill(piece))?;
         if !planted(Bug::PublishBeforeSync) {
             self.sync(io)?;
         }
@@ -152,6 +147,37 @@ impl SegmentWriter {
             return io.sync_data(&self.file);
         }
         synced
+    }
+}
+
+/// Records as the bytes of a batch, one stretch after the other.
+struct Packer<'a, I> {
+    records: I,
+    /// What is left of the record at hand: header, payload, padding.
+    current: Option<[&'a [u8]; 3]>,
+}
+
+impl<'a, I: Iterator<Item = (&'a Record, &'a [u8; RECORD_HEADER_BYTES])>> Packer<'a, I> {
+    /// The next bytes; zeros behind the last record.
+    fn fill(&mut self, mut piece: &mut [u8]) {
+        const ZEROS: [u8; RECORD_ALIGN as usize] = [0; RECORD_ALIGN as usize];
+        while !piece.is_empty() {
+            let next = || {
+                let ((_, payload, _), header) = self.records.next()?;
+                let padding = record_bytes(payload.len()) as usize - RECORD_HEADER_BYTES - payload.len();
+                Some([&header[..], &payload[..], &ZEROS[..padding]])
+            };
+            let Some(mut parts) = self.current.take().or_else(next) else {
+                return piece.fill(0);
+            };
+            for part in &mut parts {
+                let (now, later) = part.split_at(part.len().min(piece.len()));
+                let (to, rest) = piece.split_at_mut(now.len());
+                to.copy_from_slice(now);
+                (*part, piece) = (later, rest);
+            }
+            self.current = parts.iter().any(|part| !part.is_empty()).then_some(parts);
+        }
     }
 }
 
@@ -210,7 +236,22 @@ pub(crate) fn scan(
     };
     let mut window = Window::new(io, file, file_bytes);
     let (mut offset, mut corrupt) = (from, 0);
+    let mut looked_to = from;
     while offset + RECORD_HEADER_BYTES as u64 <= file_bytes {
+        // Once for each stretch that a window holds: whether anything was ever written here.
+        if offset >= looked_to {
+            looked_to = offset + SCAN_BYTES;
+            match io.next_written(file, offset) {
+                Ok(Some(at)) if at > offset => {
+                    offset = at - at % RECORD_ALIGN;
+                    looked_to = offset + SCAN_BYTES;
+                    continue;
+                }
+                Ok(None) => break,
+                // What cannot tell is read.
+                Ok(Some(_)) | Err(_) => {}
+            }
+        }
         let Some(bytes) = window.bytes(offset, RECORD_HEADER_BYTES) else {
             scan.corrupt = corrupt + 1;
             return scan;
@@ -262,7 +303,8 @@ pub(crate) fn scan(
         offset = next;
     }
     // A rest too short for a header, in a file that was cut.
-    if let Some(rest) = window.bytes(offset, file_bytes.saturating_sub(offset) as usize)
+    if offset + RECORD_HEADER_BYTES as u64 > file_bytes
+        && let Some(rest) = window.bytes(offset, file_bytes.saturating_sub(offset) as usize)
         && let Some(last) = rest.iter().rposition(|&byte| byte != 0)
     {
         scan.written_end = offset + last as u64 + 1;

@@ -95,6 +95,13 @@ impl SegmentState {
     }
 }
 
+/// A file that has no name any more and whose space is being given back.
+#[derive(Clone, Debug)]
+pub(crate) struct Doomed {
+    pub(crate) file: Arc<BlockFile>,
+    pub(crate) bytes: u64,
+}
+
 /// What a writer took off the queue. It must be settled or given back.
 #[derive(Debug)]
 pub(crate) struct Batch {
@@ -106,6 +113,8 @@ pub(crate) struct Batch {
 pub(crate) struct Table {
     blocks: HashMap<BlockKey, Vec<(u16, Place)>>,
     pub(crate) segments: BTreeMap<SegmentRef, SegmentState>,
+    /// Removed segments that still take space.
+    pub(crate) doomed: BTreeMap<SegmentRef, Doomed>,
     queue: BTreeMap<u64, LayerBlockKey>,
     in_flight: BTreeSet<u64>,
     pub(crate) queue_bytes: u64,
@@ -292,6 +301,18 @@ impl Table {
     pub(crate) fn disk_bytes(&self, disk: u8) -> u64 {
         let segments = self.segments.range(SegmentRef::of_disk(disk));
         segments.map(|(_, segment)| segment.bytes).sum()
+    }
+
+    /// Bytes of removed files of a disk that still take space.
+    pub(crate) fn doomed_bytes(&self, disk: u8) -> u64 {
+        let doomed = self.doomed.range(SegmentRef::of_disk(disk));
+        doomed.map(|(_, doomed)| doomed.bytes).sum()
+    }
+
+    /// The newest segment of a disk.
+    pub(crate) fn newest(&self, disk: u8) -> Option<SegmentRef> {
+        let mut segments = self.segments.range(SegmentRef::of_disk(disk));
+        segments.next_back().map(|(at, _)| *at)
     }
 
     pub(crate) fn segments_of(&self, disk: u8) -> u64 {

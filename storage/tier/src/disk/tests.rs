@@ -2,6 +2,7 @@
 //! bytes, and tests that damage files need no copy of what was there.
 
 mod crash;
+mod damage;
 mod flips;
 mod many;
 mod room;

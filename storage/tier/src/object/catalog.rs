@@ -203,10 +203,7 @@ impl Catalog {
             .filter(|pack| pack.scan < known.scan)
             .map(|pack| pack.name)
             .collect();
-        for name in &gone {
-            self.forget_pack(namespace, name);
-        }
-        gone.len() as u64
+        gone.iter().filter(|name| self.forget_pack(namespace, name)).count() as u64
     }
 
     /// Whether a pack of that age and size would be taken, given the bound on entries.
@@ -255,16 +252,16 @@ impl Catalog {
         }
     }
 
-    /// The pack is gone from the bucket.
-    pub(super) fn forget_pack(&mut self, namespace: NamespaceId, name: &PackName) {
+    /// The pack is gone from the bucket; false where it was not known any more.
+    pub(super) fn forget_pack(&mut self, namespace: NamespaceId, name: &PackName) -> bool {
         if let Some(own) = self.own.remove(&(name.sequence, *name)) {
             self.own_bytes -= own.bytes;
         }
-        if let Some(known) = self.namespaces.get_mut(&namespace)
-            && let Some(&id) = known.names.get(name)
-        {
-            known.remove(id);
-        }
+        let Some(known) = self.namespaces.get_mut(&namespace) else {
+            return false;
+        };
+        let id = known.names.get(name).copied();
+        id.inspect(|id| known.remove(*id)).is_some()
     }
 
     /// The record at this place is no good; false where it lies elsewhere by now.

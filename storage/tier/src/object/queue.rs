@@ -207,7 +207,10 @@ mod tests {
         (key, payload, checksum)
     }
 
-    fn shape(queue: &mut Queue) -> Vec<Vec<usize>> {
+    /// Payload bytes of each record of each pack.
+    type Packs = Vec<Vec<usize>>;
+
+    fn shape(queue: &mut Queue) -> Packs {
         let packs = std::iter::from_fn(|| queue.pop());
         packs
             .map(|pack| pack.records.iter().map(|record| record.1.len()).collect())
@@ -218,7 +221,7 @@ mod tests {
     fn packs_close_at_their_size_and_age() {
         let now = Instant::now();
         let age = Duration::from_secs(10);
-        let table: [(&[usize], u64, Vec<Vec<usize>>); 5] = [
+        let table: [(&[usize], u64, Packs); 5] = [
             (&[40, 40], 0, vec![]),
             (&[40, 40], 10, vec![vec![40, 40]]),
             (&[40, 40, 40], 0, vec![vec![40, 40]]),

@@ -221,8 +221,9 @@ async fn read(shared: &Shared, reading: Reading, deadline: Instant, answers: &An
             Some(End::Failed(ObjectFailure::Missing)) => {
                 tracing::debug!(pack = %reading.pack, "a pack is gone, forgetting it");
                 let mut state = shared.state.lock();
-                state.catalog.forget_pack(reading.namespace, &reading.pack);
-                state.counts.vanished_objects += 1;
+                // Other ranges of the same pack find it gone too; it counts once.
+                let was_known = state.catalog.forget_pack(reading.namespace, &reading.pack);
+                state.counts.vanished_objects += u64::from(was_known);
                 break ObjectRead::Miss;
             }
             Some(End::Failed(ObjectFailure::Malformed | ObjectFailure::Short)) => {

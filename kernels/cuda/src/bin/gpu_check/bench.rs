@@ -27,7 +27,7 @@ const fn shape(dtype: Dtype) -> KvShape {
 }
 
 /// Median microseconds of `REPEATS` runs of `work(i)`, after three that are not counted.
-fn median(gpu: &Gpu, mut work: impl FnMut(usize) -> Result<(), GpuError>) -> Result<f64, GpuError> {
+pub(crate) fn median(gpu: &Gpu, mut work: impl FnMut(usize) -> Result<(), GpuError>) -> Result<f64, GpuError> {
     let mut times = Vec::new();
     for i in 0..REPEATS + 3 {
         let watch = gpu.stopwatch()?;
@@ -274,7 +274,7 @@ fn scan(gpu: &Gpu, rng: &mut StdRng, q: &Buffer<f32>) -> Result<Value, GpuError>
     }))
 }
 
-fn round(x: f64) -> f64 {
+pub(crate) fn round(x: f64) -> f64 {
     let scale = if x.abs() < 10.0 { 1e3 } else { 1e1 };
     (x * scale).round() / scale
 }

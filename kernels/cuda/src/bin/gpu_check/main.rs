@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bench_forward;
 mod cases;
 mod check;
 mod forward;
@@ -16,13 +17,14 @@ use std::{path::PathBuf, process::ExitCode, time::SystemTime};
 use kvasir_cuda::{Gpu, Options};
 
 const USAGE: &str =
-    "usage: kvasir-gpu-check [bench | bench-prefill] [--seed N] [--cases N] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
+    "usage: kvasir-gpu-check [bench | bench-prefill | bench-forward] [--seed N] [--cases N] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
   without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60)
-  bench, bench-prefill: measure, and print JSON";
+  bench, bench-prefill, bench-forward: measure, and print JSON";
 
 struct Arguments {
     bench: bool,
     prefill: bool,
+    forward: bool,
     seed: u64,
     cases: usize,
     gpu: usize,
@@ -36,6 +38,7 @@ fn arguments() -> Result<Arguments, String> {
     let mut out = Arguments {
         bench: false,
         prefill: false,
+        forward: false,
         seed: u64::from(now.subsec_nanos()) ^ now.as_secs(),
         cases: 60,
         gpu: 0,
@@ -48,6 +51,7 @@ fn arguments() -> Result<Arguments, String> {
         match name.as_str() {
             "bench" => out.bench = true,
             "bench-prefill" => out.prefill = true,
+            "bench-forward" => out.forward = true,
             "--seed" => out.seed = number(value()?)?,
             "--cases" => out.cases = number(value()?)? as usize,
             "--gpu" => out.gpu = number(value()?)? as usize,
@@ -77,6 +81,12 @@ fn main() -> ExitCode {
     let outcome = if arguments.prefill {
         let mut rng = rand::SeedableRng::seed_from_u64(arguments.seed);
         prefill::bench(&gpu, &mut rng).map(|figures| {
+            println!("{figures:#}");
+            true
+        })
+    } else if arguments.forward {
+        let mut rng = rand::SeedableRng::seed_from_u64(arguments.seed);
+        bench_forward::run(&gpu, &mut rng).map(|figures| {
             println!("{figures:#}");
             true
         })

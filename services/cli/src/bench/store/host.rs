@@ -33,6 +33,8 @@ pub(in crate::bench) struct Wanted<'a> {
     pub(in crate::bench) host_bytes: ByteSize,
     /// Its disk; what is configured if `None`.
     pub(in crate::bench) disk_bytes: Option<ByteSize>,
+    /// Whether what the disk gives up goes to objects, in a folder beside it.
+    pub(in crate::bench) objects: bool,
 }
 
 /// A store and what is known of its process.
@@ -71,6 +73,15 @@ impl Host {
         );
         if let Some(disk_bytes) = wanted.disk_bytes {
             text += &format!("disk_bytes_max = \"{disk_bytes}\"\n");
+        }
+        if wanted.objects {
+            let folder = data.join("objects");
+            std::fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+            // Small segments, so that the disk gives up a small part at a time.
+            text += &format!(
+                "segment_bytes = \"32MiB\"\nobject_url = {}\n",
+                json!(format!("file://{}", folder.display()))
+            );
         }
         std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
         let service = Service::start(&Start {

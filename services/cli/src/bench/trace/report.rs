@@ -58,12 +58,32 @@ pub(super) struct Report {
     in_flight: usize,
     host_bytes_max: u64,
     disk_bytes_max: Option<u64>,
-    /// Assignments of the command line, such as the policy of admission; what they leave out is at its default.
+    /// Which blocks the disk is given; of a store that is started.
+    disk_admission: String,
+    /// Assignments of the command line; what they leave out is at its default.
     settings: Vec<String>,
     replay_seconds: f64,
     kvasir: &'static str,
     profile: &'static str,
     machine: Machine,
+}
+
+/// What `store.disk_admission` is set to, by the last assignment or by default.
+fn disk_admission(set: &[String]) -> String {
+    let assigned = set
+        .iter()
+        .rev()
+        .find_map(|assignment| assignment.strip_prefix("store.disk_admission="));
+    assigned.map_or_else(
+        || {
+            let default = serde_json::to_value(kvasir_store::StoreConfig::default().disk_admission);
+            default
+                .ok()
+                .and_then(|value| Some(value.as_str()?.to_owned()))
+                .unwrap_or_default()
+        },
+        |value| value.trim_matches('"').to_owned(),
+    )
 }
 
 impl Report {
@@ -122,6 +142,7 @@ impl Report {
             in_flight: args.in_flight.into(),
             host_bytes_max: args.host.as_u64(),
             disk_bytes_max: args.disk.map(|bytes| bytes.as_u64()),
+            disk_admission: disk_admission(&config.set),
             settings: config.set.clone(),
             replay_seconds: elapsed.as_secs_f64(),
             kvasir: VERSION,
@@ -155,8 +176,28 @@ impl Report {
             .disk_gigabytes_written
             .map_or_else(String::new, |written| format!(", {written:.2} GB written to disk"));
         say(format_args!(
-            "put {:.2} GB, {} refused{written}; {:.0} s",
-            self.gigabytes_put, self.put_refused_blocks, self.replay_seconds
+            "put {:.2} GB, {} refused{written} (admission: {}); {:.0} s",
+            self.gigabytes_put, self.put_refused_blocks, self.disk_admission, self.replay_seconds
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_policy_is_the_last_assigned_or_the_default() {
+        let set = |assignments: &[&str]| assignments.iter().map(ToString::to_string).collect::<Vec<_>>();
+        for (assignments, expected) in [
+            (&[][..], "always"),
+            (&["store.host_bytes_max=1GiB"], "always"),
+            (
+                &["store.disk_admission=always", "store.disk_admission=\"reuse\""],
+                "reuse",
+            ),
+        ] {
+            assert_eq!(disk_admission(&set(assignments)), expected);
+        }
     }
 }

@@ -29,8 +29,11 @@ fn place(sequence: u64, offset: u32, payload_bytes: u32) -> Place {
     }
 }
 
-/// Ranges as (pack, start, end, slots in order of place).
-fn shape(places: &[Place], gap: u64, range: u64) -> Vec<(u64, u64, u64, Vec<usize>)> {
+/// Pack, start, end, slots in order of place.
+type Shape = (u64, u64, u64, Vec<usize>);
+
+/// The ranges of a plan.
+fn shape(places: &[Place], gap: u64, range: u64) -> Vec<Shape> {
     let places = places
         .iter()
         .enumerate()
@@ -53,7 +56,7 @@ fn shape(places: &[Place], gap: u64, range: u64) -> Vec<(u64, u64, u64, Vec<usiz
 fn neighbours_share_a_range() {
     // A record takes 96 bytes more than its payload.
     let (a, b, c) = (place(1, 100, 4), place(1, 200, 4), place(1, 400, 4));
-    let table: [(&[Place], u64, u64, Vec<(u64, u64, u64, Vec<usize>)>); 7] = [
+    let table: [(&[Place], u64, u64, Vec<Shape>); 7] = [
         (&[], 0, 1000, vec![]),
         (&[a, b], 0, 1000, vec![(1, 100, 300, vec![0, 1])]),
         (&[b, a], 0, 1000, vec![(1, 100, 300, vec![1, 0])]),

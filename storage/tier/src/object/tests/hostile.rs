@@ -1,5 +1,7 @@
 //! A bucket on a bad day: every kind of failure counted, no wrong byte, no wait beyond the deadline.
 
+use std::collections::BTreeMap;
+
 use super::{
     proxy::{Fault, Proxy},
     *,
@@ -33,8 +35,10 @@ fn bad(change: impl FnOnce(&mut ObjectConfig)) -> Bad {
     }
 }
 
-/// The API returns by its deadline; what the scheduler adds on a busy machine is not the API's.
+/// The API returns by its deadline, give or take the waking of a thread.
 const TOLERANCE: Duration = Duration::from_millis(50);
+/// A busy machine wakes a thread much later now and then: one try in time is enough, and a tier that waits has none.
+const TRIES: usize = 5;
 
 #[test]
 fn every_kind_of_answer_is_counted_and_none_is_served() {
@@ -129,11 +133,7 @@ fn a_failure_that_passes_is_asked_again() {
         config.range_bytes_max = 4 << 10;
     });
     proxy.set_reads(Fault::Cut(3000));
-    let reads = get(&tier, 0..40);
-    assert!(
-        (0..40).zip(&reads).all(|(i, read)| *read == hit(i)),
-        "each attempt brings some: {reads:?}"
-    );
+    assert_hits(&tier, 0..40, "each attempt brings some");
     let stats = tier.stats();
     assert!(stats.failures.of(ObjectFailure::Reset) > 0);
     assert_eq!((stats.hits, stats.corrupt), (40, 0));
@@ -145,17 +145,21 @@ fn the_deadline_is_kept() {
         let Bad { tier, proxy, _server } = bad(|config| config.retries_max = 5);
         proxy.set_reads(fault);
         for ms in [0, 1, 50, 150] {
-            let keys: Vec<_> = (0..40).map(key).collect();
-            let deadline = Instant::now() + Duration::from_millis(ms);
-            let reads = tier.get_many(&keys, deadline);
-            assert!(Instant::now() <= deadline + TOLERANCE, "{fault:?}, {ms} ms");
-            assert_eq!(reads[39], ObjectRead::TooLate, "{fault:?}, {ms} ms");
-            for (i, read) in (0..40).zip(&reads) {
-                assert!(
-                    *read == ObjectRead::TooLate || *read == hit(i),
-                    "{fault:?}: key {i}: {read:?}"
-                );
-            }
+            let in_time = (0..TRIES).any(|_| {
+                let keys: Vec<_> = (0..40).map(key).collect();
+                let deadline = Instant::now() + Duration::from_millis(ms);
+                let reads = tier.get_many(&keys, deadline);
+                let in_time = Instant::now() <= deadline + TOLERANCE;
+                assert_eq!(reads[39], ObjectRead::TooLate, "{fault:?}, {ms} ms");
+                for (i, read) in (0..40).zip(&reads) {
+                    assert!(
+                        *read == ObjectRead::TooLate || *read == hit(i),
+                        "{fault:?}: key {i}: {read:?}"
+                    );
+                }
+                in_time
+            });
+            assert!(in_time, "{fault:?}, {ms} ms");
         }
         assert!(tier.contains(key(39)), "late is not gone");
         proxy.set(Fault::None);
@@ -213,7 +217,8 @@ fn an_outage_keeps_what_is_queued_and_refuses_the_rest() {
         assert!(Instant::now() < patience, "{:?}", tier.stats());
         std::thread::yield_now();
     }
-    assert_eq!(offer(&tier, 300), Offer::Degraded);
+    let next = 100 + taken.len() as u32;
+    assert_eq!(offer(&tier, next), Offer::Degraded, "the first that did not fit");
     assert_hits(&tier, taken.clone(), "from the queue, during the outage");
     proxy.set(Fault::None);
     tier.flush(soon()).unwrap();
@@ -256,49 +261,102 @@ fn a_bucket_that_is_not_there_does_not_keep_a_store_from_starting() {
     );
 }
 
-/// Random faults of every kind on every request; a failure prints its seed.
-#[test]
-fn a_storm_of_faults_serves_no_wrong_byte() {
-    for seed in 0..4 {
-        let Bad { tier, proxy, _server } = bad(|config| {
-            config.retries_max = 2;
-            config.range_bytes_max = 8 << 10;
-            config.first_byte_max = Duration::from_millis(60);
-            config.read_max = Duration::from_millis(120);
-            config.breaker.pause = Duration::from_millis(20);
-        });
-        proxy.set_random(seed, 8 << 10);
-        let mut rng = StdRng::seed_from_u64(seed);
-        let mut hits = 0;
-        for round in 0..30_u32 {
-            let _ = offer(&tier, 100 + round);
-            let keys: Vec<u32> = (0..12).map(|_| rng.random_range(0..40)).collect();
-            let deadline = Instant::now() + Duration::from_millis(rng.random_range(20..250));
-            let reads = tier.get_many(&keys.iter().map(|i| key(*i)).collect::<Vec<_>>(), deadline);
-            assert!(Instant::now() <= deadline + TOLERANCE, "seed {seed}, round {round}");
-            for (i, read) in keys.into_iter().zip(reads) {
-                if let ObjectRead::Hit { payload: found, .. } = read {
-                    assert_eq!(found, payload(i), "seed {seed}, round {round}, key {i}");
-                    hits += 1;
-                } else if !tier.contains(key(i)) {
-                    // Corrupt on the way is forgotten; put back so that the storm has something to spoil.
-                    let _ = offer(&tier, i);
-                }
+/// Faults of every kind, drawn for each request, until `answers` are spoilt. Answers what was spoilt, and how often the
+/// breaker opened. A failure prints its seed.
+fn storm(seed: u64, answers: u64) -> (BTreeMap<&'static str, u64>, u64) {
+    let Bad { tier, proxy, _server } = bad(|config| {
+        config.retries_max = 2;
+        config.range_bytes_max = 8 << 10;
+        config.first_byte_max = Duration::from_millis(60);
+        config.read_max = Duration::from_millis(120);
+        config.breaker = BreakerConfig {
+            failures: 8,
+            window: Duration::from_secs(1),
+            pause: Duration::from_millis(20),
+        };
+    });
+    proxy.set_random(seed, 8 << 10);
+    let mut rng = StdRng::seed_from_u64(seed);
+    let (mut hits, mut lateness) = (0, Vec::new());
+    for round in 0.. {
+        if proxy.spoilt().values().sum::<u64>() >= answers {
+            break;
+        }
+        let _ = offer(&tier, 100 + round);
+        let keys: Vec<u32> = (0..12).map(|_| rng.random_range(0..40)).collect();
+        let deadline = Instant::now() + Duration::from_millis(rng.random_range(20..250));
+        let reads = tier.get_many(&keys.iter().map(|i| key(*i)).collect::<Vec<_>>(), deadline);
+        lateness.push(Instant::now().saturating_duration_since(deadline));
+        for (i, read) in keys.into_iter().zip(reads) {
+            if let ObjectRead::Hit { payload: found, .. } = read {
+                assert_eq!(found, payload(i), "seed {seed}, round {round}, key {i}");
+                hits += 1;
+            } else if !tier.contains(key(i)) {
+                // Corrupt on the way is forgotten; put back so that the storm has something to spoil.
+                let _ = offer(&tier, i);
             }
         }
-        proxy.set(Fault::None);
-        tier.flush(soon()).unwrap();
-        let patience = soon();
-        while !tier.refresh(NAMESPACE, soon()) {
-            assert!(Instant::now() < patience, "seed {seed}: {:?}", tier.stats());
-        }
-        let stats = tier.stats();
-        assert!(hits > 0 && stats.failures.total() > 0, "seed {seed}: {stats:?}");
-        for (i, read) in (0..40).zip(get(&tier, 0..40)) {
-            assert!(
-                read == hit(i) || read == ObjectRead::Miss,
-                "seed {seed}, key {i}: {read:?}"
-            );
-        }
     }
+    lateness.sort_unstable();
+    assert!(lateness[lateness.len() / 2] <= TOLERANCE, "seed {seed}: {lateness:?}");
+    proxy.set(Fault::None);
+    tier.flush(soon()).unwrap();
+    let patience = soon();
+    while !tier.refresh(NAMESPACE, soon()) {
+        assert!(Instant::now() < patience, "seed {seed}: {:?}", tier.stats());
+    }
+    let stats = tier.stats();
+    assert!(hits > 0 && stats.failures.total() > 0, "seed {seed}: {stats:?}");
+    // A busy machine may answer later than these limits, and is asked again.
+    let patience = soon();
+    let reads = loop {
+        let reads = get(&tier, 0..40);
+        if !reads.contains(&ObjectRead::Unavailable) || Instant::now() > patience {
+            break reads;
+        }
+    };
+    for (i, read) in (0..40).zip(reads) {
+        assert!(
+            read == hit(i) || read == ObjectRead::Miss,
+            "seed {seed}, key {i}: {read:?}, {:?}",
+            tier.stats()
+        );
+    }
+    assert_eq!(tier.stats().breaker, BreakerState::Closed, "seed {seed}");
+    (proxy.spoilt(), stats.breaker_opened)
+}
+
+/// Row 18 of the fault matrix: every kind it names was met, the breaker opened, and no byte was wrong.
+fn storms(seeds: std::ops::Range<u64>, answers: u64) {
+    let (mut spoilt, mut opened) = (BTreeMap::<_, u64>::new(), 0);
+    for seed in seeds {
+        let (counts, breaker_opened) = storm(seed, answers);
+        counts
+            .into_iter()
+            .for_each(|(name, count)| *spoilt.entry(name).or_default() += count);
+        opened += breaker_opened;
+    }
+    for kind in [
+        "SlowDown",
+        "ExpiredToken",
+        "reset",
+        "cut",
+        "short body",
+        "wrong body",
+        "stall",
+    ] {
+        assert!(spoilt.contains_key(kind), "no {kind}: {spoilt:?}");
+    }
+    assert!(opened > 0, "the breaker never opened: {spoilt:?}");
+}
+
+#[test]
+fn a_storm_of_faults_serves_no_wrong_byte() {
+    storms(0..3, 70);
+}
+
+#[test]
+#[ignore = "two thousand spoilt answers take minutes: --run-ignored all"]
+fn two_thousand_spoilt_answers_serve_no_wrong_byte() {
+    storms(100..108, 250);
 }

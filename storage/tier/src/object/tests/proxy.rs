@@ -3,6 +3,7 @@
 //! One request to a connection, so that each answer can be spoilt by itself.
 
 use std::{
+    collections::BTreeMap,
     io::{self, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
@@ -24,7 +25,7 @@ pub(super) enum Fault {
     Status(u16, &'static str),
     /// Close the connection as soon as the request is there.
     Reset,
-    /// Let this many bytes of the body through, then close.
+    /// Let this many bytes of the body through, then close; a body that is not longer passes.
     Cut(usize),
     /// Flip one bit of the byte at this place of the body.
     Flip(usize),
@@ -54,17 +55,40 @@ impl Fault {
             6 | 7 => Self::Flip(at),
             8 => Self::Zeros,
             9 => Self::Less,
+            10 if at % 2 == 0 => Self::Stall,
             10 => Self::StallIn(at),
             11 => Self::Slow(rng.random_range(1..40)),
             _ => Self::None,
         }
+    }
+
+    /// What it is called in counts.
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Status(_, code) => code,
+            Self::Reset => "reset",
+            Self::Cut(_) => "cut",
+            Self::Flip(_) | Self::Zeros => "wrong body",
+            Self::Less => "short body",
+            Self::Stall | Self::StallIn(_) => "stall",
+            Self::Slow(_) => "slow",
+        }
+    }
+
+    /// Whether it only changes a body, so that an answer without one passes unharmed.
+    fn needs_body(self) -> bool {
+        matches!(
+            self,
+            Self::Cut(_) | Self::Flip(_) | Self::Zeros | Self::Less | Self::StallIn(_)
+        )
     }
 }
 
 #[derive(Debug)]
 enum Plan {
     Always(Fault),
-    Seeded(StdRng, usize),
+    Seeded(Box<StdRng>, usize),
 }
 
 struct State {
@@ -72,6 +96,16 @@ struct State {
     /// Ranged GETs of objects only: lists and writes go through.
     reads_only: AtomicBool,
     stop: AtomicBool,
+    /// Answers spoilt, by the name of the fault.
+    spoilt: Mutex<BTreeMap<&'static str, u64>>,
+}
+
+impl State {
+    fn count(&self, fault: Fault) {
+        if fault != Fault::None {
+            *self.spoilt.lock().entry(fault.name()).or_default() += 1;
+        }
+    }
 }
 
 pub(super) struct Proxy {
@@ -88,6 +122,7 @@ impl Proxy {
             plan: Mutex::new(Plan::Always(Fault::None)),
             reads_only: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            spoilt: Mutex::default(),
         });
         let shared = Arc::clone(&state);
         let thread = std::thread::spawn(move || {
@@ -128,7 +163,12 @@ impl Proxy {
     /// From now on a fault of any kind, or none, drawn for each request.
     pub(super) fn set_random(&self, seed: u64, body_bytes_max: usize) {
         self.state.reads_only.store(false, Ordering::SeqCst);
-        *self.state.plan.lock() = Plan::Seeded(StdRng::seed_from_u64(seed), body_bytes_max);
+        *self.state.plan.lock() = Plan::Seeded(Box::new(StdRng::seed_from_u64(seed)), body_bytes_max);
+    }
+
+    /// How many answers were spoilt, and how.
+    pub(super) fn spoilt(&self) -> BTreeMap<&'static str, u64> {
+        self.state.spoilt.lock().clone()
     }
 }
 
@@ -156,6 +196,9 @@ fn serve(mut client: TcpStream, server: SocketAddr, state: &State) -> io::Result
         Plan::Always(fault) => *fault,
         Plan::Seeded(rng, body_bytes_max) => Fault::random(rng, *body_bytes_max),
     };
+    if !fault.needs_body() {
+        state.count(fault);
+    }
     match fault {
         Fault::Status(status, code) => {
             let page = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code></Error>");
@@ -171,6 +214,14 @@ fn serve(mut client: TcpStream, server: SocketAddr, state: &State) -> io::Result
         _ => {}
     }
     let (mut head, mut body) = ask(server, &head, &body)?;
+    let is_spoilt = match fault {
+        Fault::Cut(at) => at < body.len(),
+        Fault::Less => is_read && !body.is_empty(),
+        _ => fault.needs_body() && !body.is_empty(),
+    };
+    if is_spoilt {
+        state.count(fault);
+    }
     match fault {
         Fault::Flip(at) if !body.is_empty() => {
             let at = at % body.len();
@@ -189,7 +240,7 @@ fn serve(mut client: TcpStream, server: SocketAddr, state: &State) -> io::Result
     }
     client.write_all(head.as_bytes())?;
     match fault {
-        Fault::Cut(at) => client.write_all(&body[..at.min(body.len().saturating_sub(1))]),
+        Fault::Cut(at) => client.write_all(&body[..at.min(body.len())]),
         Fault::StallIn(at) => {
             client.write_all(&body[..at.min(body.len().saturating_sub(1))])?;
             hold(state)

@@ -1,0 +1,114 @@
+//! The speed of products and of a step's attention, at the shapes of Llama-3-8B.
+
+use kvasir_cuda::{
+    Buffer, DecodeRows, Dtype, Gpu, GpuError, KvShape, Layout, Matrix, Rows, RowsOut, StepLimits, StepRow, StepRows,
+    Sums, linear,
+};
+use rand::{Rng, rngs::StdRng, seq::SliceRandom};
+use serde_json::{Value, json};
+
+use crate::bench::{median, round};
+
+/// Results and columns of the matrices of a layer: query, key and value; output; gate and up; down.
+const MATRICES: [(&str, usize, usize); 4] = [
+    ("qkv", 6144, 4096),
+    ("output", 4096, 4096),
+    ("gate_up", 28_672, 4096),
+    ("down", 4096, 14_336),
+];
+const PAGE_TOKENS: usize = 64;
+
+/// Random f16 near 1 or -1 in a repeated mebibyte.
+fn random(gpu: &Gpu, rng: &mut StdRng, len: usize) -> Result<Buffer<u16>, GpuError> {
+    gpu.upload(&bits(rng, len))
+}
+
+fn bits(rng: &mut StdRng, len: usize) -> Vec<u16> {
+    let some: Vec<u16> = (0..1 << 19).map(|_| (rng.random::<u16>() & 0x83ff) | 0x3800).collect();
+    some.into_iter().cycle().take(len).collect()
+}
+
+pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
+    let (mut many, mut few) = (Vec::new(), Vec::new());
+    for (name, n, k) in MATRICES {
+        // Rotated past the L2 cache.
+        let copies = (200usize << 20).div_ceil(2 * n * k).max(2);
+        let matrices = (0..copies)
+            .map(|_| Matrix::upload(gpu, Dtype::F16, n, k, &bits(rng, n * k)))
+            .collect::<Result<Vec<_>, _>>()?;
+        for m in [512, 4096, 8192] {
+            let (x, mut out) = (random(gpu, rng, m * k)?, gpu.zeros::<u16>(m * n)?);
+            let time = median(gpu, |i| {
+                linear(
+                    gpu,
+                    Rows::Many,
+                    &matrices[i % copies],
+                    &x,
+                    0..m,
+                    Sums::Store(&mut out),
+                    0,
+                )
+            })?;
+            let rate = 2.0 * (m * n * k) as f64 / time / 1e6;
+            many.push(json!({"matrix": name, "rows": m, "us": round(time), "tflop_s": round(rate)}));
+        }
+        for m in [1, 8, 32] {
+            let (x, mut out) = (random(gpu, rng, m * k)?, gpu.zeros::<u16>(m * n)?);
+            let time = median(gpu, |i| {
+                linear(
+                    gpu,
+                    Rows::Few,
+                    &matrices[i % copies],
+                    &x,
+                    0..m,
+                    Sums::Store(&mut out),
+                    0,
+                )
+            })?;
+            let rate = (2 * n * k) as f64 / time / 1e6;
+            few.push(json!({"matrix": name, "rows": m, "us": round(time), "tb_s": round(rate)}));
+        }
+    }
+    let mut rows = Vec::new();
+    for (count, sees) in [(1, 128 * 1024), (8, 16 * 1024), (32, 4096), (32, 16 * 1024)] {
+        rows.push(step_rows(gpu, rng, count, sees)?);
+    }
+    Ok(json!({"gpu": gpu.name(), "dtype": "f16", "many": many, "few": few, "decode_rows": rows}))
+}
+
+fn step_rows(gpu: &Gpu, rng: &mut StdRng, count: usize, sees: usize) -> Result<Value, GpuError> {
+    let shape = KvShape {
+        dtype: Dtype::F16,
+        kv_heads: 8,
+        head_dim: 128,
+    };
+    let blocks = sees / PAGE_TOKENS;
+    let pages = count * blocks;
+    let limits = StepLimits {
+        vocab: 1,
+        positions: sees + 1,
+        pages,
+        page_tokens: PAGE_TOKENS,
+    };
+    let mut numbers: Vec<u32> = (0..pages as u32).collect();
+    numbers.shuffle(rng);
+    let tables: Vec<Vec<u32>> = numbers.chunks_exact(blocks).map(<[u32]>::to_vec).collect();
+    let set: Vec<StepRow> = (0..count)
+        .map(|row| StepRow {
+            table: row as u32,
+            sees: sees as u32,
+            ..StepRow::default()
+        })
+        .collect();
+    let mut step = StepRows::new(gpu, limits, count, count, blocks)?;
+    step.set(gpu, &set, &tables)?;
+    let bytes = pages * Layout::block(shape, PAGE_TOKENS).bytes;
+    let (pool, q) = (random(gpu, rng, bytes / 2)?, random(gpu, rng, count * 32 * 128)?);
+    let mut out = gpu.zeros::<u16>(count * 32 * 128)?;
+    let mut decode = DecodeRows::new(gpu, shape, 32, count)?;
+    let time = median(gpu, |_| {
+        decode.attend(gpu, &q, &step, 0..count, &pool, 0.09, RowsOut::Rounded(&mut out))
+    })?;
+    let rate = bytes as f64 / time / 1e6;
+    Ok(json!({"rows": count, "tokens": sees, "us": round(time), "tb_s": round(rate)}))
+}
