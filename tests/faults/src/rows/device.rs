@@ -79,7 +79,7 @@ fn one_failing_disk(run: &mut Run, seed: u64) -> Result<()> {
         let one_in = run.rng.random_range(1..4);
         let times = run.rng.random_range(1..4);
         device.faulty.add(Rule::new(operation, EIO).one_in(one_in).times(times));
-        let corpus = Corpus::new("device", &shape, seed ^ 1 + i as u64, 32);
+        let corpus = Corpus::new("device", &shape, seed ^ (1 + i as u64), 32);
         let keys: Vec<_> = corpus.keys().collect();
         for batch in keys.chunks(16) {
             tier::offer(&disk, &corpus, batch)?;

@@ -81,7 +81,12 @@ async fn one_bucket(run: &mut Run, round: u64) -> Result<()> {
             proxy.set(*weather);
             read(run, reader, &corpus)?;
             // What is written in such weather is whole, or not there.
-            let extra = Corpus::new("object", &corpus.schema, run.plan.seed ^ round << 32 ^ 1 + i as u64, 4);
+            let extra = Corpus::new(
+                "object",
+                &corpus.schema,
+                run.plan.seed ^ round << 32 ^ (1 + i as u64),
+                4,
+            );
             for key in extra.keys() {
                 let payload = extra.payload(key);
                 let checksum = Checksum::of(&payload);

@@ -4,6 +4,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -26,24 +27,24 @@ const ENOUGH_MIB: u64 = 256;
 const TOO_LITTLE_MIB: u64 = 20;
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    let group = Group::make()?;
     block_on(async {
         while run.wants_more() {
-            one_folder(run, &group).await?;
+            one_folder(run).await?;
         }
         Ok(())
     })
 }
 
-async fn one_folder(run: &mut Run, group: &Group) -> Result<()> {
+async fn one_folder(run: &mut Run) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut launch = Launch::in_folder(folder.path());
     let corpus = Corpus::new("pressure", &schema(2, 16 << 10), run.rng.random(), 0);
     let mut ledger = Ledger::default();
-    let enter = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
     for limit in [ENOUGH_MIB, TOO_LITTLE_MIB, ENOUGH_MIB] {
-        group.limit(limit)?;
-        launch.wrapper = vec!["sh".to_owned(), "-c".to_owned(), enter.clone()];
+        // One for each life: what the last one left in the page cache is not this one's.
+        let group = Group::make(limit)?;
+        let enter = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
+        launch.wrapper = vec!["sh".to_owned(), "-c".to_owned(), enter];
         run.tally.faults += 1;
         let mut store = match launch.start() {
             Ok(store) => store,
@@ -94,23 +95,21 @@ async fn one_folder(run: &mut Run, group: &Group) -> Result<()> {
 struct Group(PathBuf);
 
 impl Group {
-    fn make() -> Result<Self> {
+    fn make(mib: u64) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         let root = Path::new("/sys/fs/cgroup/memory");
-        let path = root.join(format!("kvasir-faults-{}", std::process::id()));
         if !root.join("memory.limit_in_bytes").exists() {
             return Err(Skipped("there is no memory controller of the first kind here".to_owned()).into());
         }
-        match fs::create_dir(&path) {
-            Ok(()) => Ok(Self(path)),
-            Err(error) => Err(Skipped(format!("control groups are refused here: {error}")).into()),
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = root.join(format!("kvasir-faults-{}-{number}", std::process::id()));
+        if let Err(error) = fs::create_dir(&path) {
+            return Err(Skipped(format!("control groups are refused here: {error}")).into());
         }
-    }
-
-    fn limit(&self, mib: u64) -> Result<()> {
-        let file = self.0.join("memory.limit_in_bytes");
-        // Pages of files that earlier stores left behind count too: they go first.
-        let _ = fs::write(self.0.join("memory.force_empty"), "0");
-        fs::write(&file, (mib << 20).to_string()).with_context(|| format!("cannot write {}", file.display()))
+        let group = Self(path);
+        let file = group.0.join("memory.limit_in_bytes");
+        fs::write(&file, (mib << 20).to_string()).with_context(|| format!("cannot write {}", file.display()))?;
+        Ok(group)
     }
 }
 
