@@ -328,7 +328,7 @@ impl<'a> Window<'a> {
             io,
             file,
             file_bytes,
-            buffer: Buffer::heap(SCAN_BYTES.min(file_bytes.next_multiple_of(PAGE)) as usize),
+            buffer: Buffer::heap(0),
             start: 0,
             filled: 0,
         }
