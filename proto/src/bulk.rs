@@ -25,7 +25,7 @@ use kvasir_block::{
 pub use hello::{Greeting, Refusal, TOKEN_BYTES, Welcome};
 pub use reply::{GetRow, Place, ReplyHead, Status, put_reply_rows, put_rows, reply_text};
 pub use request::{Op, PutRow, RequestHead};
-pub use wire::{hash_rows, hash_table, key_rows, key_table, presence_rows, presence_table};
+pub use wire::{hash_rows, hash_table, key_rows, key_table, number_rows, number_table, presence_rows, presence_table};
 
 /// Version of the frames; another one is refused in the greeting.
 pub const VERSION: u16 = 1;

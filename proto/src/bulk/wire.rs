@@ -147,3 +147,13 @@ pub fn presence_table(held: &[bool]) -> Vec<u8> {
 pub fn presence_rows(table: &[u8]) -> impl ExactSizeIterator<Item = bool> + '_ {
     table.iter().map(|&byte| byte != 0)
 }
+
+/// A table of numbers of places.
+pub fn number_table(numbers: &[u64]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+}
+
+/// The numbers of a table.
+pub fn number_rows(table: &[u8]) -> impl ExactSizeIterator<Item = u64> + '_ {
+    table.chunks_exact(8).map(|row| u64_at(row, 0))
+}

@@ -3,12 +3,12 @@
 //! [`BulkConnection`] is for a thread of its own: it blocks, and payloads are received where the caller wants them. The get
 //! streams of [`crate::StoreClient`] take the same path by themselves where the store offers it.
 
-mod check;
-mod connection;
+pub(crate) mod check;
+pub(crate) mod connection;
 pub(crate) mod gets;
 mod offer;
 pub(crate) mod pool;
-mod socket;
+pub(crate) mod socket;
 
 pub use connection::{BulkConnection, PutBlock};
 pub use offer::BulkOffer;

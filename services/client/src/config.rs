@@ -13,6 +13,8 @@ pub enum DataPath {
     Grpc,
     /// Gets by bulk TCP or not at all.
     Bulk,
+    /// A [`crate::LocalConnection`], which shares the store's memory. Streams, which may be of a store elsewhere, go as by `Auto`.
+    Local,
 }
 
 /// Settings of a [`crate::StoreClient`]; start from [`ClientConfig::to`].

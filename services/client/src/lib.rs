@@ -7,7 +7,7 @@
 //!
 //! It deliberately does not know what the blocks are for, keeps none, and makes no thread or task of its own: what is
 //! dropped is cancelled. Blocks come over gRPC or the store's bulk path, with the same outcomes; [`BulkConnection`] is the second
-//! for a thread of its own.
+//! for a thread of its own, [`LocalConnection`] shares the memory of a store on the same machine.
 //!
 //! Meet first: [`StoreClient`], [`Namespace`], [`ClientError`].
 //!
@@ -42,6 +42,7 @@ mod decode;
 mod error;
 mod events;
 mod get;
+mod local;
 mod namespace;
 mod observe;
 mod put;
@@ -58,5 +59,6 @@ pub use error::{ClientError, ErrorKind};
 pub use events::EventStream;
 pub use get::{GetStream, GotBlock};
 pub use kvasir_proto::{BlockEvents, EventKind, GetOutcome, PutOutcome, convert::Tier};
+pub use local::LocalConnection;
 pub use namespace::{Namespace, PrefixMatch};
 pub use put::{LayerBlock, PutStream};

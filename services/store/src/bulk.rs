@@ -7,6 +7,8 @@
 //! What is bounded: connections (`bulk_connections_max`; one more is told so and closed), the time a request takes to arrive
 //! (`message_timeout`) and a frame to leave (`bulk_stall_timeout`), the time a connection does nothing (`bulk_idle_timeout`).
 //! Places are taken before the token is shown, so who connects and says nothing has one for `message_timeout`.
+//!
+//! A process on this machine comes by a Unix socket ([`crate::local`]) and is served by the same code.
 
 mod answer;
 mod connection;
@@ -16,7 +18,7 @@ use std::{
     collections::HashMap,
     io,
     net::{SocketAddr, TcpListener},
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
@@ -31,27 +33,45 @@ use kvasir_proto::bulk::{Refusal, TOKEN_BYTES, Welcome};
 use parking_lot::Mutex;
 
 use self::{connection::Connection, socket::Socket};
-use crate::{metrics, served::Served};
+use crate::{
+    local::{Budget, LocalListener, Places},
+    metrics,
+    served::Served,
+};
 
 /// How long connections may finish what they are sending when the store stops.
 const DRAIN: Duration = Duration::from_secs(1);
+
+/// How often a thread that waits for its peer to leave looks whether the store stops.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// The listener and its connections; [`Self::stop`] ends them.
 #[derive(Debug)]
 pub(crate) struct BulkServer {
     addr: SocketAddr,
     shared: Arc<Shared>,
-    accepting: JoinHandle<()>,
+    local: Option<LocalListener>,
+    accepting: Vec<JoinHandle<()>>,
+}
+
+/// What readers on this machine may still look at after their connections were closed. To be dropped when nothing is written into
+/// the arena any more.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    _places: Vec<Places>,
 }
 
 #[derive(Debug)]
 struct Shared {
     served: Arc<Served>,
-    listener: TcpListener,
+    /// Of all local readers.
+    budget: Arc<Budget>,
+    kept: Mutex<Vec<Places>>,
     epoch: u64,
     token: [u8; TOKEN_BYTES],
     stopping: AtomicBool,
     connections: Mutex<Connections>,
+    tcp: TcpListener,
 }
 
 #[derive(Debug, Default)]
@@ -68,23 +88,52 @@ impl BulkServer {
         let listener = TcpListener::bind(wanted)
             .with_context(|| format!("cannot listen on store.bulk_listen = {wanted}: choose a free address"))?;
         let addr = listener.local_addr()?;
+        let local = LocalListener::bind(&served.config)?;
         let shared = Arc::new(Shared {
             epoch: served.cache()?.epoch(),
             token: served.bulk_token,
             served: Arc::clone(served),
-            listener,
+            budget: Arc::new(Budget::of(&served.config)),
+            kept: Mutex::default(),
             stopping: AtomicBool::new(false),
             connections: Mutex::default(),
+            tcp: listener,
         });
-        let accepting = thread::Builder::new().name("bulk-accept".to_owned()).spawn({
-            let shared = Arc::clone(&shared);
-            move || shared.accept()
-        })?;
-        Ok(Self {
+        let mut server = Self {
             addr,
             shared,
-            accepting,
-        })
+            local,
+            accepting: Vec::new(),
+        };
+        match server.listen() {
+            Ok(()) => Ok(server),
+            Err(error) => {
+                server.stop();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Starts a thread for each listener.
+    fn listen(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let accepting = thread::Builder::new().name("bulk-accept".to_owned());
+        self.accepting.push(accepting.spawn(move || {
+            shared.accept(|| shared.tcp.accept().map(|(stream, _)| Socket::Tcp(stream)));
+        })?);
+        if let Some(local) = &self.local {
+            let (shared, listener) = (Arc::clone(&self.shared), local.listener()?);
+            let accepting = thread::Builder::new().name("local-accept".to_owned());
+            self.accepting.push(accepting.spawn(move || {
+                shared.accept(|| listener.accept().map(|(stream, _)| Socket::Unix(stream)));
+            })?);
+        }
+        Ok(())
+    }
+
+    /// Where the Unix socket is, if there is one.
+    pub(crate) fn local_socket(&self) -> Option<&str> {
+        self.local.as_ref().map(LocalListener::path)
     }
 
     pub(crate) fn addr(&self) -> SocketAddr {
@@ -92,15 +141,18 @@ impl BulkServer {
     }
 
     /// Takes no more, lets requests that are being answered end within a second, and closes. Blocks; for a thread that may.
-    pub(crate) fn stop(self) {
+    pub(crate) fn stop(mut self) -> Kept {
         let shared = &self.shared;
         shared.stopping.store(true, Ordering::Release);
-        // Wakes the thread in `accept`, which then sees the flag.
-        if let Err(error) = rustix::net::shutdown(shared.listener.as_fd(), rustix::net::Shutdown::Both) {
-            tracing::debug!(%error, "cannot wake the bulk listener");
+        // Wakes the threads in `accept`, which then see the flag.
+        wake(shared.tcp.as_fd());
+        if let Some(local) = &self.local {
+            wake(local.as_fd());
         }
-        if self.accepting.join().is_err() {
-            tracing::error!("the bulk listener panicked");
+        for accepting in self.accepting.drain(..) {
+            if accepting.join().is_err() {
+                tracing::error!("a bulk listener panicked");
+            }
         }
         shared.each(Socket::end_reading);
         let until = Instant::now() + DRAIN;
@@ -113,18 +165,27 @@ impl BulkServer {
             // A panic inside was caught and counted.
             let _ = thread.join();
         }
+        Kept {
+            _places: std::mem::take(&mut shared.kept.lock()),
+        }
+    }
+}
+
+fn wake(listener: BorrowedFd<'_>) {
+    if let Err(error) = rustix::net::shutdown(listener, rustix::net::Shutdown::Both) {
+        tracing::debug!(%error, "cannot wake a bulk listener");
     }
 }
 
 impl Shared {
-    fn accept(self: Arc<Self>) {
+    fn accept(self: &Arc<Self>, next: impl Fn() -> io::Result<Socket>) {
         loop {
-            let accepted = self.listener.accept();
+            let accepted = next();
             if self.stopping.load(Ordering::Acquire) {
                 return;
             }
             match accepted {
-                Ok((stream, _)) => self.admit(Socket::tcp(stream)),
+                Ok(socket) => self.admit(socket),
                 Err(error) => {
                     // Out of descriptors, or a peer that left at once: neither ends the listener.
                     tracing::warn!(%error, "cannot take a bulk connection");
@@ -139,6 +200,11 @@ impl Shared {
         let config = &self.served.config;
         if let Err(error) = socket.set_up(config.message_timeout.get()) {
             tracing::debug!(%error, "a bulk connection left before it began");
+            return;
+        }
+        if socket.is_local() && !self.is_ours(&socket) {
+            metrics::refused("bulk_connect", "PERMISSION_DENIED");
+            let _ = socket.send(&[&Welcome::encode(Err(Refusal::Foreign))], Instant::now());
             return;
         }
         let mut connections = self.connections.lock();
@@ -173,6 +239,17 @@ impl Shared {
         }
     }
 
+    /// Whether a local peer's user may read the store's memory.
+    fn is_ours(&self, socket: &Socket) -> bool {
+        match kvasir_device::socket::peer(socket) {
+            Ok(peer) => crate::local::may_enter(peer.uid, &self.served.config.local_uids),
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell who is at the other end of the local socket");
+                false
+            }
+        }
+    }
+
     /// Serves a connection to its end, however it ends.
     fn serve(&self, number: u64, socket: &Arc<Socket>) {
         let _open = Open { shared: self, number };
@@ -185,7 +262,25 @@ impl Shared {
                 tracing::error!(connection = number, "a bulk connection panicked");
             }
         }
+        if let Some(places) = connection.into_places() {
+            self.outlast(socket, places);
+        }
         socket.cut();
+    }
+
+    /// Keeps what the peer holds for as long as it may look at it, also where this side ended the connection.
+    fn outlast(&self, socket: &Socket, places: Places) {
+        if places.is_empty() {
+            return;
+        }
+        // Its next request fails.
+        socket.end_reading();
+        while !socket.is_left(LOOK) {
+            if self.is_stopping() {
+                self.kept.lock().push(places);
+                return;
+            }
+        }
     }
 
     fn each(&self, act: impl Fn(&Socket)) {

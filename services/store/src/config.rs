@@ -24,6 +24,16 @@ pub struct StoreConfig {
     /// Address of the bulk path, which moves blocks outside of gRPC. Clients learn it when they open a namespace, so port 0, a
     /// free one, does; a fixed port is for firewalls.
     pub bulk_listen: SocketAddr,
+    /// Path of the Unix socket that passes the store's memory, for reading, to processes of this machine; below `data_dir` unless it
+    /// is absolute, empty for none. Who is let in reads all blocks of all tenants.
+    pub local_socket: PathBuf,
+    /// Users, by number, that are let in beside the store's own.
+    pub local_uids: Vec<u32>,
+    /// Most bytes of the store's memory that a local connection may hold; beyond it blocks come over the socket. All of them together
+    /// hold half of `host_bytes_max` at most.
+    pub local_bytes_max: ByteSize,
+    /// Most layer blocks in them.
+    pub local_places_max: usize,
     /// Whether the addresses may be reachable from other machines. There is no authentication and no encryption yet.
     pub allow_remote: bool,
     /// Folder of the blocks and their index; the store has it for itself.
@@ -134,6 +144,10 @@ impl Default for StoreConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 7401)),
             admin_listen: SocketAddr::from(([127, 0, 0, 1], 7411)),
             bulk_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            local_socket: PathBuf::from("local.sock"),
+            local_uids: Vec::new(),
+            local_bytes_max: ByteSize::mib(256),
+            local_places_max: 16_384,
             allow_remote: false,
             data_dir: PathBuf::from("kvasir-data/store"),
             host_bytes_max: ByteSize::gib(1),

@@ -6,7 +6,7 @@
 //! or takes the processor leaves the async threads through two bounded doors. Every limit is a key of [`StoreConfig`].
 //!
 //! The same blocks move faster over the bulk path, plain connections with frames of their own (`kvasir_proto::bulk`): a thread
-//! each, from the host tier's memory to the socket and from the socket to where a block rests.
+//! each, from the host tier's memory to the socket and from the socket to where a block rests. A process on this machine gets places in the store's own memory instead of bytes.
 //!
 //! It deliberately does not know how blocks are kept (that is `kvasir-cache`), nor what they are for.
 //!
@@ -29,6 +29,7 @@ mod bulk;
 mod config;
 mod door;
 mod grpc;
+mod local;
 mod metrics;
 mod row_cache;
 mod searches;

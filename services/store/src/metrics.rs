@@ -202,6 +202,12 @@ pub(crate) fn bulk_connections(open: usize, max: usize) {
     gauge!("kvasir_store_bulk_connections_max").set(max as f64);
 }
 
+/// Places in the store's memory that readers on this machine hold, and their bytes.
+pub(crate) fn local_held(places: u64, bytes: u64) {
+    gauge!("kvasir_store_local_places").set(places as f64);
+    gauge!("kvasir_store_local_bytes").set(bytes as f64);
+}
+
 /// A bulk connection panicked.
 pub(crate) fn bulk_panic() {
     counter!("kvasir_store_bulk_panics_total").increment(1);

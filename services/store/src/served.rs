@@ -1,12 +1,9 @@
 //! What the services share: the cache, the doors, and the bounds.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, OnceLock},
-};
+use std::sync::{Arc, OnceLock};
 
 use kvasir_cache::{BlockCache, CacheError};
-use kvasir_proto::bulk::TOKEN_BYTES;
+use kvasir_proto::{bulk::TOKEN_BYTES, v1::BulkOffer};
 use parking_lot::RwLock;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -22,7 +19,7 @@ pub(crate) struct Served {
     /// What a bulk connection must show.
     pub(crate) bulk_token: [u8; TOKEN_BYTES],
     /// Where the bulk path is, once it is.
-    pub(crate) bulk_addr: OnceLock<SocketAddr>,
+    pub(crate) bulk_offer: OnceLock<BulkOffer>,
     /// `None` once the store has stopped, even where a connection that would not end still holds its services.
     cache: RwLock<Option<Arc<BlockCache>>>,
     pub(crate) io: Door,
@@ -56,7 +53,7 @@ impl Served {
             cache: RwLock::new(Some(Arc::new(cache))),
             config,
             bulk_token,
-            bulk_addr: OnceLock::new(),
+            bulk_offer: OnceLock::new(),
             stopping,
         }
     }
@@ -119,7 +116,6 @@ impl std::fmt::Debug for Served {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Served")
             .field("config", &self.config)
-            .field("bulk_addr", &self.bulk_addr)
             .finish_non_exhaustive()
     }
 }

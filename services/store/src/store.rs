@@ -8,7 +8,9 @@ use std::{
 };
 
 use anyhow::Context;
+use bytes::Bytes;
 use kvasir_cache::{BlockCache, StoreId};
+use kvasir_proto::v1::BulkOffer;
 use kvasir_runtime::{
     Runtime,
     admin::{self, HttpRunning, Readiness},
@@ -67,7 +69,7 @@ impl Store {
         };
         let metrics = tokio::spawn(metrics::publish(Arc::clone(&served)));
         runtime.readiness.ready(PART);
-        tracing::info!(grpc = %grpc.addr(), bulk = %bulk.addr(), admin = %admin.addr(), data_dir = %config.data_dir.display(), "store is serving");
+        tracing::info!(grpc = %grpc.addr(), bulk = %bulk.addr(), local = bulk.local_socket(), admin = %admin.addr(), data_dir = %config.data_dir.display(), "store is serving");
         Ok(Self {
             served,
             grpc,
@@ -89,6 +91,12 @@ impl Store {
         self.bulk.addr()
     }
 
+    /// Where the Unix socket is that passes the store's memory to processes of this machine; `None` where it is turned off or its
+    /// path is too long for one.
+    pub fn local_socket(&self) -> Option<&str> {
+        self.bulk.local_socket()
+    }
+
     /// Where `/metrics`, `/healthz` and `/readyz` are.
     pub fn admin_addr(&self) -> SocketAddr {
         self.admin.addr()
@@ -104,9 +112,11 @@ impl Store {
         self.grpc.set_serving(false).await;
         self.stopping.cancel();
         let bulk = self.bulk;
-        tokio::task::spawn_blocking(move || bulk.stop()).await?;
+        let kept = tokio::task::spawn_blocking(move || bulk.stop()).await?;
         self.grpc.stop().await;
         let closed = self.served.close().await;
+        // From here on nothing is written into memory that readers on this machine may still look at.
+        drop(kept);
         if let Err(error) = self.metrics.await {
             tracing::error!(%error, "the metrics task failed");
         }
@@ -156,12 +166,16 @@ async fn bind(
             return Err(error);
         }
     };
-    // Set once: there is one listener.
-    let _ = served.bulk_addr.set(bulk.addr());
+    // Set once: there is one server.
+    let _ = served.bulk_offer.set(BulkOffer {
+        address: bulk.addr().to_string(),
+        token: Bytes::copy_from_slice(&served.bulk_token),
+        local_socket: bulk.local_socket().unwrap_or_default().to_owned(),
+    });
     match server.serve(config.listen, stopping).await {
         Ok(grpc) => Ok((bulk, grpc, admin)),
         Err(error) => {
-            tokio::task::spawn_blocking(move || bulk.stop()).await?;
+            tokio::task::spawn_blocking(move || drop(bulk.stop())).await?;
             admin.stop().await;
             Err(error.into())
         }

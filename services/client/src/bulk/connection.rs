@@ -76,23 +76,31 @@ impl BulkConnection {
     fn open(name: &CallName, namespace: &Namespace, config: &ClientConfig) -> Result<Self, ClientError> {
         let none = "the store offers no such path: set store.bulk_listen, or use gRPC";
         let offer = namespace.bulk.as_ref().ok_or_else(|| name.invalid(none))?;
-        let address = offer.address.filter(|_| config.path != DataPath::Grpc);
+        let address = offer
+            .address
+            .filter(|_| matches!(config.path, DataPath::Auto | DataPath::Bulk));
         let address = address.ok_or_else(|| name.invalid(none))?;
         let socket = Socket::tcp(address, config.connect_timeout, config.call_timeout);
         let mut socket = socket.map_err(|error| name.error(ErrorKind::Unavailable, unreachable(&error)))?;
         let welcome =
             greet(&mut socket, offer).map_err(|error| name.error(ErrorKind::Unavailable, unreachable(&error)))?;
-        Ok(Self {
+        let welcome = check::welcome(name, &welcome, offer.epoch)?;
+        Ok(Self::over(socket, welcome, name, config))
+    }
+
+    /// Over a socket whose other end has let us in.
+    pub(crate) fn over(socket: Socket, welcome: Welcome, name: &CallName, config: &ClientConfig) -> Self {
+        Self {
             url: Arc::clone(&name.url),
             socket,
-            welcome: check::welcome(name, &welcome, offer.epoch)?,
+            welcome,
             verify: config.verify,
             call_timeout: config.call_timeout,
             next_id: 0,
             asked: VecDeque::new(),
             table: Vec::new(),
             failed: None,
-        })
+        }
     }
 
     /// Reads layer blocks into `into`: block `i` of `keys` goes to `into[i * layer_block_bytes..]`, and is verified as it comes.
@@ -163,8 +171,10 @@ impl BulkConnection {
         let mut outcomes = Vec::with_capacity(asked.rows);
         let mut wrong = Vec::new();
         loop {
-            let head = self.frame(&name, &asked, outcomes.len())?;
-            let rows = check::get_rows(&head, &self.table, block_bytes).map_err(|error| self.broke(&name, &error))?;
+            let (head, rows) = self.get_rows(&name, &asked, outcomes.len(), block_bytes)?;
+            if head.placed {
+                return Err(self.fail(name.broken("places over TCP")));
+            }
             for row in &rows {
                 let at = outcomes.len() * block_bytes;
                 let mut outcome = row.outcome;
@@ -268,7 +278,7 @@ impl BulkConnection {
     }
 
     /// The name of a call on a connection that works.
-    fn ready(&self, call: &'static str) -> Result<CallName, ClientError> {
+    pub(crate) fn ready(&self, call: &'static str) -> Result<CallName, ClientError> {
         match &self.failed {
             Some(error) => Err(error.clone()),
             None => Ok(CallName {
@@ -279,7 +289,7 @@ impl BulkConnection {
     }
 
     /// Calls that wait for their own answer want no other before it.
-    fn nothing_on_its_way(&self, call: &'static str) -> Result<(), ClientError> {
+    pub(crate) fn nothing_on_its_way(&self, call: &'static str) -> Result<(), ClientError> {
         let name = self.ready(call)?;
         match self.asked.len() {
             0 => Ok(()),
@@ -358,8 +368,36 @@ impl BulkConnection {
         }
     }
 
+    /// The head and rows of the next frame of a get, of which `first` rows have come.
+    pub(crate) fn get_rows(
+        &mut self,
+        name: &CallName,
+        asked: &Asked,
+        first: usize,
+        block_bytes: usize,
+    ) -> Result<(ReplyHead, Vec<GetRow>), ClientError> {
+        let head = self.frame(name, asked, first)?;
+        let rows = check::get_rows(&head, &self.table, block_bytes).map_err(|error| self.broke(name, &error))?;
+        Ok((head, rows))
+    }
+
+    /// Takes the question that is answered next.
+    pub(crate) fn take_asked(&mut self) -> Option<(Asked, Namespace)> {
+        self.asked.pop_front()
+    }
+
+    /// Whether bytes are verified.
+    pub(crate) const fn verifies(&self) -> bool {
+        self.verify
+    }
+
     /// The payload of a hit; whether it is the right one.
-    fn receive_block(&mut self, name: &CallName, row: &GetRow, into: &mut [u8]) -> Result<bool, ClientError> {
+    pub(crate) fn receive_block(
+        &mut self,
+        name: &CallName,
+        row: &GetRow,
+        into: &mut [u8],
+    ) -> Result<bool, ClientError> {
         let mut checksum = Checksum::EMPTY;
         let mut done = 0;
         while done < into.len() {
@@ -377,7 +415,7 @@ impl BulkConnection {
     }
 
     /// Tells the store which blocks came wrong, so that it looks at its own bytes.
-    fn suspect(
+    pub(crate) fn suspect(
         &mut self,
         name: &CallName,
         namespace: &Namespace,
@@ -402,7 +440,7 @@ impl BulkConnection {
     }
 
     /// Notes the error that ends the connection.
-    fn fail(&mut self, error: ClientError) -> ClientError {
+    pub(crate) fn fail(&mut self, error: ClientError) -> ClientError {
         let error = observe::failed("bulk", error);
         self.failed = Some(error.clone());
         error
@@ -418,6 +456,6 @@ fn greet(socket: &mut Socket, offer: &BulkOffer) -> io::Result<[u8; Welcome::BYT
     Ok(answer)
 }
 
-fn unreachable(error: &io::Error) -> String {
+pub(crate) fn unreachable(error: &io::Error) -> String {
     format!("the store's bulk path cannot be reached ({error}); open the namespace again, use gRPC, or go on without")
 }

@@ -4,17 +4,24 @@ use std::{
     io::{self, IoSlice, Read, Write},
     net::{SocketAddr, TcpStream},
     os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
     time::Duration,
 };
 
 use rustix::net::sockopt;
+
+use crate::local::Way;
 
 /// Asked of the system for each direction: a frame fits, so that the store goes on while we verify. The system may grant less.
 pub(crate) const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// A connection to a store.
 #[derive(Debug)]
-pub(crate) struct Socket(TcpStream);
+pub(crate) enum Socket {
+    Tcp(TcpStream),
+    /// To a store on this machine.
+    Local(Arc<Way>),
+}
 
 impl Socket {
     pub(crate) fn tcp(address: SocketAddr, connect_timeout: Duration, timeout: Duration) -> io::Result<Self> {
@@ -23,13 +30,17 @@ impl Socket {
         stream.set_read_timeout(Some(timeout))?;
         stream.set_write_timeout(Some(timeout))?;
         widen(stream.as_fd());
-        Ok(Self(stream))
+        Ok(Self::Tcp(stream))
     }
 
     /// Reads some bytes, at least one; an end is an error.
     pub(crate) fn read_some(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
-            match self.0.read(into) {
+            let read = match self {
+                Self::Tcp(stream) => stream.read(into),
+                Self::Local(way) => way.read(into),
+            };
+            match read {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => return other,
@@ -46,19 +57,27 @@ impl Socket {
     }
 
     /// Writes all slices, gathered.
-    pub(crate) fn write_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-        // Empty ones in front would look like an end.
-        IoSlice::advance_slices(&mut slices, 0);
-        while !slices.is_empty() {
-            match self.0.write_vectored(slices) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => IoSlice::advance_slices(&mut slices, written),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+    pub(crate) fn write_all(&mut self, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => write_all(stream, slices),
+            Self::Local(way) => way.request(slices),
         }
-        Ok(())
     }
+}
+
+/// Writes all slices, gathered.
+pub(crate) fn write_all(mut stream: impl Write, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+    // Empty ones in front would look like an end.
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match stream.write_vectored(slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut slices, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Asks for large buffers; what the system grants is what there is.

@@ -17,6 +17,9 @@ use crate::{door::Lost, metrics};
 /// Rows of a frame of a get; reached by misses and tiny blocks only.
 const FRAME_ROWS_MAX: usize = 4096;
 
+/// Bytes of blocks that are looked for at a time where places are answered: nothing is sent, so frames may stand for more.
+const PLACED_BYTES: usize = 8 << 20;
+
 /// Why a request has no answer of its own.
 pub(super) enum Problem {
     /// The peer is told in words, and the connection lives on.
@@ -102,30 +105,35 @@ pub(super) fn get(
         verify: !head.receiver_verifies,
         recompute: head.recompute,
     };
-    let per_frame = (FRAME_BYTES / schema.layer_block_bytes()).clamp(1, FRAME_ROWS_MAX);
-    let (mut keys, mut rows) = (Vec::new(), Vec::new());
+    let at_a_time = if connection.is_local() {
+        PLACED_BYTES
+    } else {
+        FRAME_BYTES
+    };
+    let at_a_time = (at_a_time / schema.layer_block_bytes()).clamp(1, FRAME_ROWS_MAX);
+    let (mut keys, mut frame) = (Vec::new(), Frame::default());
     let mut first = 0;
     loop {
-        let end = (first + per_frame).min(total);
+        let end = (first + at_a_time).min(total);
         keys.clear();
         keys.extend((first..end).map(|i| wanted.key(head, i)));
-        let outcomes = cache.get_many(&keys, &options)?;
-        rows.clear();
-        let mut payloads = Vec::with_capacity(outcomes.len());
-        for outcome in outcomes {
-            let row = row(outcome, &mut payloads);
-            row.encode(false, &mut rows);
+        for outcome in cache.get_many(&keys, &options)? {
+            let (mut row, payload) = row(outcome);
+            if let Some(payload) = payload {
+                let place = connection.place(cache, &payload);
+                if !frame.takes(place.is_some(), payload.len()) {
+                    frame.send(connection, head, false)?;
+                }
+                frame.placed = place.is_some();
+                match place {
+                    Some(place) => row.place = place,
+                    None => frame.push_payload(payload),
+                }
+                frame.hits += 1;
+            }
+            frame.rows.push(row);
         }
-        // Fewer rows than a chain and its layers can have.
-        let mut reply = ReplyHead::new(head.op, head.id).with_table(end - first, &rows);
-        reply.first = first as u32;
-        reply.last = end == total;
-        reply.payload_bytes = payloads.iter().map(|payload| payload.len() as u64).sum();
-        let reply = reply.encode();
-        let mut parts: Vec<&[u8]> = Vec::with_capacity(2 + payloads.len());
-        parts.extend([&reply[..], &rows]);
-        parts.extend(payloads.iter().map(|payload| &payload[..]));
-        connection.send(&parts)?;
+        frame.send(connection, head, end == total)?;
         first = end;
         if first == total {
             return Ok(());
@@ -133,8 +141,57 @@ pub(super) fn get(
     }
 }
 
-fn row(outcome: GetOutcome, payloads: &mut Vec<Bytes>) -> GetRow {
-    match outcome {
+/// A frame of a get in the making. All its hits are places, or all come with their bytes.
+#[derive(Default)]
+struct Frame {
+    /// Rows of the frames before it.
+    first: usize,
+    rows: Vec<GetRow>,
+    hits: usize,
+    placed: bool,
+    payloads: Vec<Bytes>,
+    payload_bytes: usize,
+    table: Vec<u8>,
+}
+
+impl Frame {
+    /// Whether another hit may go with it.
+    fn takes(&self, placed: bool, bytes: usize) -> bool {
+        self.hits == 0 || (placed == self.placed && (placed || self.payload_bytes + bytes <= FRAME_BYTES))
+    }
+
+    fn push_payload(&mut self, payload: Bytes) {
+        self.payload_bytes += payload.len();
+        self.payloads.push(payload);
+    }
+
+    /// Sends it and begins the next one.
+    fn send(&mut self, connection: &Connection<'_>, head: &RequestHead, last: bool) -> Result<(), Ended> {
+        self.table.clear();
+        for row in &self.rows {
+            row.encode(self.placed, &mut self.table);
+        }
+        // Fewer rows than a chain and its layers can have.
+        let mut reply = ReplyHead::new(head.op, head.id).with_table(self.rows.len(), &self.table);
+        reply.first = self.first as u32;
+        reply.last = last;
+        reply.placed = self.placed;
+        reply.payload_bytes = self.payload_bytes as u64;
+        let reply = reply.encode();
+        let mut parts: Vec<&[u8]> = Vec::with_capacity(2 + self.payloads.len());
+        parts.extend([&reply[..], &self.table]);
+        parts.extend(self.payloads.iter().map(|payload| &payload[..]));
+        connection.send(&parts)?;
+        self.first += self.rows.len();
+        self.rows.clear();
+        self.payloads.clear();
+        (self.hits, self.placed, self.payload_bytes) = (0, false, 0);
+        Ok(())
+    }
+}
+
+fn row(outcome: GetOutcome) -> (GetRow, Option<Bytes>) {
+    let said = match outcome {
         GetOutcome::Hit {
             payload,
             checksum,
@@ -151,17 +208,17 @@ fn row(outcome: GetOutcome, payloads: &mut Vec<Bytes>) -> GetRow {
                 checksum,
                 ..GetRow::without(Said::Hit)
             };
-            payloads.push(payload);
-            row
+            return (row, Some(payload));
         }
-        GetOutcome::Miss => GetRow::without(Said::Miss),
-        GetOutcome::Corrupt => GetRow::without(Said::Corrupt),
-        GetOutcome::Busy => GetRow::without(Said::Busy),
+        GetOutcome::Miss => Said::Miss,
+        GetOutcome::Corrupt => Said::Corrupt,
+        GetOutcome::Busy => Said::Busy,
         GetOutcome::TooLate => {
             metrics::shed("too_late", 1);
-            GetRow::without(Said::TooLate)
+            Said::TooLate
         }
-    }
+    };
+    (GetRow::without(said), None)
 }
 
 /// The rows, all of which fit the schema.

@@ -1,15 +1,25 @@
 //! One connection: the greeting, then request after request.
 
-use std::{io, sync::Arc, time::Instant};
+use std::{
+    cell::RefCell,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use kvasir_proto::bulk::{BulkError, Greeting, Op, PutRow, ROWS_MAX, Refusal, ReplyHead, RequestHead, Status, Welcome};
+use bytes::Bytes;
+use kvasir_cache::BlockCache;
+
+use kvasir_proto::bulk::{
+    self, BulkError, Greeting, Op, Place, PutRow, ROWS_MAX, Refusal, ReplyHead, RequestHead, Status, Welcome,
+};
 
 use super::{
     Shared,
     answer::{self, Problem},
     socket::Socket,
 };
-use crate::{metrics, served::Served};
+use crate::{local::Places, metrics, served::Served};
 
 /// Most payload bytes of a put. Each block goes straight to its room, so this bounds time rather than memory.
 const PAYLOAD_BYTES_MAX: u64 = 1 << 30;
@@ -17,10 +27,15 @@ const PAYLOAD_BYTES_MAX: u64 = 1 << 30;
 /// Bytes that are received to be thrown away, at a time.
 const SCRATCH_BYTES: usize = 64 << 10;
 
+/// How long a connection may do nothing whose peer holds places: they end with it, and it may be reading them.
+const HOLDING_IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
+
 pub(super) struct Connection<'a> {
     shared: &'a Shared,
     pub(super) served: &'a Served,
     pub(super) socket: &'a Socket,
+    /// Of a peer on this machine: what it holds.
+    places: Option<RefCell<Places>>,
 }
 
 /// Why a connection ended early.
@@ -40,6 +55,47 @@ impl<'a> Connection<'a> {
             shared,
             served: &shared.served,
             socket,
+            places: socket
+                .is_local()
+                .then(|| RefCell::new(Places::new(&shared.budget, &shared.served.config))),
+        }
+    }
+
+    /// What the peer holds.
+    pub(super) fn into_places(self) -> Option<Places> {
+        self.places.map(RefCell::into_inner)
+    }
+
+    /// Whether hits may be answered with places.
+    pub(super) fn is_local(&self) -> bool {
+        self.places.is_some()
+    }
+
+    /// A place for bytes of the arena, held until the peer returns it. `None` where they lie elsewhere or the peer holds all that it
+    /// may: they then go over the socket.
+    pub(super) fn place(&self, cache: &BlockCache, payload: &Bytes) -> Option<Place> {
+        let mut places = self.places.as_ref()?.borrow_mut();
+        let range = cache.locate(payload)?;
+        let number = places.hold(payload)?;
+        Some(Place {
+            offset: range.start,
+            number,
+        })
+    }
+
+    fn returned(&self, table: &[u8]) {
+        if let Some(places) = &self.places {
+            let mut places = places.borrow_mut();
+            for number in bulk::number_rows(table) {
+                places.give_back(number);
+            }
+        }
+    }
+
+    fn idle_max(&self) -> Duration {
+        match &self.places {
+            Some(places) if !places.borrow().is_empty() => HOLDING_IDLE,
+            _ => self.served.config.bulk_idle_timeout.get(),
         }
     }
 
@@ -51,7 +107,7 @@ impl<'a> Connection<'a> {
         let config = &self.served.config;
         let (mut bytes, mut table) = ([0; RequestHead::BYTES], Vec::new());
         while !self.shared.is_stopping() {
-            let idle = Instant::now() + config.bulk_idle_timeout.get();
+            let idle = Instant::now() + self.idle_max();
             if !self
                 .socket
                 .receive_head(&mut bytes, idle, config.message_timeout.get())?
@@ -100,8 +156,11 @@ impl<'a> Connection<'a> {
             Op::Exists => answer::exists(self, &cache, head, table),
             Op::Match => answer::matched(self, &cache, head, table),
             Op::Suspect => answer::suspect(&cache, head, table),
-            // Over TCP no places were given out.
-            Op::Return | Op::Put => Ok(()),
+            Op::Return => {
+                self.returned(table);
+                Ok(())
+            }
+            Op::Put => Ok(()),
         }
     }
 
@@ -174,13 +233,25 @@ impl<'a> Connection<'a> {
             self.send(&[&Welcome::encode(Err(refusal))])?;
             return Err(refusal.into());
         }
-        let welcome = Welcome {
+        let mut welcome = Welcome {
             epoch: self.shared.epoch,
             rows_max: self.served.config.hashes_max.min(ROWS_MAX) as u32,
             payload_bytes_max: PAYLOAD_BYTES_MAX,
             arena_bytes: 0,
         };
-        self.send(&[&Welcome::encode(Ok(welcome))])?;
+        if !self.is_local() {
+            self.send(&[&Welcome::encode(Ok(welcome))])?;
+            return Ok(true);
+        }
+        let Ok(cache) = self.served.cache() else {
+            self.send(&[&Welcome::encode(Err(Refusal::Stopping))])?;
+            return Err(Refusal::Stopping.into());
+        };
+        let (arena, bytes) = cache.arena_file();
+        welcome.arena_bytes = bytes;
+        let welcome = Welcome::encode(Ok(welcome));
+        let sent = kvasir_device::socket::send_descriptor(self.socket, &welcome, arena)?;
+        self.send(&[&welcome[sent..]])?;
         Ok(true)
     }
 

@@ -3,31 +3,49 @@
 use std::{
     io::{self, IoSlice, Read, Write},
     net::{Shutdown, TcpStream},
-    os::fd::AsFd,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
     time::{Duration, Instant},
 };
 
-use rustix::net::sockopt;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::sockopt,
+};
 
 /// Asked of the system for each direction; it may grant less.
 const BUFFER_BYTES: usize = 4 << 20;
 
 #[derive(Debug)]
-pub(super) struct Socket(TcpStream);
+pub(super) enum Socket {
+    Tcp(TcpStream),
+    /// Of a process on this machine.
+    Unix(UnixStream),
+}
 
 impl Socket {
-    pub(super) fn tcp(stream: TcpStream) -> Self {
-        Self(stream)
+    pub(super) fn is_local(&self) -> bool {
+        matches!(self, Self::Unix(_))
     }
 
     /// No waiting to fill packets, large buffers, and no call that waits longer than `patience`.
     pub(super) fn set_up(&self, patience: Duration) -> io::Result<()> {
-        self.0.set_nodelay(true)?;
-        self.0.set_read_timeout(Some(patience))?;
-        self.0.set_write_timeout(Some(patience))?;
+        match self {
+            Self::Tcp(stream) => {
+                stream.set_nodelay(true)?;
+                stream.set_read_timeout(Some(patience))?;
+                stream.set_write_timeout(Some(patience))?;
+            }
+            Self::Unix(stream) => {
+                stream.set_read_timeout(Some(patience))?;
+                stream.set_write_timeout(Some(patience))?;
+            }
+        }
         // What the system grants is what there is.
-        let _ = sockopt::set_socket_send_buffer_size(self.0.as_fd(), BUFFER_BYTES);
-        let _ = sockopt::set_socket_recv_buffer_size(self.0.as_fd(), BUFFER_BYTES);
+        let _ = sockopt::set_socket_send_buffer_size(self, BUFFER_BYTES);
+        let _ = sockopt::set_socket_recv_buffer_size(self, BUFFER_BYTES);
         Ok(())
     }
 
@@ -35,7 +53,7 @@ impl Socket {
     /// ended in order, or did nothing for too long.
     pub(super) fn receive_head(&self, into: &mut [u8], idle: Instant, patience: Duration) -> io::Result<bool> {
         let first = loop {
-            match (&self.0).read(into) {
+            match self.read(into) {
                 Ok(0) => return Ok(false),
                 Ok(read) => break read,
                 Err(error) if is_timeout(&error) && Instant::now() >= idle => return Ok(false),
@@ -50,7 +68,7 @@ impl Socket {
     /// Fills `into`. A peer that sends a byte now and then does not get beyond `until` by more than a read's patience.
     pub(super) fn receive(&self, mut into: &mut [u8], until: Instant) -> io::Result<()> {
         while !into.is_empty() {
-            match (&self.0).read(into) {
+            match self.read(into) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(read) => into = &mut into[read..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -70,7 +88,7 @@ impl Socket {
         // Empty ones in front would look like an end.
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
-            match (&self.0).write_vectored(slices) {
+            match self.write(slices) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => IoSlice::advance_slices(&mut slices, written),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -86,13 +104,54 @@ impl Socket {
 
     /// Wakes who waits for the next request; what is being answered goes on.
     pub(super) fn end_reading(&self) {
-        // One that is closed already needs no waking.
-        let _ = self.0.shutdown(Shutdown::Read);
+        self.shutdown(Shutdown::Read);
     }
 
     /// Ends both directions.
     pub(super) fn cut(&self) {
-        let _ = self.0.shutdown(Shutdown::Both);
+        self.shutdown(Shutdown::Both);
+    }
+
+    /// Waits until the peer's end is closed, by its process or with it; false where it still is not after `wait`.
+    pub(super) fn is_left(&self, wait: Duration) -> bool {
+        let wait = Timespec {
+            tv_sec: wait.as_secs() as i64,
+            tv_nsec: wait.subsec_nanos().into(),
+        };
+        // Asked for or not, a hang-up is told.
+        let mut polled = [PollFd::new(self, PollFlags::empty())];
+        poll(&mut polled, Some(&wait)).is_ok() && polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+
+    fn read(&self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => (&mut &*stream).read(into),
+            Self::Unix(stream) => (&mut &*stream).read(into),
+        }
+    }
+
+    fn write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => (&mut &*stream).write_vectored(slices),
+            Self::Unix(stream) => (&mut &*stream).write_vectored(slices),
+        }
+    }
+
+    /// One that is closed already needs none.
+    fn shutdown(&self, how: Shutdown) {
+        let _ = match self {
+            Self::Tcp(stream) => stream.shutdown(how),
+            Self::Unix(stream) => stream.shutdown(how),
+        };
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
     }
 }
 

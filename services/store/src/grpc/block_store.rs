@@ -142,11 +142,7 @@ impl BlockStoreApi {
             index_format: INDEX_FORMAT,
             epoch: cache.epoch(),
             basis_id: basis.map_or_else(Bytes::new, |id| Bytes::copy_from_slice(id.as_bytes())),
-            bulk: self.0.bulk_addr.get().map(|address| v1::BulkOffer {
-                address: address.to_string(),
-                token: Bytes::copy_from_slice(&self.0.bulk_token),
-                local_socket: String::new(),
-            }),
+            bulk: self.0.bulk_offer.get().cloned(),
         })
     }
 

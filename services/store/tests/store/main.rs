@@ -4,6 +4,7 @@ mod bad_input;
 mod bulk;
 mod hostile;
 mod life;
+mod local;
 mod retrieval;
 mod retrieval_options;
 mod round_trip;
