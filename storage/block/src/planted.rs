@@ -42,8 +42,6 @@ bugs! {
     ClientChecksumSkipped => "client-checksum-skipped",
     /// The store takes a put without a look at its checksum.
     PutChecksumSkipped => "put-checksum-skipped",
-    /// The table of a bulk frame (which blocks, how long) is believed without a look at its checksum.
-    TableChecksumSkipped => "table-checksum-skipped",
     /// The tenant is no part of a namespace's id.
     TenantDropped => "tenant-dropped",
     /// The disk's key has no layer.
