@@ -1,9 +1,12 @@
 //! What the services share: the cache, the doors, and the bounds.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
 
 use kvasir_cache::{BlockCache, CacheError};
-use kvasir_proto::{bulk::TOKEN_BYTES, v1::BulkOffer};
+use kvasir_proto::bulk::TOKEN_BYTES;
 use parking_lot::RwLock;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -14,12 +17,21 @@ use crate::{
     searches::Searches,
 };
 
+/// Where the bulk path is.
+#[derive(Debug)]
+pub(crate) struct BulkPlaces {
+    /// Of the TCP listener.
+    pub(crate) addr: SocketAddr,
+    /// Path of the Unix socket; `None` where there is none.
+    pub(crate) local_socket: Option<String>,
+}
+
 pub(crate) struct Served {
     pub(crate) config: StoreConfig,
     /// What a bulk connection must show.
     pub(crate) bulk_token: [u8; TOKEN_BYTES],
     /// Where the bulk path is, once it is.
-    pub(crate) bulk_offer: OnceLock<BulkOffer>,
+    pub(crate) bulk_offer: OnceLock<BulkPlaces>,
     /// `None` once the store has stopped, even where a connection that would not end still holds its services.
     cache: RwLock<Option<Arc<BlockCache>>>,
     pub(crate) io: Door,

@@ -8,9 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use bytes::Bytes;
 use kvasir_cache::{BlockCache, StoreId};
-use kvasir_proto::v1::BulkOffer;
 use kvasir_runtime::{
     Runtime,
     admin::{self, HttpRunning, Readiness},
@@ -23,7 +21,7 @@ use crate::{
     StoreConfig,
     bulk::{self, BulkServer},
     grpc, metrics,
-    served::Served,
+    served::{BulkPlaces, Served},
 };
 
 /// What `/readyz` calls this part.
@@ -167,10 +165,9 @@ async fn bind(
         }
     };
     // Set once: there is one server.
-    let _ = served.bulk_offer.set(BulkOffer {
-        address: bulk.addr().to_string(),
-        token: Bytes::copy_from_slice(&served.bulk_token),
-        local_socket: bulk.local_socket().unwrap_or_default().to_owned(),
+    let _ = served.bulk_offer.set(BulkPlaces {
+        addr: bulk.addr(),
+        local_socket: bulk.local_socket().map(str::to_owned),
     });
     match server.serve(config.listen, stopping).await {
         Ok(grpc) => Ok((bulk, grpc, admin)),

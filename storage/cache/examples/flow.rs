@@ -5,6 +5,7 @@
 //! The trace is in the format of Mooncake's published ones (FAST '25): a JSON object per line with `input_length` in tokens and
 //! `hash_ids`, one per 512 tokens, equal ids being equal prefixes. Each request matches its whole blocks under a lease, gets what
 //! is hit, and puts the rest. A block stands for 512 tokens and takes 2 KiB here, so a tier is sized in blocks.
+#![expect(clippy::print_stdout, reason = "an example's output is its purpose")]
 
 use std::{error::Error, path::Path, time::Duration};
 

@@ -117,7 +117,7 @@ pub(super) fn get(
         let end = (first + at_a_time).min(total);
         keys.clear();
         keys.extend((first..end).map(|i| wanted.key(head, i)));
-        for outcome in cache.get_many(&keys, &options)? {
+        for outcome in cache.get_in_time(&keys, &options)? {
             let (mut row, payload) = row(outcome);
             if let Some(payload) = payload {
                 let place = connection.place(cache, &payload);

@@ -142,7 +142,11 @@ impl BlockStoreApi {
             index_format: INDEX_FORMAT,
             epoch: cache.epoch(),
             basis_id: basis.map_or_else(Bytes::new, |id| Bytes::copy_from_slice(id.as_bytes())),
-            bulk: self.0.bulk_offer.get().cloned(),
+            bulk: self.0.bulk_offer.get().map(|places| v1::BulkOffer {
+                address: places.addr.to_string(),
+                token: self.0.bulk_token.to_vec().into(),
+                local_socket: places.local_socket.clone().unwrap_or_default(),
+            }),
         })
     }
 

@@ -154,7 +154,7 @@ fn read_message(cache: &BlockCache, wanted: &Wanted, range: Range<usize>) -> Res
         recompute: wanted.recompute,
         ..GetOptions::default()
     };
-    let outcomes = cache.get_many(&keys, &options).map_err(|error| of_cache(&error))?;
+    let outcomes = cache.get_in_time(&keys, &options).map_err(|error| of_cache(&error))?;
     let mut too_late = 0;
     for (key, outcome) in keys.iter().zip(outcomes) {
         let mut head = EntryHead {

@@ -202,6 +202,11 @@ const STORE: &str = "KVASIR_TEST_STORE";
 /// Another process: holds what it gets until its standard input ends or it is killed.
 #[test]
 #[ignore = "is run by the tests below"]
+#[expect(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    reason = "a process that a test starts: told where the store is, and tells what it holds"
+)]
 fn child() {
     let url = std::env::var(STORE).expect("run by a test");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");

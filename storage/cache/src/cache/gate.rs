@@ -113,7 +113,7 @@ impl ReadGate {
         inside.waiting += reads;
         inside.waiting_bytes += bytes;
         let mut late = false;
-        while !late && !(inside.line.front() == Some(&ticket) && inside.running + reads <= self.reads_max) {
+        while !late && (inside.line.front() != Some(&ticket) || inside.running + reads > self.reads_max) {
             late = match patience.deadline {
                 Some(deadline) => self.changed.wait_until(&mut inside, deadline).timed_out(),
                 None => {

@@ -89,6 +89,19 @@ impl BlockCache {
         }
         Ok(outcomes)
     }
+
+    /// [`Self::get_many`] for a caller who has gone once the deadline has passed: then everything is too late, also what is in
+    /// memory.
+    ///
+    /// # Errors
+    /// As [`Self::get_many`].
+    pub fn get_in_time(&self, keys: &[LayerBlockKey], options: &GetOptions) -> Result<Vec<GetOutcome>, CacheError> {
+        if options.deadline.is_none_or(|deadline| Instant::now() < deadline) {
+            return self.get_many(keys, options);
+        }
+        self.shared.counters.misses_late.add(keys.len() as u64);
+        Ok(vec![GetOutcome::TooLate; keys.len()])
+    }
 }
 
 impl Shared {

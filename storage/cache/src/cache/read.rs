@@ -43,9 +43,9 @@ impl Shared {
             outcomes: vec![GetOutcome::Miss; keys.len()],
             corrupt: HashSet::new(),
         };
-        let mut open = reading.from_host((0..keys.len()).collect());
+        let mut open = reading.look_in_host((0..keys.len()).collect());
         while !open.is_empty() {
-            open = reading.from_below(open);
+            open = reading.look_below(open);
         }
         if let Some(lease) = options.lease {
             self.look_ahead(lease, keys);
@@ -119,7 +119,7 @@ struct Reading<'a> {
 
 impl<'a> Reading<'a> {
     /// Answers what is in memory; returns the others.
-    fn from_host(&mut self, wanted: Vec<usize>) -> Vec<usize> {
+    fn look_in_host(&mut self, wanted: Vec<usize>) -> Vec<usize> {
         let (mut below, mut unsaved) = (Vec::new(), Vec::new());
         let mut found = Vec::with_capacity(wanted.len());
         {
@@ -160,7 +160,7 @@ impl<'a> Reading<'a> {
 
     /// Answers from disk and object, or with what another reader finds there; returns those to be looked for again, since the
     /// reader that was waited for gave up.
-    fn from_below(&mut self, wanted: Vec<usize>) -> Vec<usize> {
+    fn look_below(&mut self, wanted: Vec<usize>) -> Vec<usize> {
         let (held, gone): (Vec<usize>, Vec<usize>) =
             wanted.into_iter().partition(|&at| self.shared.is_below(self.keys[at]));
         self.absent(&gone);
@@ -205,7 +205,7 @@ impl<'a> Reading<'a> {
         }
         // Another reader may have landed and promoted between the look into memory and the seat.
         let open: HashSet<usize> = self
-            .from_host(leads.iter().map(|(at, _)| *at).collect())
+            .look_in_host(leads.iter().map(|(at, _)| *at).collect())
             .into_iter()
             .collect();
         let (leads, landed): (Vec<_>, Vec<_>) = leads.into_iter().partition(|(at, _)| open.contains(at));
