@@ -286,9 +286,10 @@ async fn other_users_are_let_in_by_name_only() {
     const OTHER: u32 = 65_534;
     let dir = tempfile::tempdir().expect("a folder");
     for (uids, expected) in [
-        (vec![], "Unavailable"),
-        (vec![OTHER - 1], "Invalid"),
-        (vec![OTHER], "holds 30"),
+        (vec![], ["Unavailable"].as_slice()),
+        // Refused in words, or closed before the words were read.
+        (vec![OTHER - 1], &["Invalid", "Unavailable"]),
+        (vec![OTHER], &["holds 30"]),
     ] {
         let listed = StoreConfig {
             local_uids: uids,
@@ -301,7 +302,7 @@ async fn other_users_are_let_in_by_name_only() {
         }
         // To start a process as another user takes the rights to; without them there is nothing to see.
         if let Some((mut child, said)) = start(&setup, Some(OTHER)) {
-            assert!(said.starts_with(expected), "{said}");
+            assert!(expected.iter().any(|start| said.starts_with(start)), "{said}");
             drop(child.stdin.take());
             child.wait().expect("gone");
         }

@@ -102,7 +102,15 @@ async fn one_bucket(run: &mut Run, round: u64) -> Result<()> {
                 .note("times that the breaker opened", reader.stats().breaker_opened);
             // What it had queued is lost with it, or was taken: both are said.
             let _ = reader.stop(Instant::now() + DEADLINE);
-            writer.refresh(extra.namespace, Instant::now() + Duration::from_secs(5));
+            // Its own breaker may be open from the weather before: a listing that fails is asked for again.
+            let listed = (0..20).any(|_| {
+                let listed = writer.refresh(extra.namespace, Instant::now() + Duration::from_secs(5));
+                if !listed {
+                    std::thread::sleep(Duration::from_millis(250));
+                }
+                listed
+            });
+            ensure!(listed, "the bucket was not listed in fair weather");
             let keys: Vec<_> = extra.keys().collect();
             for (key, read) in keys
                 .iter()
