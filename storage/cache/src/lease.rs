@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_block::BlockKey;
+use kvasir_block::{
+    BlockKey,
+    planted::{Bug, planted},
+};
 
 /// Names a lease; never 0 and never used twice, also over restarts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -121,6 +124,11 @@ impl Leases {
 
     pub(crate) fn is_pinned(&self, block: &BlockKey) -> bool {
         self.pins.contains_key(block)
+    }
+
+    /// Whether nothing may evict or forget a block.
+    pub(crate) fn must_stay(&self, block: &BlockKey) -> bool {
+        self.is_pinned(block) && !planted(Bug::LeasedBlockEvicted)
     }
 
     pub(crate) fn len(&self) -> usize {

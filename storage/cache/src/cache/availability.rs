@@ -82,9 +82,7 @@ impl Shared {
         if state.host.layer_count(block) >= layers {
             return true;
         }
-        let mut held = LayerSet::default();
-        state.host.layers(block).for_each(|layer| held.insert(layer));
-        self.disk.visit_layers(block, |layer| held.insert(layer));
+        let mut held = self.near_layers(state, block);
         if held.count < layers
             && let Some(object) = &self.object
         {
@@ -103,13 +101,15 @@ impl Shared {
 
     /// Whether memory and disk alone hold all layers of a block that is available.
     pub(super) fn is_near(&self, state: &State, block: &BlockKey, layers: usize) -> bool {
-        if self.object.is_none() {
-            return true;
-        }
+        self.object.is_none() || self.near_layers(state, block).count >= layers
+    }
+
+    /// Layers of a block that memory and disk hold.
+    fn near_layers(&self, state: &State, block: &BlockKey) -> LayerSet {
         let mut held = LayerSet::default();
         state.host.layers(block).for_each(|layer| held.insert(layer));
         self.disk.visit_layers(block, |layer| held.insert(layer));
-        held.count >= layers
+        held
     }
 }
 

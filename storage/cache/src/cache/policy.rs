@@ -16,10 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use kvasir_block::{
-    BlockKey, Checksum, LayerBlockKey,
-    planted::{Bug, planted},
-};
+use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
 use kvasir_tier::{DiskWatch, Fate, Offer};
 
 use super::{Shared, State, Tier};
@@ -107,8 +104,7 @@ impl DiskWatch for ReclaimWatch {
         let Some(shared) = self.0.upgrade() else { return false };
         let mut state = shared.state.lock();
         state.leases.expire(Instant::now());
-        let leased = |block| state.leases.is_pinned(block) && !planted(Bug::LeasedBlockEvicted);
-        if blocks.iter().any(leased) {
+        if blocks.iter().any(|block| state.leases.must_stay(block)) {
             return false;
         }
         forget();
@@ -123,8 +119,7 @@ impl DiskWatch for ReclaimWatch {
             return Fate::Forget;
         };
         let state = shared.state.lock();
-        let leased = state.leases.is_pinned(block) && !planted(Bug::LeasedBlockEvicted);
-        if leased || state.reuse.asked(block) >= REUSED_ASKED {
+        if state.leases.must_stay(block) || state.reuse.asked(block) >= REUSED_ASKED {
             return Fate::Readmit;
         }
         if shared.object.is_some() {

@@ -109,9 +109,7 @@ impl Shared {
         let mut state = self.state.lock();
         state.leases.expire(Instant::now());
         let State { host, leases, .. } = &mut *state;
-        let (buffer, evicted) = match host.reserve(bytes, owner, |block: &BlockKey| {
-            leases.is_pinned(block) && !planted(Bug::LeasedBlockEvicted)
-        }) {
+        let (buffer, evicted) = match host.reserve(bytes, owner, |block: &BlockKey| leases.must_stay(block)) {
             Ok((buffer, evicted)) => (Some(buffer), evicted),
             Err(no_room) => (None, no_room.evicted),
         };
@@ -160,7 +158,7 @@ impl Shared {
         let owner = self.namespaces.owner(key.namespace);
         let State { host, leases, .. } = state;
         let inserted = host.insert(key, payload, checksum, owner, |block: &BlockKey| {
-            leases.is_pinned(block) && !planted(Bug::LeasedBlockEvicted)
+            leases.must_stay(block)
         });
         let (is_in, evicted) = match inserted {
             Ok(evicted) => (true, evicted),
