@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crc_fast::{CrcAlgorithm::Crc32Iscsi, Digest};
+
 /// CRC-32C (Castagnoli) of a layer block's payload, made where the bytes leave the worker and verified wherever they
 /// are read. Detects every error of up to three bits at these sizes (RFC 3720 §B.4 has test vectors).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -10,7 +12,8 @@ pub struct Checksum(u32);
 impl Checksum {
     /// Checksum of `payload`.
     pub fn of(payload: &[u8]) -> Self {
-        Self(crc32c::crc32c(payload))
+        // The algorithm's values are 32 bits wide.
+        Self(crc_fast::checksum(Crc32Iscsi, payload) as u32)
     }
 
     /// Checksum of nothing, to [`Self::append`] to.
@@ -20,7 +23,10 @@ impl Checksum {
     /// processor's cache.
     #[must_use]
     pub fn append(self, more: &[u8]) -> Self {
-        Self(crc32c::crc32c_append(self.0, more))
+        // Between two parts the register holds the value without its last inversion.
+        let mut digest = Digest::new_with_init_state(Crc32Iscsi, (!self.0).into());
+        digest.update(more);
+        Self(digest.finalize() as u32)
     }
 
     /// A checksum as it was written down.

@@ -71,8 +71,8 @@ pub fn seal(kind: Kind, version: u16, head_dim: usize, keys: usize, origin: Orig
     file.extend((keys as u32).to_le_bytes());
     file.extend(origin.0);
     file.extend((payload.len() as u64).to_le_bytes());
-    file.extend(crc32c::crc32c(payload).to_le_bytes());
-    file.extend(crc32c::crc32c(&file).to_le_bytes());
+    file.extend(crc32c(payload).to_le_bytes());
+    file.extend(crc32c(&file).to_le_bytes());
     file.extend(payload);
     file
 }
@@ -90,7 +90,7 @@ pub fn open(bytes: &[u8], kind: Kind, version: u16, origin: Origin) -> Result<Fr
     if fields.bytes()? != MAGIC {
         return unusable("it does not begin as an index file".to_owned());
     }
-    if crc32c::crc32c(&header[..HEADER_BYTES - 4]) != u32_at(header, HEADER_BYTES - 4) {
+    if crc32c(&header[..HEADER_BYTES - 4]) != u32_at(header, HEADER_BYTES - 4) {
         return unusable("the checksum of its header is wrong".to_owned());
     }
     let (frame, found, payload_version) = (fields.u16()?, fields.u16()?, fields.u16()?);
@@ -120,7 +120,7 @@ pub fn open(bytes: &[u8], kind: Kind, version: u16, origin: Origin) -> Result<Fr
             payload.len()
         ));
     }
-    if crc32c::crc32c(payload) != fields.u32()? {
+    if crc32c(payload) != fields.u32()? {
         return unusable("the checksum of its payload is wrong".to_owned());
     }
     Ok(Frame {
@@ -237,6 +237,11 @@ pub(crate) fn put_halves(payload: &mut Vec<u8>, values: &[f16]) {
     payload.extend(values.iter().flat_map(|value| value.to_le_bytes()));
 }
 
+pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
+    // The algorithm's values are 32 bits wide.
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -257,8 +262,8 @@ mod tests {
         assert_eq!(file[8..24], [1, 0, 3, 0, 3, 0, 0, 0, 64, 0, 0, 0, 5, 0, 0, 0]);
         assert_eq!(file[24..56], [7; 32]);
         assert_eq!(file[56..64], [7, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(file[64..68], crc32c::crc32c(b"payload").to_le_bytes());
-        assert_eq!(file[68..72], crc32c::crc32c(&file[..68]).to_le_bytes());
+        assert_eq!(file[64..68], crc32c(b"payload").to_le_bytes());
+        assert_eq!(file[68..72], crc32c(&file[..68]).to_le_bytes());
         assert_eq!(&file[72..], b"payload");
     }
 

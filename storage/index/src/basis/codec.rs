@@ -50,7 +50,7 @@ impl Basis {
                 out.extend(f16::from_f32(*value).to_le_bytes());
             }
         }
-        out.extend(crc32c::crc32c(&out).to_le_bytes());
+        out.extend(crate::file::crc32c(&out).to_le_bytes());
         out
     }
 
@@ -82,7 +82,7 @@ impl Basis {
                 "it is a basis file of version {version}, and this program reads version {VERSION}: calibrate again"
             ));
         }
-        if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
+        if crate::file::crc32c(body) != u32::from_le_bytes(*crc) {
             return unusable("its checksum does not match: it is damaged or cut short".to_owned());
         }
         let [layers, kv_heads, head_dim, rank] = [layers, kv_heads, head_dim, rank].map(|size| size as usize);

@@ -263,7 +263,7 @@ fn a_basis_is_for_one_model() {
 /// The bytes with a checksum that fits them.
 fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
     let body = bytes.len() - 4;
-    let crc = crc32c::crc32c(&bytes[..body]);
+    let crc = crate::file::crc32c(&bytes[..body]);
     bytes[body..].copy_from_slice(&crc.to_le_bytes());
     bytes
 }

@@ -143,12 +143,12 @@ pub(crate) const fn record_bytes(payload_bytes: usize) -> u64 {
 /// Writes the CRC-32C of everything before it into the last four bytes.
 fn seal(bytes: &mut [u8]) {
     let (body, crc) = bytes.split_at_mut(bytes.len() - 4);
-    crc.copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
+    crc.copy_from_slice(&Checksum::of(body).to_u32().to_le_bytes());
 }
 
 fn sealed(bytes: &[u8]) -> bool {
     let (body, crc) = bytes.split_at(bytes.len() - 4);
-    crc32c::crc32c(body).to_le_bytes() == crc
+    Checksum::of(body).to_u32().to_le_bytes() == crc
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

@@ -7,7 +7,7 @@ mod flips;
 mod many;
 mod room;
 
-use kvasir_block::{BlockHash, NamespaceId};
+use kvasir_block::{BlockHash, Checksum, NamespaceId};
 use kvasir_device::{
     Psync,
     faulty::{EIO, Fault, Faulty, Operation, Rule},
@@ -278,7 +278,7 @@ fn a_newer_format_stops_the_start_and_keeps_its_hands_off() {
     let old = fs::read(&path).unwrap();
     let mut newer = old.clone();
     newer[8..12].copy_from_slice(&(SEGMENT_FORMAT + 1).to_le_bytes());
-    let crc = crc32c::crc32c(&newer[..60]).to_le_bytes();
+    let crc = Checksum::of(&newer[..60]).to_u32().to_le_bytes();
     newer[60..64].copy_from_slice(&crc);
     fs::write(&path, &newer).unwrap();
     let error = DiskTier::open(config(dir.path())).unwrap_err();

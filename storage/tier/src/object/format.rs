@@ -199,7 +199,7 @@ fn encode_header(out: &mut BytesMut, namespace: NamespaceId) {
     out.put_u32_le(0);
     out.put_slice(namespace.as_bytes());
     out.put_bytes(0, 12);
-    let crc = crc32c::crc32c(&out[start..]);
+    let crc = Checksum::of(&out[start..]).to_u32();
     out.put_u32_le(crc);
 }
 
@@ -214,7 +214,7 @@ fn encode_record_header(out: &mut BytesMut, namespace: NamespaceId, entry: &Entr
     out.put_u32_le(entry.payload_bytes);
     out.put_u64_le(u64::from(entry.offset));
     out.put_u32_le(entry.checksum.to_u32());
-    let crc = crc32c::crc32c(&out[start..]);
+    let crc = Checksum::of(&out[start..]).to_u32();
     out.put_u32_le(crc);
 }
 
@@ -235,8 +235,8 @@ fn encode_footer(out: &mut BytesMut, namespace: NamespaceId, manifest: &[u8], re
     out.put_u32_le(records);
     out.put_u64_le(manifest_at);
     out.put_slice(namespace.as_bytes());
-    out.put_u32_le(crc32c::crc32c(manifest));
-    let crc = crc32c::crc32c(&out[start..]);
+    out.put_u32_le(Checksum::of(manifest).to_u32());
+    let crc = Checksum::of(&out[start..]).to_u32();
     out.put_u32_le(crc);
 }
 
@@ -263,7 +263,7 @@ pub(super) fn decode_tail(
     if footer[..8] != FOOTER_MAGIC {
         return Err(ManifestError::Wrong("the footer's magic"));
     }
-    if crc32c::crc32c(&footer[..60]) != u32_at(footer, 60) {
+    if Checksum::of(&footer[..60]).to_u32() != u32_at(footer, 60) {
         return Err(ManifestError::Wrong("the footer's CRC"));
     }
     if u32_at(footer, 8) > PACK_FORMAT {
@@ -276,7 +276,7 @@ pub(super) fn decode_tail(
     if footer[24..56] != *namespace.as_bytes() {
         return Err(ManifestError::Wrong("the namespace: it is another one's pack"));
     }
-    if crc32c::crc32c(manifest) != u32_at(footer, 56) || digest(namespace, manifest) != name.digest {
+    if Checksum::of(manifest).to_u32() != u32_at(footer, 56) || digest(namespace, manifest) != name.digest {
         return Err(ManifestError::Wrong("the manifest's CRC or digest"));
     }
     let mut entries = Vec::with_capacity(name.records as usize);

@@ -183,7 +183,7 @@ fn a_foreign_stretch_costs_only_what_it_covers() {
 fn format_1(id: u64, payloads: &[(LayerBlockKey, Bytes)]) -> Vec<u8> {
     let seal = |header: &mut [u8]| {
         let body = header.len() - 4;
-        let crc = crc32c::crc32c(&header[..body]);
+        let crc = Checksum::of(&header[..body]).to_u32();
         header[body..].copy_from_slice(&crc.to_le_bytes());
     };
     let mut file = vec![0; 64];
@@ -201,7 +201,7 @@ fn format_1(id: u64, payloads: &[(LayerBlockKey, Bytes)]) -> Vec<u8> {
         header[56..88].copy_from_slice(key.hash.as_bytes());
         header[88..90].copy_from_slice(&key.layer.to_be_bytes());
         header[92..96].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-        header[96..100].copy_from_slice(&crc32c::crc32c(payload).to_le_bytes());
+        header[96..100].copy_from_slice(&Checksum::of(payload).to_u32().to_le_bytes());
         seal(&mut header);
         file.extend(header);
         file.extend(payload);

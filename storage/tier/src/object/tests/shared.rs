@@ -207,7 +207,7 @@ fn a_pack_that_is_not_what_its_name_says_is_refused() {
         ("newer format", |path, mut bytes| {
             let footer = bytes.len() - 64;
             bytes[footer + 8] += 1;
-            let crc = crc32c::crc32c(&bytes[footer..footer + 60]);
+            let crc = Checksum::of(&bytes[footer..footer + 60]).to_u32();
             bytes[footer + 60..].copy_from_slice(&crc.to_le_bytes());
             std::fs::write(path, bytes).unwrap();
         }),
