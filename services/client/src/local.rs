@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use kvasir_block::BlockHash;
-use kvasir_device::ArenaView;
+use kvasir_device::{ArenaView, stream::widen};
 use kvasir_proto::{
     GetOutcome, PutOutcome,
     bulk::{GetRow, Greeting, Welcome},
@@ -21,11 +21,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 pub(crate) use self::way::Way;
 use crate::{
     BulkConnection, BulkOffer, ClientConfig, ClientError, DataPath, ErrorKind, Namespace, PrefixMatch, PutBlock,
-    bulk::{
-        check,
-        connection::unreachable,
-        socket::{Socket, widen},
-    },
+    bulk::{check, connection::unreachable, socket::Socket},
     error::CallName,
 };
 

@@ -83,6 +83,11 @@ impl ByteSize {
 }
 
 impl HumanDuration {
+    /// So many microseconds.
+    pub const fn micros(n: u64) -> Self {
+        Self(Duration::from_micros(n))
+    }
+
     /// So many milliseconds.
     pub const fn millis(n: u64) -> Self {
         Self(Duration::from_millis(n))

@@ -117,15 +117,16 @@ impl BulkServer {
     /// Starts a thread for each listener.
     fn listen(&mut self) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
+        let poll = shared.served.config.bulk_poll.get();
         let accepting = thread::Builder::new().name("bulk-accept".to_owned());
         self.accepting.push(accepting.spawn(move || {
-            shared.accept(|| shared.tcp.accept().map(|(stream, _)| Socket::Tcp(stream)));
+            shared.accept(|| shared.tcp.accept().map(|(stream, _)| Socket::tcp(stream, poll)));
         })?);
         if let Some(local) = &self.local {
             let (shared, listener) = (Arc::clone(&self.shared), local.listener()?);
             let accepting = thread::Builder::new().name("local-accept".to_owned());
             self.accepting.push(accepting.spawn(move || {
-                shared.accept(|| listener.accept().map(|(stream, _)| Socket::Unix(stream)));
+                shared.accept(|| listener.accept().map(|(stream, _)| Socket::unix(stream, poll)));
             })?);
         }
         Ok(())

@@ -4,7 +4,7 @@
 //! with the fact that makes it sound.
 //!
 //! Meet first: [`Buffer`], exclusive memory that becomes shared and immutable; [`Arena`], where a bounded amount of it comes from;
-//! [`ArenaView`], the same memory seen by another process, to which [`socket`] carries it; [`FileIo`], which reads and writes
+//! [`ArenaView`], the same memory seen by another process, to which [`socket`] carries it; [`stream`], bytes between two processes; [`FileIo`], which reads and writes
 //! files, and [`faulty`], which does it wrong on purpose.
 //!
 //! ```
@@ -28,6 +28,7 @@ mod arena;
 mod buffer;
 mod file;
 pub mod socket;
+pub mod stream;
 
 pub use arena::{Arena, ArenaConfig, ArenaError, ArenaView, Fence, Held, HugePages, PageKind, ViewError};
 pub use buffer::{Buffer, PAGE_BYTES};

@@ -15,7 +15,9 @@ use tokio::{
     time::timeout,
 };
 
-use super::{BulkOffer, check, socket::widen};
+use kvasir_device::stream::set_up_tcp;
+
+use super::{BulkOffer, check};
 use crate::{ClientConfig, ClientError, ErrorKind, error::CallName};
 
 /// How long a path that did not work is not tried again.
@@ -143,8 +145,7 @@ async fn connect(offer: &BulkOffer) -> io::Result<(TcpStream, [u8; Welcome::BYTE
         .address
         .ok_or_else(|| io::Error::new(io::ErrorKind::AddrNotAvailable, "the store offers no bulk TCP path"))?;
     let mut stream = TcpStream::connect(address).await?;
-    stream.set_nodelay(true)?;
-    widen(std::os::fd::AsFd::as_fd(&stream));
+    set_up_tcp(&stream, stream.local_addr()?.ip(), address.ip())?;
     stream
         .write_all(&Greeting::new(offer.epoch, offer.token).encode())
         .await?;

@@ -1,19 +1,15 @@
 //! Blocking sockets with timeouts: exact reads, gathered writes.
 
 use std::{
-    io::{self, IoSlice, Read, Write},
+    io::{self, IoSlice, Write},
     net::{SocketAddr, TcpStream},
-    os::fd::{AsFd, BorrowedFd},
     sync::Arc,
     time::Duration,
 };
 
-use rustix::net::sockopt;
+use kvasir_device::stream::{BusyPoll, set_up_tcp};
 
 use crate::local::Way;
-
-/// Asked of the system for each direction: a frame fits, so that the store goes on while we verify. The system may grant less.
-pub(crate) const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// A connection to a store.
 #[derive(Debug)]
@@ -26,10 +22,9 @@ pub(crate) enum Socket {
 impl Socket {
     pub(crate) fn tcp(address: SocketAddr, connect_timeout: Duration, timeout: Duration) -> io::Result<Self> {
         let stream = TcpStream::connect_timeout(&address, connect_timeout)?;
-        stream.set_nodelay(true)?;
+        set_up_tcp(&stream, stream.local_addr()?.ip(), address.ip())?;
         stream.set_read_timeout(Some(timeout))?;
         stream.set_write_timeout(Some(timeout))?;
-        widen(stream.as_fd());
         Ok(Self::Tcp(stream))
     }
 
@@ -37,7 +32,7 @@ impl Socket {
     pub(crate) fn read_some(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
             let read = match self {
-                Self::Tcp(stream) => stream.read(into),
+                Self::Tcp(stream) => BusyPoll::default().receive(&*stream, into),
                 Self::Local(way) => way.read(into),
             };
             match read {
@@ -78,10 +73,4 @@ pub(crate) fn write_all(mut stream: impl Write, mut slices: &mut [IoSlice<'_>]) 
         }
     }
     Ok(())
-}
-
-/// Asks for large buffers; what the system grants is what there is.
-pub(crate) fn widen(socket: BorrowedFd<'_>) {
-    let _ = sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER_BYTES);
-    let _ = sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER_BYTES);
 }

@@ -1,12 +1,13 @@
 //! The socket to a local store, shared by a connection and the bytes that came by it.
 
 use std::{
-    io::{self, IoSlice, Read},
+    io::{self, IoSlice},
     os::unix::net::UnixStream,
     sync::Arc,
 };
 
 use kvasir_block::NamespaceId;
+use kvasir_device::stream::BusyPoll;
 use kvasir_proto::bulk::{Op, ROWS_MAX, RequestHead, number_table};
 use parking_lot::Mutex;
 
@@ -52,7 +53,7 @@ impl Way {
     }
 
     pub(crate) fn read(&self, into: &mut [u8]) -> io::Result<usize> {
-        (&self.stream).read(into)
+        BusyPoll::default().receive(&self.stream, into)
     }
 
     /// Sends a request, and before it what is to be given back.

@@ -1,7 +1,7 @@
 //! A peer's socket: whole reads and gathered writes, each with an end.
 
 use std::{
-    io::{self, IoSlice, Read, Write},
+    io::{self, IoSlice, Write},
     net::{Shutdown, TcpStream},
     os::{
         fd::{AsFd, BorrowedFd},
@@ -10,43 +10,55 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    net::sockopt,
-};
-
-/// Asked of the system for each direction; it may grant less.
-const BUFFER_BYTES: usize = 4 << 20;
+use kvasir_device::stream::{BusyPoll, set_up_tcp, widen};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 #[derive(Debug)]
-pub(super) enum Socket {
+pub(super) struct Socket {
+    stream: Stream,
+    poll: BusyPoll,
+}
+
+#[derive(Debug)]
+enum Stream {
     Tcp(TcpStream),
     /// Of a process on this machine.
     Unix(UnixStream),
 }
 
 impl Socket {
+    pub(super) fn tcp(stream: TcpStream, poll: Duration) -> Self {
+        Self {
+            stream: Stream::Tcp(stream),
+            poll: BusyPoll::new(poll),
+        }
+    }
+
+    pub(super) fn unix(stream: UnixStream, poll: Duration) -> Self {
+        Self {
+            stream: Stream::Unix(stream),
+            poll: BusyPoll::new(poll),
+        }
+    }
+
     pub(super) fn is_local(&self) -> bool {
-        matches!(self, Self::Unix(_))
+        matches!(self.stream, Stream::Unix(_))
     }
 
     /// No waiting to fill packets, large buffers, and no call that waits longer than `patience`.
     pub(super) fn set_up(&self, patience: Duration) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => {
-                stream.set_nodelay(true)?;
+        match &self.stream {
+            Stream::Tcp(stream) => {
+                set_up_tcp(stream, stream.local_addr()?.ip(), stream.peer_addr()?.ip())?;
                 stream.set_read_timeout(Some(patience))?;
-                stream.set_write_timeout(Some(patience))?;
+                stream.set_write_timeout(Some(patience))
             }
-            Self::Unix(stream) => {
+            Stream::Unix(stream) => {
+                widen(stream.as_fd());
                 stream.set_read_timeout(Some(patience))?;
-                stream.set_write_timeout(Some(patience))?;
+                stream.set_write_timeout(Some(patience))
             }
         }
-        // What the system grants is what there is.
-        let _ = sockopt::set_socket_send_buffer_size(self, BUFFER_BYTES);
-        let _ = sockopt::set_socket_recv_buffer_size(self, BUFFER_BYTES);
-        Ok(())
     }
 
     /// Waits for the first of `into`, until `idle` at most, and then for the rest, `patience` at most. False where the peer
@@ -124,33 +136,30 @@ impl Socket {
     }
 
     fn read(&self, into: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => (&mut &*stream).read(into),
-            Self::Unix(stream) => (&mut &*stream).read(into),
-        }
+        self.poll.receive(self, into)
     }
 
     fn write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => (&mut &*stream).write_vectored(slices),
-            Self::Unix(stream) => (&mut &*stream).write_vectored(slices),
+        match &self.stream {
+            Stream::Tcp(stream) => (&mut &*stream).write_vectored(slices),
+            Stream::Unix(stream) => (&mut &*stream).write_vectored(slices),
         }
     }
 
     /// One that is closed already needs none.
     fn shutdown(&self, how: Shutdown) {
-        let _ = match self {
-            Self::Tcp(stream) => stream.shutdown(how),
-            Self::Unix(stream) => stream.shutdown(how),
+        let _ = match &self.stream {
+            Stream::Tcp(stream) => stream.shutdown(how),
+            Stream::Unix(stream) => stream.shutdown(how),
         };
     }
 }
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(stream) => stream.as_fd(),
-            Self::Unix(stream) => stream.as_fd(),
+        match &self.stream {
+            Stream::Tcp(stream) => stream.as_fd(),
+            Stream::Unix(stream) => stream.as_fd(),
         }
     }
 }
