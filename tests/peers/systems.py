@@ -214,6 +214,19 @@ class Redis(Peer):
         return {"port": self.port}
 
 
+class Bare(Peer):
+    """The ceiling: a socket and a dictionary. It uses the same Python as Redis's client."""
+
+    name, venv, script = "bare", "stores", "bare.py"
+    port = 6391
+
+    def servers(self):
+        python = self.settings.cache / self.venv / "bin" / "python"
+        server = self.run("bare-server", [python, HERE / "clients" / "bare.py", "serve", str(self.port)])
+        server.require(lambda: listens(self.port), "listen")
+        return {"port": self.port}
+
+
 class Kvasir(System):
     """Ours: `kvasir store`, and `kvasir bench store` as the client, one process per measurement, by one of its paths.
 
@@ -238,6 +251,9 @@ class Kvasir(System):
             "store.listen=127.0.0.1:0",
             "store.admin_listen=127.0.0.1:0",
             "store.host_bytes_max=3GiB",
+            # As the peers have it: memory that is there before it is needed, and nothing else.
+            "store.host_ready_bytes=3GiB",
+            "store.disk_admission=reuse",
             "store.disk_bytes_max=4GiB",
             *self.settings.set,
         ):
@@ -278,4 +294,4 @@ class KvasirLocal(Kvasir):
     name, path, threads = "kvasir-local", "local", 1
 
 
-SYSTEMS = {system.name: system for system in (KvasirBulk, KvasirGrpc, KvasirLocal, Mooncake, LMCache, Redis)}
+SYSTEMS = {system.name: system for system in (KvasirBulk, KvasirGrpc, KvasirLocal, Mooncake, LMCache, Redis, Bare)}
