@@ -22,7 +22,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream, stream::BoxStream};
 use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, LayerBlockKey, RopeStyle, Tenant};
 use kvasir_cache::{BlockCache, CacheConfig, GetOutcome};
-use kvasir_client::{ClientConfig, LayerBlock, StoreClient};
+use kvasir_client::{ClientConfig, DataPath, LayerBlock, StoreClient};
 use kvasir_proto::{
     EntryHead, convert,
     v1::{self, block_store_client::BlockStoreClient, block_store_server as server},
@@ -123,7 +123,10 @@ async fn measure() -> anyhow::Result<()> {
     let mut line = String::new();
     BufReader::new(child.stdout.take().context("no output")?).read_line(&mut line)?;
     let (framed, generated) = line.trim().split_once(' ').context("the child does not serve")?;
-    let client = StoreClient::new(ClientConfig::to(format!("http://{framed}")))?;
+    let client = StoreClient::new(ClientConfig {
+        path: DataPath::Grpc,
+        ..ClientConfig::to(format!("http://{framed}"))
+    })?;
     let stock = channel(generated.parse()?).await?;
     println!("layer block | put framed | put generated | get framed | get generated   (GB/s, best of {ROUNDS})");
     for n in 0..=5 {

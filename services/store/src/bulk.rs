@@ -12,6 +12,7 @@
 
 mod answer;
 mod connection;
+mod put;
 mod socket;
 
 use std::{
