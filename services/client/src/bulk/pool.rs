@@ -23,6 +23,8 @@ use crate::{ClientConfig, ClientError, DataPath, ErrorKind, error::CallName};
 
 /// How long a path that did not work is not tried again.
 const PAUSE: Duration = Duration::from_secs(1);
+/// The same for one that lets us not in for who we are, which is not likely to change.
+const REFUSED: Duration = Duration::from_secs(600);
 
 /// A connection that one stream has for itself.
 #[derive(Debug)]
@@ -197,7 +199,7 @@ impl Pool {
             Kind::Tcp => &mut state.pause,
             Kind::Local => &mut state.local_pause,
         };
-        *pause = Some(Instant::now() + PAUSE);
+        *pause = Some(Instant::now() + if error.kind == ErrorKind::Invalid { REFUSED } else { PAUSE });
         error
     }
 }
