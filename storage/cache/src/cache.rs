@@ -177,6 +177,8 @@ impl BlockCache {
         let disk_gate = ReadGate::new(config.disk_reads_max, config.disk_reads_waiting_max);
         let prefetch = Arc::new(Prefetch::new(config.prefetch_queue_max));
         let contexts = ContextBudget::new(config.contexts_max, config.context_bytes_max);
+        let ready_bytes = config.host_ready_bytes;
+        let ready = (ready_bytes > 0).then(|| arena.keep_ready(ready_bytes));
         let shared = Arc::new(Shared {
             config,
             epoch,
@@ -184,7 +186,7 @@ impl BlockCache {
             namespaces,
             disk,
             object,
-            _ready: (config.host_ready_bytes > 0).then(|| arena.keep_ready(config.host_ready_bytes)),
+            _ready: ready,
             arena,
             heap_reserved: Arc::default(),
             state: Mutex::new(state),
