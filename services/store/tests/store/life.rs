@@ -3,10 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kvasir_client::{ClientError, DataPath, ErrorKind, GetOutcome, PutOutcome};
-use kvasir_runtime::{
-    Runtime,
-    units::{ByteSize, HumanDuration},
-};
+use kvasir_runtime::Runtime;
 use kvasir_store::{Store, StoreConfig};
 
 use crate::support::{LAYERS, Setup, chain, config, in_order, layer_block, payload, schema};

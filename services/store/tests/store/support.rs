@@ -161,21 +161,15 @@ pub(crate) fn config_by(path: DataPath, url: &str) -> ClientConfig {
 
 /// What a blocking put wants of blocks.
 pub(crate) fn put_blocks(blocks: &[LayerBlock]) -> Vec<PutBlock<'_>> {
-    let put = |block| {
-        let LayerBlock {
-            hash,
-            layer,
-            checksum,
-            payload,
-        } = block;
-        PutBlock {
-            hash: *hash,
-            layer: *layer,
-            checksum: *checksum,
-            payload,
-        }
-    };
-    blocks.iter().map(put).collect()
+    blocks
+        .iter()
+        .map(|block| PutBlock {
+            hash: block.hash,
+            layer: block.layer,
+            checksum: block.checksum,
+            payload: &block.payload,
+        })
+        .collect()
 }
 
 /// All layer blocks of a chain in the order of puts and gets.
