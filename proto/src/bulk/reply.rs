@@ -65,7 +65,7 @@ pub struct ReplyHead {
     pub placed: bool,
     /// The request's id.
     pub id: u64,
-    /// Index of the first row among all rows of the reply.
+    /// Index of the first row among all rows of the reply. A match has no rows: there its bytes are those of `disk_blocks`.
     pub first: u32,
     /// Rows in this frame.
     pub rows: u32,
@@ -73,10 +73,12 @@ pub struct ReplyHead {
     pub table_bytes: u32,
     /// Bytes of the payloads behind the table.
     pub payload_bytes: u64,
-    /// Of a match: blocks held without a gap, and those of them that are in memory.
+    /// Of a match: blocks held without a gap.
     pub hit_blocks: u32,
-    /// See `hit_blocks`.
+    /// Those of them whose layers are all in memory.
     pub host_blocks: u32,
+    /// Those of the others whose layers are all in memory or on disk; what is left needs the object tier.
+    pub disk_blocks: u32,
     /// Of a match: the lease, 0 for none.
     pub lease: u64,
     /// Of a match: milliseconds that the lease lasts.
@@ -103,6 +105,7 @@ impl ReplyHead {
             payload_bytes: 0,
             hit_blocks: 0,
             host_blocks: 0,
+            disk_blocks: 0,
             lease: 0,
             lease_ms: 0,
             table: Checksum::of(&[]),
@@ -137,7 +140,11 @@ impl ReplyHead {
             .u8(status.map_or(u8::MAX, |(code, _)| *code))
             .u16(u16::from(self.last) | u16::from(self.placed) << 1)
             .u64(self.id)
-            .u32(self.first)
+            .u32(if self.op == Op::Match {
+                self.disk_blocks
+            } else {
+                self.first
+            })
             .u32(self.rows)
             .u32(self.table_bytes)
             .u32(self.hit_blocks)
@@ -161,13 +168,19 @@ impl ReplyHead {
         let (_, status) =
             status.ok_or_else(|| BulkError::field("status", format!("{code} is none of this version")))?;
         let flags = reader.u16();
+        let id = reader.u64();
+        let (first, disk_blocks) = match (op, reader.u32()) {
+            (Op::Match, disk_blocks) => (0, disk_blocks),
+            (_, first) => (first, 0),
+        };
         let head = Self {
             op,
             status: *status,
             last: flags & 1 != 0,
             placed: flags & 2 != 0,
-            id: reader.u64(),
-            first: reader.u32(),
+            id,
+            first,
+            disk_blocks,
             rows: reader.u32(),
             table_bytes: reader.u32(),
             hit_blocks: reader.u32(),

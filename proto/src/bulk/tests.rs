@@ -58,7 +58,8 @@ fn heads_round_trip() {
         }
         let reply = ReplyHead {
             last: false,
-            first: 12,
+            first: if op == Op::Match { 0 } else { 12 },
+            disk_blocks: if op == Op::Match { 12 } else { 0 },
             payload_bytes: u64::MAX,
             hit_blocks: 1,
             host_blocks: 2,

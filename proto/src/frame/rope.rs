@@ -1,6 +1,6 @@
 //! A message as the buffers it came in, or will leave in.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, io::IoSlice};
 
 use bytes::{Buf, Bytes, BytesMut};
 
@@ -100,6 +100,11 @@ impl Buf for Rope {
 
     fn chunk(&self) -> &[u8] {
         self.parts.front().map_or(&[], |part| part)
+    }
+
+    fn chunks_vectored<'a>(&'a self, into: &mut [IoSlice<'a>]) -> usize {
+        let slices = into.iter_mut().zip(&self.parts);
+        slices.map(|(slice, part)| *slice = IoSlice::new(part)).count()
     }
 
     fn advance(&mut self, count: usize) {

@@ -239,7 +239,7 @@ pub(crate) enum StoreTier {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum StorePath {
-    /// The fastest that both have
+    /// The fastest that both have: the store's memory, then a plain connection, then gRPC
     Auto,
     /// Streams of gRPC messages
     Grpc,

@@ -157,20 +157,15 @@ impl StoreClient {
                 store.match_prefix(request).await
             })
             .await?;
-        let (hit_blocks, host_blocks) = (reply.hit_blocks as usize, reply.host_blocks as usize);
-        if hit_blocks > chain.len() || host_blocks > hit_blocks {
-            let what = format!(
-                "{host_blocks} of {hit_blocks} hits in memory, of {} blocks asked for",
-                chain.len()
-            );
-            return Err(name.broken(what));
-        }
-        Ok(PrefixMatch {
-            hit_blocks,
-            host_blocks,
+        let matched = PrefixMatch {
+            hit_blocks: reply.hit_blocks as usize,
+            host_blocks: reply.host_blocks as usize,
+            disk_blocks: reply.disk_blocks as usize,
+            object_blocks: reply.object_blocks as usize,
             lease: (reply.lease != 0).then_some(reply.lease),
             lease_for: Duration::from_millis(reply.lease_ms.into()),
-        })
+        };
+        matched.checked(chain.len()).map_err(|what| name.broken(what))
     }
 
     /// Gives a lease back early; an unknown one may have expired and is no error.

@@ -2,18 +2,17 @@
 
 use std::time::Duration;
 
-/// The way that blocks take from a store to its client. Put streams and everything else are gRPC always; a
-/// [`crate::BulkConnection`] puts by bulk TCP.
+/// The way that blocks take between a store and its client: streams of puts and gets. Everything else is gRPC always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum DataPath {
-    /// For gets, the fastest that the store offers and that works: bulk TCP, then gRPC.
+    /// The fastest that the store offers and that works: where it is on this machine its memory, then bulk TCP, then gRPC.
     #[default]
     Auto,
     /// gRPC, which any network and any proxy carries.
     Grpc,
-    /// Gets by bulk TCP or not at all.
+    /// Bulk TCP or not at all.
     Bulk,
-    /// A [`crate::LocalConnection`], which shares the store's memory. Streams, which may be of a store elsewhere, go as by `Auto`.
+    /// As by `Auto`, since a stream may be of a store elsewhere; a [`crate::LocalConnection`] wants it or `Auto`.
     Local,
 }
 

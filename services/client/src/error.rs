@@ -77,6 +77,12 @@ impl CallName {
         self.broken(format_args!("reply field {error}"))
     }
 
+    /// Nothing but the bulk path is wanted, and it is not to be had.
+    pub(crate) fn no_bulk(&self) -> ClientError {
+        let what = "no bulk connection can be had: open the namespace anew, raise bulk_connections_max, or allow gRPC";
+        self.error(ErrorKind::Unavailable, what)
+    }
+
     pub(crate) fn timed_out(&self, waited: std::time::Duration) -> ClientError {
         let what = format!("no answer within {waited:?}; the store is overloaded or cut off, go on without it");
         self.error(ErrorKind::TimedOut, what)

@@ -37,7 +37,8 @@ pub struct GotBlock {
     pub layer: u16,
     /// What became of it.
     pub outcome: GetOutcome,
-    /// Its bytes; shared with the buffer they were received in.
+    /// Its bytes; shared with the buffer they were received in, or lying in the memory of a store on this machine, which keeps
+    /// them until they are dropped. What is kept for long is better copied.
     pub payload: Option<Bytes>,
 }
 
@@ -289,11 +290,7 @@ async fn bulk(client: &StoreClient, name: &CallName, wanted: Wanted<'_>) -> Resu
     loop {
         let lane = match pool.lane(name, config, fresh).await {
             Ok(Some(lane)) => lane,
-            Ok(None) if must => {
-                let what =
-                    "no bulk connection can be had: open the namespace anew, raise bulk_connections_max, or allow gRPC";
-                return Err(name.error(ErrorKind::Unavailable, what));
-            }
+            Ok(None) if must => return Err(name.no_bulk()),
             Err(error) if must => return Err(error),
             Ok(None) | Err(_) => return Ok(None),
         };

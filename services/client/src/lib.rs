@@ -6,8 +6,8 @@
 //! error has a kind that a caller acts on and words for a person; misses and the like are outcomes.
 //!
 //! It deliberately does not know what the blocks are for, keeps none, and makes no thread or task of its own: what is
-//! dropped is cancelled. Blocks come over gRPC or the store's bulk path, with the same outcomes; [`BulkConnection`] is the second
-//! for a thread of its own, [`LocalConnection`] shares the memory of a store on the same machine.
+//! dropped is cancelled. Blocks travel over gRPC, the store's bulk path or, on the same machine, its memory, with the same outcomes;
+//! [`BulkConnection`] and [`LocalConnection`] are the second and the third for a thread of its own.
 //!
 //! Meet first: [`StoreClient`], [`Namespace`], [`ClientError`].
 //!

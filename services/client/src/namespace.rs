@@ -32,10 +32,34 @@ pub struct Namespace {
 pub struct PrefixMatch {
     /// Blocks from the start, without a gap, whose layers are all held.
     pub hit_blocks: usize,
-    /// Of those, blocks that are in the store's memory.
+    /// Of those, blocks whose layers are all in the store's memory.
     pub host_blocks: usize,
+    /// Of the others, blocks whose layers are all in its memory or on its disk.
+    pub disk_blocks: usize,
+    /// Of the others, blocks that need the object tier.
+    pub object_blocks: usize,
     /// Keeps the hit until released or expired; `None` when none was asked for, nothing was hit, or too many are out.
     pub lease: Option<u64>,
     /// How long the lease lasts.
     pub lease_for: Duration,
+}
+
+impl PrefixMatch {
+    /// What the store says about a chain of `asked` blocks, if it can be.
+    pub(crate) fn checked(self, asked: usize) -> Result<Self, String> {
+        let Self {
+            hit_blocks,
+            host_blocks,
+            disk_blocks,
+            object_blocks,
+            ..
+        } = self;
+        if hit_blocks > asked || host_blocks + disk_blocks + object_blocks > hit_blocks {
+            return Err(format!(
+                "{host_blocks} of {hit_blocks} hits in memory, {disk_blocks} on disk and {object_blocks} in objects, of {asked} \
+                 blocks asked for"
+            ));
+        }
+        Ok(self)
+    }
 }

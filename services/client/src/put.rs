@@ -1,26 +1,15 @@
 //! Puts: batched, bounded, one outcome per block.
 
-use std::{collections::VecDeque, time::Duration};
+mod way;
+
+use std::collections::VecDeque;
 
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt};
 use kvasir_block::{BlockHash, Checksum};
-use kvasir_proto::{
-    EntryHead, PutOutcome, convert,
-    frame::{BulkLimits, BulkMessage, Incoming, Rope, StreamError},
-    v1,
-};
-use prost::Message;
-use tokio::{sync::mpsc, time::timeout};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::body::Body;
+use kvasir_proto::{EntryHead, PutOutcome};
 
+use self::way::Way;
 use crate::{ClientError, Namespace, StoreClient, error::CallName, observe};
-
-const PATH: &str = "/kvasir.v1.BlockStore/PutBlocks";
-
-/// Messages between the stream and the connection. What is unanswered is bounded in bytes; this only decouples.
-const QUEUE: usize = 4;
 
 /// Room that a message needs beside its payload: fields, tags and per entry at most 64 bytes.
 const ENTRY_BYTES: usize = 64;
@@ -39,20 +28,19 @@ pub struct LayerBlock {
     pub payload: Bytes,
 }
 
-/// An open stream of puts. After an error it is of no more use: every call repeats the error. Dropping it cancels what is
-/// unanswered; [`PutStream::finish`] ends it in order.
+/// An open stream of puts, over the path that [`crate::ClientConfig::path`] says. After an error it is of no more use: every call
+/// repeats the error. Dropping it cancels what is unanswered; [`PutStream::finish`] ends it in order.
 #[derive(Debug)]
 pub struct PutStream {
+    client: StoreClient,
     name: CallName,
     namespace: Namespace,
-    call_timeout: Duration,
     in_flight_bytes_max: usize,
     batch_bytes: usize,
-    /// `None` once closed.
-    messages: Option<mpsc::Sender<Rope>>,
-    replies: Incoming<Body>,
-    batch: BulkMessage,
-    batch_blocks: Vec<(BlockHash, u16)>,
+    way: Way,
+    batch: Vec<LayerBlock>,
+    /// Payload bytes of the batch.
+    batched_bytes: usize,
     unanswered: VecDeque<Sent>,
     unanswered_bytes: usize,
     outcomes: Vec<(BlockHash, u16, PutOutcome)>,
@@ -69,21 +57,17 @@ struct Sent {
 impl PutStream {
     pub(crate) async fn open(client: &StoreClient, namespace: &Namespace) -> Result<Self, ClientError> {
         let name = client.name("put_blocks");
-        let (messages, queued) = mpsc::channel(QUEUE);
-        let replies = client
-            .bulk(&name, PATH, ReceiverStream::new(queued).map(Ok), None)
-            .await?;
+        let way = Way::open(client, &name, namespace).await?;
         let config = client.config();
         Ok(Self {
             name,
             namespace: namespace.clone(),
-            call_timeout: config.call_timeout,
             in_flight_bytes_max: config.in_flight_bytes_max,
             batch_bytes: config.batch_bytes,
-            messages: Some(messages),
-            replies,
-            batch: BulkMessage::default(),
-            batch_blocks: Vec::new(),
+            client: client.clone(),
+            way,
+            batch: Vec::new(),
+            batched_bytes: 0,
             unanswered: VecDeque::new(),
             unanswered_bytes: 0,
             outcomes: Vec::new(),
@@ -91,7 +75,8 @@ impl PutStream {
         })
     }
 
-    /// Queues a block; batches of about 1 MiB leave by themselves. Waits while too many bytes are unanswered.
+    /// Queues a block; batches of about 1 MiB leave by themselves. Waits while too many bytes are unanswered, or the store takes no
+    /// more.
     ///
     /// # Errors
     /// `Invalid` for a block that is none of the namespace (the stream lives on); else the stream broke.
@@ -106,20 +91,16 @@ impl PutStream {
         if let Err(error) = head.fits(&self.namespace.schema) {
             return Err(observe::failed(self.name.call, self.name.invalid(error)));
         }
-        let entries = self.batch_blocks.len() + 1;
-        let message_bytes = self.batch.payload.len() + head.length + entries * ENTRY_BYTES + HEAD_BYTES;
-        if !self.batch_blocks.is_empty()
-            && (message_bytes > self.namespace.message_bytes_max || entries > BulkLimits::default().entries_max)
+        let entries = self.batch.len() + 1;
+        let message_bytes = self.batched_bytes + head.length + entries * ENTRY_BYTES + HEAD_BYTES;
+        if !self.batch.is_empty()
+            && (message_bytes > self.namespace.message_bytes_max || entries > self.way.entries_max())
         {
             self.flush().await?;
         }
-        self.batch
-            .header
-            .entries
-            .push(head.to_wire(v1::BlockOutcome::Unspecified));
-        self.batch.payload.push(block.payload);
-        self.batch_blocks.push((block.hash, block.layer));
-        if self.batch.payload.len() >= self.batch_bytes {
+        self.batched_bytes += head.length;
+        self.batch.push(block);
+        if self.batched_bytes >= self.batch_bytes {
             self.flush().await?;
         }
         Ok(())
@@ -131,26 +112,36 @@ impl PutStream {
     /// The stream broke, or no outcome came for the call timeout while too much was unanswered.
     pub async fn flush(&mut self) -> Result<(), ClientError> {
         self.check_alive()?;
-        if self.batch_blocks.is_empty() {
-            return Ok(());
+        if !self.batch.is_empty() {
+            self.send_batch().await?;
         }
-        let bytes = self.batch.payload.len();
-        while !self.unanswered.is_empty() && self.unanswered_bytes + bytes > self.in_flight_bytes_max {
+        let sent = self.way.sent(&self.name).await;
+        sent.map_err(|error| self.fail(error))
+    }
+
+    async fn send_batch(&mut self) -> Result<(), ClientError> {
+        let bytes = self.batched_bytes;
+        while !self.unanswered.is_empty()
+            && (self.unanswered_bytes + bytes > self.in_flight_bytes_max
+                || self.unanswered.len() >= self.way.messages_max())
+        {
             self.wait_for_reply().await?;
         }
+        if self.unanswered.is_empty() && self.way.is_gone() {
+            let way = Way::open(&self.client, &self.name, &self.namespace).await;
+            self.way = way.map_err(|error| self.fail(error))?;
+        }
         // From here to the push below nothing is awaited that would lose the batch when dropped.
-        while !self.has_room().await? {}
-        let mut batch = std::mem::take(&mut self.batch);
-        batch.header.namespace = convert::namespace_bytes(self.namespace.id);
-        let frames = match batch.encode() {
-            Ok(frames) => frames,
-            Err(error) => return Err(self.fail(self.name.invalid(error))),
-        };
-        let blocks = std::mem::take(&mut self.batch_blocks);
-        if let Some(messages) = &self.messages
-            && messages.try_send(frames).is_err()
-        {
-            return Err(self.why_it_ended().await);
+        while let Some(reply) = self.way.room(&self.name).await.transpose() {
+            self.take_reply(reply.map(Some))?;
+        }
+        let batch = std::mem::take(&mut self.batch);
+        self.batched_bytes = 0;
+        let blocks = batch.iter().map(|block| (block.hash, block.layer)).collect();
+        match self.way.send(&self.name, &self.namespace, batch) {
+            Ok(true) => {}
+            Ok(false) => return Err(self.why_it_ended().await),
+            Err(error) => return Err(self.fail(error)),
         }
         observe::bytes(self.name.call, bytes);
         self.unanswered_bytes += bytes;
@@ -162,7 +153,7 @@ impl PutStream {
     /// broken, the next call that can fail says so.
     pub fn outcomes(&mut self) -> Vec<(BlockHash, u16, PutOutcome)> {
         while self.failed.is_none() && !self.unanswered.is_empty() {
-            let Some(reply) = self.replies.message().now_or_never() else {
+            let Some(reply) = self.way.reply_now(&self.name) else {
                 break;
             };
             // The error is kept for the next call.
@@ -184,39 +175,13 @@ impl PutStream {
     /// The stream broke: blocks without an outcome may or may not be held.
     pub async fn finish(mut self) -> Result<Vec<(BlockHash, u16, PutOutcome)>, ClientError> {
         self.flush().await?;
-        self.messages = None;
+        self.way.no_more();
         while !self.unanswered.is_empty() {
             self.wait_for_reply().await?;
         }
-        match timeout(self.call_timeout, self.replies.message()).await {
-            Ok(Ok(None)) => Ok(self.outcomes),
-            Ok(Ok(Some(_))) => Err(self.fail(self.name.broken("more outcomes than messages"))),
-            Ok(Err(error)) => Err(self.fail(self.name.stream(&error))),
-            Err(_) => Err(self.fail(self.name.timed_out(self.call_timeout))),
-        }
-    }
-
-    /// Whether the queue to the connection has a place; if not, waits for one or for a reply.
-    async fn has_room(&mut self) -> Result<bool, ClientError> {
-        let Some(messages) = &self.messages else {
-            return Ok(true);
-        };
-        if messages.capacity() > 0 && !messages.is_closed() {
-            return Ok(true);
-        }
-        let waited = timeout(self.call_timeout, async {
-            tokio::select! {
-                place = messages.reserve() => Err(place.is_ok()),
-                reply = self.replies.message() => Ok(reply),
-            }
-        })
-        .await;
-        match waited {
-            Ok(Ok(reply)) => self.take_reply(reply).map(|()| false),
-            Ok(Err(true)) => Ok(true),
-            Ok(Err(false)) => Err(self.why_it_ended().await),
-            Err(_) => Err(self.fail(self.name.timed_out(self.call_timeout))),
-        }
+        let ended = self.way.end(&self.name).await;
+        ended.map_err(|error| self.fail(error))?;
+        Ok(self.outcomes)
     }
 
     /// The connection takes no more: the store's last words say why.
@@ -229,41 +194,37 @@ impl PutStream {
     }
 
     async fn wait_for_reply(&mut self) -> Result<(), ClientError> {
-        match timeout(self.call_timeout, self.replies.message()).await {
-            Ok(reply) => self.take_reply(reply),
-            Err(_) => Err(self.fail(self.name.timed_out(self.call_timeout))),
-        }
+        let reply = self.way.reply(&self.name).await;
+        self.take_reply(reply)
     }
 
-    fn take_reply(&mut self, reply: Result<Option<Rope>, StreamError>) -> Result<(), ClientError> {
+    fn take_reply(&mut self, reply: Result<Option<Vec<PutOutcome>>, ClientError>) -> Result<(), ClientError> {
         let recorded = match reply {
-            Ok(Some(message)) => self.record(message),
+            Ok(Some(outcomes)) => self.record(outcomes),
             Ok(None) => {
                 let blocks: usize = self.unanswered.iter().map(|sent| sent.blocks.len()).sum();
                 Err(self
                     .name
                     .broken(format_args!("the stream ended with {blocks} blocks unanswered")))
             }
-            Err(error) => Err(self.name.stream(&error)),
+            Err(error) => Err(error),
         };
         recorded.map_err(|error| self.fail(error))
     }
 
     /// Joins a reply with the message it answers.
-    fn record(&mut self, reply: Rope) -> Result<(), ClientError> {
-        let reply = v1::PutBlocksReply::decode(reply).map_err(|error| self.name.broken(error))?;
+    fn record(&mut self, outcomes: Vec<PutOutcome>) -> Result<(), ClientError> {
         let Some(sent) = self.unanswered.pop_front() else {
             return Err(self.name.broken("more outcomes than messages"));
         };
-        if reply.outcomes.len() != sent.blocks.len() {
-            let what = format!("{} outcomes for {} blocks", reply.outcomes.len(), sent.blocks.len());
+        if outcomes.len() != sent.blocks.len() {
+            let what = format!("{} outcomes for {} blocks", outcomes.len(), sent.blocks.len());
             return Err(self.name.broken(what));
         }
         self.unanswered_bytes -= sent.bytes;
-        for ((hash, layer), outcome) in sent.blocks.into_iter().zip(reply.outcomes) {
-            let outcome = PutOutcome::try_from(outcome).map_err(|error| self.name.broken_field(&error))?;
-            self.outcomes.push((hash, layer, outcome));
-        }
+        let outcomes = sent.blocks.into_iter().zip(outcomes);
+        self.outcomes
+            .extend(outcomes.map(|((hash, layer), outcome)| (hash, layer, outcome)));
         Ok(())
     }
 
@@ -273,7 +234,7 @@ impl PutStream {
 
     /// Notes the error that ends the stream.
     fn fail(&mut self, error: ClientError) -> ClientError {
-        self.messages = None;
+        self.way.no_more();
         let error = observe::failed(self.name.call, error);
         self.failed = Some(error.clone());
         error

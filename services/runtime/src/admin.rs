@@ -94,7 +94,7 @@ impl HttpRunning {
     /// Stops accepting, lets answers in flight finish for at most [`crate::grpc::STOP_GRACE`], then returns.
     pub async fn stop(self) {
         self.stop.cancel();
-        crate::grpc::join_within_grace("http", self.addr, self.task).await;
+        crate::grpc::join_within("http", self.addr, self.task, crate::grpc::STOP_GRACE).await;
     }
 }
 

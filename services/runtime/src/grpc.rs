@@ -173,23 +173,33 @@ impl GrpcRunning {
 
     /// Reports not-serving, stops accepting, waits at most [`STOP_GRACE`] for calls in flight, then cuts them.
     pub async fn stop(self) {
+        self.stop_within(STOP_GRACE).await;
+    }
+
+    /// The same with another grace: for a service that knows that its calls are done, and waits for replies to leave only. A peer
+    /// that reads nothing holds it up for that long.
+    pub async fn stop_within(self, grace: Duration) {
         self.set_serving(false).await;
         self.stop.cancel();
-        join_within_grace("grpc", self.addr, self.task).await;
+        join_within("grpc", self.addr, self.task, grace).await;
     }
 }
 
 /// Joins a server task that was told to stop; one that does not end within the grace is cut, and that is logged.
-pub(crate) async fn join_within_grace<E>(kind: &'static str, addr: SocketAddr, mut task: JoinHandle<Result<(), E>>)
-where
+pub(crate) async fn join_within<E>(
+    kind: &'static str,
+    addr: SocketAddr,
+    mut task: JoinHandle<Result<(), E>>,
+    grace: Duration,
+) where
     E: std::error::Error,
 {
-    match tokio::time::timeout(STOP_GRACE, &mut task).await {
+    match tokio::time::timeout(grace, &mut task).await {
         Ok(Ok(Ok(()))) => {}
         Ok(Ok(Err(error))) => tracing::warn!(kind, %addr, %error, "server ended with an error"),
         Ok(Err(error)) => tracing::error!(kind, %addr, %error, "server task failed"),
         Err(_) => {
-            tracing::warn!(kind, %addr, grace = ?STOP_GRACE, "calls still in flight after the grace, cutting them");
+            tracing::warn!(kind, %addr, ?grace, "calls still in flight after the grace, cutting them");
             task.abort();
             // Aborting yields a cancelled join; there is nothing to learn from it.
             let _cancelled = task.await;

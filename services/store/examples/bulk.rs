@@ -10,18 +10,22 @@
 
 #![expect(clippy::print_stdout, reason = "an example speaks to its caller")]
 
+#[path = "common/fixture.rs"]
+mod fixture;
+
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     net::{TcpListener, TcpStream},
-    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, RopeStyle, Tenant};
+use kvasir_block::{Checksum, KvSchema};
 use kvasir_client::{BulkConnection, ClientConfig, DataPath, GetOutcome, Namespace, PutBlock, PutOutcome, StoreClient};
 use kvasir_runtime::{Runtime, units::ByteSize};
-use kvasir_store::{Store, StoreConfig};
+use kvasir_store::Store;
+
+use self::fixture::name;
 
 /// Bytes moved per measurement.
 const TOTAL: usize = 256 << 20;
@@ -40,50 +44,18 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-/// A schema whose layer blocks have `64 << n` KiB.
+/// Layer blocks of `64 << n` KiB.
 fn schema(n: u16) -> KvSchema {
-    KvSchema {
-        model: format!("bulk {n}"),
-        weights_sha256: [1; 32],
-        tokenizer_sha256: [2; 32],
-        adapter_sha256: None,
-        layers: 1,
-        kv_heads: 4,
-        head_dim: 64,
-        block_tokens: 64 << n,
-        dtype: Dtype::F16,
-        attention: "full".to_owned(),
-        rope_theta: 1e5,
-        rope_dims: 64,
-        rope_style: RopeStyle::Interleaved,
-        rope_scaling: "none".to_owned(),
-        tp_rank: 0,
-        tp_world: 1,
-        numerics: "bulk/1".to_owned(),
-    }
-}
-
-fn name(round: usize, i: usize) -> BlockHash {
-    let mut name = [round as u8; 32];
-    name[..8].copy_from_slice(&(i as u64).to_le_bytes());
-    BlockHash::from_bytes(name)
+    fixture::schema("bulk", 4, n)
 }
 
 /// The child: the store and the ceiling, until standard input ends.
 async fn serve() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
-    let config = StoreConfig {
-        listen: ([127, 0, 0, 1], 0).into(),
-        admin_listen: ([127, 0, 0, 1], 0).into(),
-        data_dir: dir.path().join("store"),
-        host_bytes_max: ByteSize::gib(3),
-        flush_queue_bytes_max: ByteSize::gib(3),
-        ..StoreConfig::default()
-    };
+    let config = fixture::config(dir.path(), ByteSize::gib(3));
     let store = Store::start(&config, &Runtime::new()).await?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    println!("{} {}", store.grpc_addr(), listener.local_addr()?);
-    std::io::stdout().flush()?;
+    let address = listener.local_addr()?;
     let ceiling = std::thread::spawn(move || -> std::io::Result<()> {
         let (mut stream, _) = listener.accept()?;
         stream.set_nodelay(true)?;
@@ -94,7 +66,7 @@ async fn serve() -> anyhow::Result<()> {
         }
         Ok(())
     });
-    tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())).await??;
+    fixture::serve_until_told(store.grpc_addr(), address).await?;
     drop(ceiling);
     store.stop().await
 }
@@ -158,14 +130,7 @@ impl Bench {
 }
 
 fn measure(runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
-    let mut child = Command::new(std::env::current_exe()?)
-        .arg("serve")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut line)?;
-    let (grpc, ceiling) = line.trim().split_once(' ').context("the child does not serve")?;
+    let (child, grpc, ceiling) = fixture::start_child()?;
     let mut ceiling = TcpStream::connect(ceiling)?;
     ceiling.set_nodelay(true)?;
     let bench = Bench { store_pid: child.id() };
@@ -184,7 +149,7 @@ fn measure(runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
         let mut unverified = BulkConnection::connect(&namespace, &trusting)?;
         let bytes = namespace.layer_block_bytes;
         let held = (128 << 20) / bytes;
-        let payload: Vec<u8> = (0..bytes).map(|i| (i * 31 % 251) as u8).collect();
+        let payload = fixture::payload(bytes);
         let checksum = Checksum::of(&payload);
         let mut memory = vec![0; bytes * batch];
         let mut best = [None; 5];
@@ -264,13 +229,11 @@ fn measure(runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
             );
         }
     }
-    drop(child.stdin.take());
-    child.wait()?;
-    Ok(())
+    fixture::end_child(child)
 }
 
 fn open(runtime: &tokio::runtime::Runtime, config: &ClientConfig, n: u16) -> anyhow::Result<Namespace> {
-    let tenant = Tenant::new("default").context("empty")?;
+    let tenant = fixture::tenant()?;
     Ok(runtime.block_on(async {
         StoreClient::new(config.clone())?
             .open_namespace(&tenant, &schema(n))

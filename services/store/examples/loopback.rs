@@ -9,26 +9,26 @@
 
 #![expect(clippy::print_stdout, reason = "an example speaks to its caller")]
 
+#[path = "common/fixture.rs"]
+mod fixture;
+
 use std::{
-    io::{BufRead, BufReader, Write},
     net::SocketAddr,
-    process::{Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
 use bytes::Bytes;
 use futures::{StreamExt, stream, stream::BoxStream};
-use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, LayerBlockKey, RopeStyle, Tenant};
+use kvasir_block::{BlockHash, Checksum, KvSchema, LayerBlockKey};
 use kvasir_cache::{BlockCache, CacheConfig, GetOutcome};
-use kvasir_client::{ClientConfig, LayerBlock, StoreClient};
+use kvasir_client::{ClientConfig, DataPath, LayerBlock, StoreClient};
 use kvasir_proto::{
     EntryHead, convert,
     v1::{self, block_store_client::BlockStoreClient, block_store_server as server},
 };
 use kvasir_runtime::{Runtime, grpc, units::ByteSize};
-use kvasir_store::{Store, StoreConfig};
+use kvasir_store::Store;
 use tonic::{Request, Response, Status, Streaming, transport::Channel};
 
 /// Bytes moved per measurement.
@@ -47,53 +47,19 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-/// A schema whose layer blocks have `48 << n` KiB.
+/// Layer blocks of `48 << n` KiB.
 fn schema(n: u16) -> KvSchema {
-    KvSchema {
-        model: format!("loopback {n}"),
-        weights_sha256: [1; 32],
-        tokenizer_sha256: [2; 32],
-        adapter_sha256: None,
-        layers: 1,
-        kv_heads: 3,
-        head_dim: 64,
-        block_tokens: 64 << n,
-        dtype: Dtype::F16,
-        attention: "full".to_owned(),
-        rope_theta: 1e5,
-        rope_dims: 64,
-        rope_style: RopeStyle::Interleaved,
-        rope_scaling: "none".to_owned(),
-        tp_rank: 0,
-        tp_world: 1,
-        numerics: "loopback/1".to_owned(),
-    }
-}
-
-fn tenant() -> Tenant {
-    Tenant::new("default").expect("not empty")
+    fixture::schema("loopback", 3, n)
 }
 
 fn chain(round: u8, blocks: usize) -> Vec<BlockHash> {
-    let name = |i: usize| {
-        let mut name = [round; 32];
-        name[..8].copy_from_slice(&(i as u64).to_le_bytes());
-        BlockHash::from_bytes(name)
-    };
-    (0..blocks).map(name).collect()
+    (0..blocks).map(|i| fixture::name(round.into(), i)).collect()
 }
 
 /// The child: both servers until standard input ends.
 async fn serve() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
-    let config = StoreConfig {
-        listen: ([127, 0, 0, 1], 0).into(),
-        admin_listen: ([127, 0, 0, 1], 0).into(),
-        data_dir: dir.path().join("store"),
-        host_bytes_max: ByteSize::gib(4),
-        flush_queue_bytes_max: ByteSize::gib(4),
-        ..StoreConfig::default()
-    };
+    let config = fixture::config(dir.path(), ByteSize::gib(4));
     let store = Store::start(&config, &Runtime::new()).await?;
     let cache = BlockCache::open(CacheConfig {
         host_bytes_max: 4 << 30,
@@ -101,29 +67,24 @@ async fn serve() -> anyhow::Result<()> {
         ..CacheConfig::in_dir(dir.path().join("generated"))
     })?;
     for n in 0..=5 {
-        cache.open_namespace(&tenant(), &schema(n))?;
+        cache.open_namespace(&fixture::tenant()?, &schema(n))?;
     }
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-    println!("{} {}", store.grpc_addr(), listener.local_addr()?);
-    std::io::stdout().flush()?;
+    let address = listener.local_addr()?;
     let service = server::BlockStoreServer::new(Generated(Arc::new(cache))).max_decoding_message_size(8 << 20);
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     let generated = tokio::spawn(grpc::transport().add_service(service).serve_with_incoming(incoming));
-    tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())).await??;
+    fixture::serve_until_told(store.grpc_addr(), address).await?;
     generated.abort();
     store.stop().await
 }
 
 async fn measure() -> anyhow::Result<()> {
-    let mut child = Command::new(std::env::current_exe()?)
-        .arg("serve")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut line)?;
-    let (framed, generated) = line.trim().split_once(' ').context("the child does not serve")?;
-    let client = StoreClient::new(ClientConfig::to(format!("http://{framed}")))?;
+    let (child, framed, generated) = fixture::start_child()?;
+    let client = StoreClient::new(ClientConfig {
+        path: DataPath::Grpc,
+        ..ClientConfig::to(format!("http://{framed}"))
+    })?;
     let stock = channel(generated.parse()?).await?;
     println!("layer block | put framed | put generated | get framed | get generated   (GB/s, best of {ROUNDS})");
     for n in 0..=5 {
@@ -144,9 +105,7 @@ async fn measure() -> anyhow::Result<()> {
             schema(n).layer_block_bytes() >> 10
         );
     }
-    drop(child.stdin.take());
-    child.wait()?;
-    Ok(())
+    fixture::end_child(child)
 }
 
 async fn channel(address: SocketAddr) -> anyhow::Result<Channel> {
@@ -162,14 +121,14 @@ async fn channel(address: SocketAddr) -> anyhow::Result<Channel> {
 fn blocks(n: u16, round: u8) -> (KvSchema, Vec<BlockHash>, Bytes, Checksum) {
     let schema = schema(n);
     let bytes = schema.layer_block_bytes();
-    let payload = Bytes::from((0..bytes).map(|i| (i * 31 % 251) as u8).collect::<Vec<_>>());
+    let payload = Bytes::from(fixture::payload(bytes));
     let checksum = Checksum::of(&payload);
     (schema, chain(round, TOTAL / bytes), payload, checksum)
 }
 
 async fn put_framed(client: &StoreClient, n: u16, round: u8) -> anyhow::Result<Duration> {
     let (schema, chain, payload, checksum) = blocks(n, round);
-    let namespace = client.open_namespace(&tenant(), &schema).await?;
+    let namespace = client.open_namespace(&fixture::tenant()?, &schema).await?;
     let started = Instant::now();
     let mut stream = client.put_blocks(&namespace).await?;
     for hash in &chain {
@@ -190,7 +149,7 @@ async fn put_framed(client: &StoreClient, n: u16, round: u8) -> anyhow::Result<D
 
 async fn get_framed(client: &StoreClient, n: u16, round: u8) -> anyhow::Result<Duration> {
     let (schema, chain, _, _) = blocks(n, round);
-    let namespace = client.open_namespace(&tenant(), &schema).await?;
+    let namespace = client.open_namespace(&fixture::tenant()?, &schema).await?;
     let started = Instant::now();
     let mut stream = client.get_blocks(&namespace, &chain, 0..1, None, None).await?;
     let mut bytes = 0;
@@ -203,7 +162,7 @@ async fn get_framed(client: &StoreClient, n: u16, round: u8) -> anyhow::Result<D
 
 async fn put_generated(channel: &Channel, n: u16, round: u8) -> anyhow::Result<Duration> {
     let (schema, chain, payload, checksum) = blocks(n, round);
-    let namespace = kvasir_block::NamespaceId::new(&tenant(), &schema);
+    let namespace = kvasir_block::NamespaceId::new(&fixture::tenant()?, &schema);
     let per_message = ((1 << 20) / payload.len()).max(1);
     let messages: Vec<Vec<BlockHash>> = chain.chunks(per_message).map(<[_]>::to_vec).collect();
     let started = Instant::now();
@@ -242,7 +201,7 @@ async fn put_generated(channel: &Channel, n: u16, round: u8) -> anyhow::Result<D
 async fn get_generated(channel: &Channel, n: u16, round: u8) -> anyhow::Result<Duration> {
     let (schema, chain, _, _) = blocks(n, round);
     let request = v1::GetBlocksRequest {
-        namespace: convert::namespace_bytes(kvasir_block::NamespaceId::new(&tenant(), &schema)),
+        namespace: convert::namespace_bytes(kvasir_block::NamespaceId::new(&fixture::tenant()?, &schema)),
         hashes: convert::hash_bytes(&chain),
         layer_start: 0,
         layer_end: 1,

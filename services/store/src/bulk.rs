@@ -1,7 +1,7 @@
 //! The bulk path: blocks over plain connections, a thread each, by the frames of `kvasir_proto::bulk`.
 //!
 //! A hit goes from the host tier's own memory to the socket with no thread in between and no copy but the kernel's; a put is
-//! received into the room where it will rest and verified there. A connection does one request at a time, in order, and holds
+//! received into the room where it will rest and verified as it comes; without room it is not received, for `put_wait_max`. A connection does one request at a time, in order, and holds
 //! at most a frame of about 1 MiB (or one block) of memory beside it.
 //!
 //! What is bounded: connections (`bulk_connections_max`; one more is told so and closed), the time a request takes to arrive
@@ -12,6 +12,7 @@
 
 mod answer;
 mod connection;
+mod put;
 mod socket;
 
 use std::{

@@ -111,10 +111,15 @@ impl Served {
         (streams, put_kib << 10)
     }
 
-    /// Waits for work that is under way, then flushes and closes the cache.
-    pub(crate) async fn close(&self) -> anyhow::Result<()> {
+    /// Takes no more work, and waits for what is under way.
+    pub(crate) async fn drain(&self) {
         self.io.drain().await;
         self.searches.door.drain().await;
+    }
+
+    /// Waits for work that is under way, then flushes and closes the cache.
+    pub(crate) async fn close(&self) -> anyhow::Result<()> {
+        self.drain().await;
         let Some(cache) = self.cache.write().take() else {
             return Ok(());
         };

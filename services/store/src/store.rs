@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context;
@@ -26,6 +26,9 @@ use crate::{
 
 /// What `/readyz` calls this part.
 const PART: &str = "store";
+
+/// How long replies may take to leave when the store stops; what makes them is waited for before that.
+const LEAVE: Duration = Duration::from_secs(1);
 
 /// A running store; dropping it does not stop it, [`Store::stop`] does.
 #[derive(Debug)]
@@ -109,9 +112,13 @@ impl Store {
         self.readiness.not_ready(PART, "stopping");
         self.grpc.set_serving(false).await;
         self.stopping.cancel();
-        let bulk = self.bulk;
-        let kept = tokio::task::spawn_blocking(move || bulk.stop()).await?;
-        self.grpc.stop().await;
+        let (bulk, grpc, served) = (self.bulk, self.grpc, Arc::clone(&self.served));
+        // A reader that takes nothing holds up either for a second.
+        let (kept, ()) = tokio::join!(tokio::task::spawn_blocking(move || bulk.stop()), async move {
+            served.drain().await;
+            grpc.stop_within(LEAVE).await;
+        });
+        let kept = kept?;
         let closed = self.served.close().await;
         // From here on nothing is written into memory that readers on this machine may still look at.
         drop(kept);

@@ -26,7 +26,7 @@ use std::{
 };
 
 use kvasir_block::{KvSchema, LayerBlockKey, NamespaceId, Tenant};
-use kvasir_device::Arena;
+use kvasir_device::{Arena, Ready};
 use kvasir_tier::{DiskConfig, DiskTier, HostConfig, HostTier, ObjectTier};
 use parking_lot::Mutex;
 
@@ -36,7 +36,7 @@ pub use self::{
     match_prefix::PrefixMatch,
     policy::Admission,
     put::PutOutcome,
-    reserve::PutBuffer,
+    reserve::{PutBuffer, PutPayload},
 };
 use crate::{
     CacheConfig, CacheError, ErrorKind, LeaseId, Subscription,
@@ -80,6 +80,8 @@ pub(crate) struct Shared {
     object: Option<ObjectTier>,
     /// The host tier's memory, to look things up in without its lock.
     arena: Arena,
+    /// Makes that memory before it is needed.
+    _ready: Option<Ready>,
     /// Bytes of puts that are received outside the arena.
     heap_reserved: Arc<AtomicU64>,
     pub(crate) state: Mutex<State>,
@@ -175,6 +177,8 @@ impl BlockCache {
         let disk_gate = ReadGate::new(config.disk_reads_max, config.disk_reads_waiting_max);
         let prefetch = Arc::new(Prefetch::new(config.prefetch_queue_max));
         let contexts = ContextBudget::new(config.contexts_max, config.context_bytes_max);
+        let ready_bytes = config.host_ready_bytes;
+        let ready = (ready_bytes > 0).then(|| arena.keep_ready(ready_bytes));
         let shared = Arc::new(Shared {
             config,
             epoch,
@@ -182,6 +186,7 @@ impl BlockCache {
             namespaces,
             disk,
             object,
+            _ready: ready,
             arena,
             heap_reserved: Arc::default(),
             state: Mutex::new(state),

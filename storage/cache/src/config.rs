@@ -21,6 +21,9 @@ pub struct CacheConfig {
     pub host_policy: HostPolicy,
     /// Whether to ask for pages of 2 MiB for the host tier.
     pub huge_pages: HugePages,
+    /// Bytes of that memory that were never used which are kept ready, by a thread of the lowest priority. Putting a block into
+    /// memory that is not costs several times as much. 0: none.
+    pub host_ready_bytes: u64,
     /// Most bytes of the host tier for single tenants: each evicts its own blocks beyond it, and has its part of a full tier for
     /// itself (see [`kvasir_tier::Owner`]).
     pub tenant_host_bytes_max: HashMap<Tenant, u64>,
@@ -87,6 +90,7 @@ impl CacheConfig {
             host_bytes_max: 1 << 30,
             host_policy: HostPolicy::default(),
             huge_pages: HugePages::Auto,
+            host_ready_bytes: 0,
             tenant_host_bytes_max: HashMap::new(),
             tenant_host_bytes_max_default: None,
             disk_bytes_max: 16 << 30,

@@ -49,7 +49,7 @@ mod stats;
 #[cfg(test)]
 mod testing;
 
-pub use cache::{Admission, BlockCache, GetOptions, GetOutcome, PrefixMatch, PutBuffer, PutOutcome, Tier};
+pub use cache::{Admission, BlockCache, GetOptions, GetOutcome, PrefixMatch, PutBuffer, PutOutcome, PutPayload, Tier};
 pub use config::CacheConfig;
 pub use error::{CacheError, ErrorKind};
 pub use event::{BlockEvent, EventKind, EventStep, Subscription};

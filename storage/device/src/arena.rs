@@ -14,6 +14,7 @@
 //! much as filling it): whoever reserves writes all that it then shares, and freezes no more than it wrote.
 
 mod memory;
+mod ready;
 mod runs;
 mod slot;
 mod view;
@@ -29,9 +30,10 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 pub(crate) use self::slot::Slot;
-use self::{memory::Memory, runs::Runs};
+use self::{memory::Memory, ready::HighWater, runs::Runs};
 pub use self::{
     memory::PageKind,
+    ready::Ready,
     slot::Held,
     view::{ArenaView, ViewError},
 };
@@ -74,6 +76,8 @@ pub struct Arena {
 
 pub(super) struct Inner {
     memory: Memory,
+    pages: u32,
+    high_water: HighWater,
     state: Mutex<State>,
 }
 
@@ -106,6 +110,8 @@ impl Arena {
         Ok(Self {
             inner: Arc::new(Inner {
                 memory,
+                pages,
+                high_water: HighWater::default(),
                 state: Mutex::new(state),
             }),
         })
@@ -116,6 +122,12 @@ impl Arena {
         let pages = pages_of(bytes)?;
         let start = self.inner.state.lock().runs.take(pages)?;
         Some(self.buffer(start, pages, bytes))
+    }
+
+    /// Keeps the next `ahead` bytes that were never used ready to be filled, by a thread of the lowest priority, until what is given
+    /// back is dropped: else who fills a page first waits until the system has made it. To be called once.
+    pub fn keep_ready(&self, ahead: u64) -> Ready {
+        Ready::start(self, ahead)
     }
 
     /// What a payload of `bytes` costs: whole pages, at least one.
@@ -187,6 +199,7 @@ impl Arena {
     }
 
     fn buffer(&self, start: u32, pages: u32, bytes: usize) -> Buffer {
+        self.inner.high_water.note(start + pages);
         Buffer::in_arena(Slot::new(Arc::clone(&self.inner), start, pages), bytes)
     }
 }

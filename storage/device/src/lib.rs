@@ -30,7 +30,7 @@ mod file;
 pub mod socket;
 pub mod stream;
 
-pub use arena::{Arena, ArenaConfig, ArenaError, ArenaView, Fence, Held, HugePages, PageKind, ViewError};
+pub use arena::{Arena, ArenaConfig, ArenaError, ArenaView, Fence, Held, HugePages, PageKind, Ready, ViewError};
 pub use buffer::{Buffer, PAGE_BYTES};
 pub use file::{
     BlockFile, FileIo, PIECE_BYTES, Psync, ReadAt, ReadOutcome, Uring, WriteAt, best_io, faulty, takes_direct_io,

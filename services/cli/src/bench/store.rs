@@ -185,7 +185,7 @@ fn client_config(host: &Host, args: &StoreBenchArgs) -> ClientConfig {
             StorePath::Auto => DataPath::Auto,
             StorePath::Grpc => DataPath::Grpc,
             StorePath::Bulk => DataPath::Bulk,
-            StorePath::Local => DataPath::Auto,
+            StorePath::Local => DataPath::Local,
         },
         verify: args.verify == Switch::On,
         ..ClientConfig::to(host.url())

@@ -43,6 +43,7 @@ struct Sums {
     hits: u64,
     /// Of what was matched, by the tier that it was in then.
     matched_host: u64,
+    matched_object: u64,
     /// Said to be held, then not served.
     lost: u64,
     put: u64,
@@ -137,6 +138,7 @@ impl Replay {
             }
             sums.hits = loaded as u64;
             sums.matched_host = found.host_blocks.min(loaded) as u64;
+            sums.matched_object = found.object_blocks.min(loaded - found.host_blocks.min(loaded)) as u64;
             sums.lost = (found.hit_blocks - loaded) as u64;
             if let Some(lease) = found.lease {
                 self.client.release(lease).await?;
@@ -190,6 +192,7 @@ impl Sums {
         self.blocks += other.blocks;
         self.hits += other.hits;
         self.matched_host += other.matched_host;
+        self.matched_object += other.matched_object;
         self.lost += other.lost;
         self.put += other.put;
         self.put_refused += other.put_refused;

@@ -91,18 +91,17 @@ fn field(field: &'static str, problem: String) -> BulkError {
 
 /// What a match says.
 pub(crate) fn matched(head: &ReplyHead, asked: usize) -> Result<PrefixMatch, String> {
-    let (hit_blocks, host_blocks) = (head.hit_blocks as usize, head.host_blocks as usize);
-    if hit_blocks > asked || host_blocks > hit_blocks {
-        return Err(format!(
-            "{host_blocks} of {hit_blocks} hits in memory, of {asked} blocks asked for"
-        ));
-    }
-    Ok(PrefixMatch {
+    let [hit_blocks, host_blocks, disk_blocks] =
+        [head.hit_blocks, head.host_blocks, head.disk_blocks].map(|blocks| blocks as usize);
+    let matched = PrefixMatch {
         hit_blocks,
         host_blocks,
+        disk_blocks,
+        object_blocks: hit_blocks.saturating_sub(host_blocks + disk_blocks),
         lease: (head.lease != 0).then_some(head.lease),
         lease_for: Duration::from_millis(head.lease_ms.into()),
-    })
+    };
+    matched.checked(asked)
 }
 
 /// The store's refusal of a request, if it is one.

@@ -8,7 +8,6 @@ use kvasir_proto::{
     GetOutcome,
     bulk::{self, FRAME_BYTES, GetRow, Op, ReplyHead, RequestHead},
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{
     check::{self, Asked},
@@ -56,6 +55,8 @@ enum Part {
 struct Frame {
     rows: VecDeque<GetRow>,
     last: bool,
+    /// The rows say places in the store's memory.
+    placed: bool,
     /// Payload bytes of the frame that have not come.
     left: usize,
     /// Of the block at hand: checksum of its first bytes, and how many those are.
@@ -136,6 +137,16 @@ impl BulkGets {
                 self.part = Part::Head;
                 continue;
             };
+            if frame.placed && row.outcome == GetOutcome::Hit {
+                frame.rows.pop_front();
+                let payload = self.lane.as_ref().and_then(|lane| lane.stream.placed(&row));
+                let payload = payload.ok_or_else(|| name.broken("a place outside of the store's memory"))?;
+                return Ok(Some(Came {
+                    outcome: row.outcome,
+                    right: !self.verify || row.checksum.verifies(&payload),
+                    payload,
+                }));
+            }
             let length = row.length as usize;
             loop {
                 let have = self.buffer.len().min(length);
@@ -208,6 +219,7 @@ impl BulkGets {
                     self.part = Part::Payload(Frame {
                         rows: rows.into(),
                         last: head.last,
+                        placed: head.placed,
                         left,
                         checksum: Checksum::EMPTY,
                         summed: 0,

@@ -1,7 +1,7 @@
 //! The socket to a local store, shared by a connection and the bytes that came by it.
 
 use std::{
-    io::{self, IoSlice},
+    io::{self, IoSlice, Write},
     os::unix::net::UnixStream,
     sync::Arc,
 };
@@ -17,7 +17,7 @@ use crate::bulk::socket::write_all;
 const BATCH: usize = 32;
 const BATCH_BYTES: u64 = 8 << 20;
 
-/// A socket on which one thread asks, and whoever drops bytes gives places back. While any of them is left the socket is open, and while
+/// A socket, blocking or not, on which one thread asks, and whoever drops bytes gives places back. While any of them is left the socket is open, and while
 /// it is open the store keeps what was not given back.
 #[derive(Debug)]
 pub(crate) struct Way {
@@ -96,16 +96,52 @@ impl Way {
         }
     }
 
+    /// Begins a request that is written by other means, through the same socket; what is to go out before it.
+    pub(crate) fn begin(&self) -> io::Result<Vec<u8>> {
+        let mut whole = self.sending.lock();
+        if !std::mem::replace(&mut *whole, false) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let mut messages = Vec::new();
+        for numbers in self.take_returned().chunks(ROWS_MAX) {
+            messages.extend(returns(numbers));
+        }
+        Ok(messages)
+    }
+
+    /// The request that was begun has left.
+    pub(crate) fn end(&self) {
+        *self.sending.lock() = true;
+    }
+
+    fn take_returned(&self) -> Vec<u64> {
+        let mut places = self.places.lock();
+        places.returned_bytes = 0;
+        std::mem::take(&mut places.returned)
+    }
+
+    /// Sends what is to be given back, as far as it goes at once where the socket does not block; the rest waits.
     fn send_returns(&self, whole: &mut bool) -> io::Result<()> {
-        let numbers = {
-            let mut places = self.places.lock();
-            places.returned_bytes = 0;
-            std::mem::take(&mut places.returned)
-        };
-        for numbers in numbers.chunks(ROWS_MAX) {
-            let table = number_table(numbers);
-            let head = RequestHead::new(Op::Return, 0, NamespaceId::from_bytes([0; 32])).with_table(&table);
-            self.send(whole, &mut [IoSlice::new(&head.encode()), IoSlice::new(&table)])?;
+        let numbers = self.take_returned();
+        let mut sent = 0;
+        for numbers in numbers.chunks(BATCH) {
+            if !*whole {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let message = returns(numbers);
+            match (&self.stream).write(&message) {
+                Ok(written) if written == message.len() => {}
+                Ok(written) => self.send(whole, &mut [IoSlice::new(&message[written..])])?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    *whole = false;
+                    return Err(error);
+                }
+            }
+            sent += numbers.len();
+        }
+        if sent < numbers.len() {
+            self.places.lock().returned.extend(&numbers[sent..]);
         }
         Ok(())
     }
@@ -120,6 +156,13 @@ impl Way {
         *whole = true;
         Ok(())
     }
+}
+
+/// A request that gives places back.
+fn returns(numbers: &[u64]) -> Vec<u8> {
+    let table = number_table(numbers);
+    let head = RequestHead::new(Op::Return, 0, NamespaceId::from_bytes([0; 32])).with_table(&table);
+    [&head.encode()[..], &table].concat()
 }
 
 impl Drop for HeldPlace {

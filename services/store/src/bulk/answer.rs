@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_block::{BlockHash, LayerBlockKey};
-use kvasir_cache::{BlockCache, CacheError, ErrorKind, GetOptions, GetOutcome, LeaseId, PutOutcome, Tier};
+use kvasir_cache::{BlockCache, CacheError, ErrorKind, GetOptions, GetOutcome, LeaseId, Tier};
 use kvasir_proto::{
-    EntryHead, GetOutcome as Said, PutOutcome as Kept,
-    bulk::{self, FRAME_BYTES, GetRow, Op, PutRow, ReplyHead, RequestHead, Status},
+    GetOutcome as Said,
+    bulk::{self, FRAME_BYTES, GetRow, Op, ReplyHead, RequestHead, Status},
     convert,
 };
 
@@ -221,76 +221,6 @@ fn row(outcome: GetOutcome) -> (GetRow, Option<Bytes>) {
     (GetRow::without(said), None)
 }
 
-/// The rows, all of which fit the schema.
-pub(super) fn fitting(cache: &BlockCache, head: &RequestHead, rows: Vec<PutRow>) -> Result<Vec<PutRow>, Problem> {
-    let schema = schema(cache, head)?;
-    for (i, row) in rows.iter().enumerate() {
-        let entry = EntryHead {
-            hash: row.hash,
-            layer: row.layer,
-            length: row.length as usize,
-            checksum: row.checksum,
-        };
-        if let Err(error) = entry.fits(&schema) {
-            return Err(Problem::Refused(
-                Status::Invalid,
-                error.inside(&format!("rows[{i}]")).to_string(),
-            ));
-        }
-    }
-    Ok(rows)
-}
-
-/// Receives each block where it will rest.
-pub(super) fn put(
-    connection: &Connection<'_>,
-    cache: &BlockCache,
-    head: &RequestHead,
-    rows: &[PutRow],
-) -> Result<(), Problem> {
-    let mut outcomes = Vec::with_capacity(rows.len());
-    let mut failed = None;
-    for row in rows {
-        let room = if failed.is_none() {
-            cache.reserve(head.namespace)
-        } else {
-            Ok(None)
-        };
-        let kept = match room {
-            Ok(Some(mut room)) => {
-                connection.receive(room.as_mut_slice())?;
-                let key = head.namespace.block(row.hash).layer(row.layer);
-                cache.put_reserved(key, room, row.checksum)
-            }
-            other => {
-                connection.discard(row.length.into())?;
-                metrics::shed("busy", 1);
-                other.map(|_| PutOutcome::Busy)
-            }
-        };
-        match kept {
-            Ok(outcome) => outcomes.push(said(outcome)),
-            // Told when the rest has come.
-            Err(error) => failed = Some(error),
-        }
-    }
-    if let Some(error) = failed {
-        return Err(error.into());
-    }
-    let table = bulk::put_reply_rows(&outcomes);
-    let reply = ReplyHead::new(head.op, head.id).with_table(outcomes.len(), &table);
-    Ok(connection.send(&[&reply.encode(), &table])?)
-}
-
-const fn said(outcome: PutOutcome) -> Kept {
-    match outcome {
-        PutOutcome::Stored => Kept::Stored,
-        PutOutcome::Present => Kept::Present,
-        PutOutcome::Busy => Kept::Busy,
-        PutOutcome::ChecksumMismatch => Kept::ChecksumMismatch,
-    }
-}
-
 pub(super) fn exists(
     connection: &Connection<'_>,
     cache: &BlockCache,
@@ -316,6 +246,7 @@ pub(super) fn matched(
         // At most the rows of a request; a lease lasts at most lease_max.
         hit_blocks: matched.hit_blocks as u32,
         host_blocks: matched.host_blocks as u32,
+        disk_blocks: matched.disk_blocks as u32,
         lease: matched.lease.map_or(0, LeaseId::to_u64),
         lease_ms: matched.lease_for.as_millis() as u32,
         ..ReplyHead::new(head.op, head.id)
@@ -339,7 +270,10 @@ pub(super) fn suspect(cache: &BlockCache, head: &RequestHead, table: &[u8]) -> R
     Ok(())
 }
 
-fn schema(cache: &BlockCache, head: &RequestHead) -> Result<std::sync::Arc<kvasir_block::KvSchema>, Problem> {
+pub(super) fn schema(
+    cache: &BlockCache,
+    head: &RequestHead,
+) -> Result<std::sync::Arc<kvasir_block::KvSchema>, Problem> {
     cache.schema(head.namespace).ok_or_else(|| {
         let namespace = head.namespace;
         let text = format!("namespace: {namespace} is not open here, open it with its schema first");

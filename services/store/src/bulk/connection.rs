@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use kvasir_cache::BlockCache;
+use kvasir_cache::{BlockCache, PutBuffer};
 
 use kvasir_proto::bulk::{
     self, BulkError, Greeting, Op, Place, PutRow, ROWS_MAX, Refusal, ReplyHead, RequestHead, Status, Welcome,
@@ -17,6 +17,7 @@ use kvasir_proto::bulk::{
 use super::{
     Shared,
     answer::{self, Problem},
+    put,
     socket::Socket,
 };
 use crate::{local::Places, metrics, served::Served};
@@ -106,7 +107,7 @@ impl<'a> Connection<'a> {
         }
         let config = &self.served.config;
         let (mut bytes, mut table) = ([0; RequestHead::BYTES], Vec::new());
-        while !self.shared.is_stopping() {
+        while !self.is_stopping() {
             let idle = Instant::now() + self.idle_max();
             if !self
                 .socket
@@ -176,8 +177,8 @@ impl<'a> Connection<'a> {
             Ok(cache) => cache,
             Err(problem) => return self.discard(head.payload_bytes).and(Err(problem)),
         };
-        match answer::fitting(&cache, head, rows) {
-            Ok(rows) => answer::put(self, &cache, head, &rows),
+        match put::fitting(&cache, head, rows) {
+            Ok(rows) => put::put(self, &cache, head, &rows),
             Err(problem) => self.discard(head.payload_bytes).and(Err(problem)),
         }
     }
@@ -195,11 +196,31 @@ impl<'a> Connection<'a> {
     }
 
     /// Receives a part of a payload.
-    pub(super) fn receive(&self, into: &mut [u8]) -> Result<(), Problem> {
+    fn receive(&self, into: &mut [u8]) -> Result<(), Problem> {
         let until = Instant::now() + self.served.config.message_timeout.get();
         self.socket
             .receive(into, until)
             .map_err(|error| Problem::Ended(error.into()))
+    }
+
+    /// Receives a layer block into its room.
+    pub(super) fn receive_into(&self, room: &mut PutBuffer) -> Result<(), Problem> {
+        let until = Instant::now() + self.served.config.message_timeout.get();
+        loop {
+            let part = room.next_part();
+            if part.is_empty() {
+                return Ok(());
+            }
+            let bytes = part.len();
+            let received = self.socket.receive(part, until);
+            received.map_err(|error| Problem::Ended(error.into()))?;
+            room.fill(bytes);
+        }
+    }
+
+    /// Whether the store is stopping.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.shared.is_stopping()
     }
 
     /// Sends a frame.

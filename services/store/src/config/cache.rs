@@ -21,6 +21,7 @@ impl StoreConfig {
             } else {
                 HugePages::Off
             },
+            host_ready_bytes: self.host_ready_bytes.as_u64(),
             tenant_host_bytes_max: self.tenant_budgets(),
             tenant_host_bytes_max_default: (default > ByteSize::bytes(0)).then(|| default.as_u64()),
             disk_bytes_max: self.disk_bytes_max.as_u64(),

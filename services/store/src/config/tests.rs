@@ -107,6 +107,7 @@ fn what_cannot_work_names_the_key() {
 fn each_key_of_the_tiers_reaches_the_cache() {
     let text = r#"{
         "host_bytes_max": "2GiB", "host_policy": "s3-fifo", "huge_pages": false,
+        "host_ready_bytes": "7MiB",
         "tenant_host_bytes_max": {"blue": "512MiB", "red": "0B"}, "tenant_host_bytes_max_default": "1GiB",
         "disk_admission": "reuse", "promote_after_reads": 2, "reuse_entries": 4096,
         "prefetch_layers": 3, "prefetch_bytes_max": "1MiB",
@@ -121,6 +122,7 @@ fn each_key_of_the_tiers_reaches_the_cache() {
         (cache.host_policy, cache.huge_pages),
         (HostPolicy::S3Fifo, HugePages::Off)
     );
+    assert_eq!(cache.host_ready_bytes, 7 << 20);
     assert_eq!((budget("blue"), budget("red")), (512 << 20, 0));
     assert_eq!(cache.tenant_host_bytes_max_default, Some(1 << 30));
     assert_eq!((cache.disk_admission, cache.promote_after_reads), (Admission::Reuse, 2));

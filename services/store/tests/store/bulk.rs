@@ -7,14 +7,14 @@ use std::{
 };
 
 use kvasir_block::{BlockHash, Checksum, NamespaceId};
-use kvasir_client::{
-    BulkConnection, ClientConfig, DataPath, ErrorKind, GetOutcome, Namespace, PutBlock, PutOutcome, StoreClient,
-};
+use kvasir_client::{BulkConnection, ClientConfig, DataPath, ErrorKind, GetOutcome, Namespace, PutBlock, PutOutcome};
 use kvasir_proto::bulk::{Greeting, VERSION, Welcome};
 use kvasir_runtime::{Runtime, units::HumanDuration};
 use kvasir_store::{Store, StoreConfig};
 
-use crate::support::{LAYERS, Setup, chain, config, in_order, layer_block, payload, schema, tenant};
+use crate::support::{
+    LAYERS, Setup, chain, config, config_by, in_order, layer_block, payload, put_blocks, schema, tenant,
+};
 
 /// Does `work` with a bulk connection, on a thread of its own.
 async fn with_bulk<T: Send + 'static>(
@@ -30,25 +30,12 @@ async fn with_bulk<T: Send + 'static>(
 }
 
 fn bulk_config(url: &str) -> ClientConfig {
-    ClientConfig {
-        path: DataPath::Bulk,
-        call_timeout: Duration::from_secs(20),
-        ..ClientConfig::to(url)
-    }
+    config_by(DataPath::Bulk, url)
 }
 
 fn put_all(bulk: &mut BulkConnection, namespace: &Namespace, chain: &[BlockHash]) -> Vec<PutOutcome> {
     let blocks: Vec<_> = in_order(chain).map(|(hash, layer)| layer_block(hash, layer)).collect();
-    let blocks: Vec<_> = blocks
-        .iter()
-        .map(|block| PutBlock {
-            hash: block.hash,
-            layer: block.layer,
-            checksum: block.checksum,
-            payload: &block.payload,
-        })
-        .collect();
-    bulk.put_from(namespace, &blocks).expect("outcomes")
+    bulk.put_from(namespace, &put_blocks(&blocks)).expect("outcomes")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -312,13 +299,8 @@ async fn streams_of_the_client_say_the_same_on_every_path() {
     setup.put(&wanted).await;
     wanted[100] = BlockHash::from_bytes([9; 32]);
     let mut answers = Vec::new();
-    for path in [DataPath::Auto, DataPath::Grpc, DataPath::Bulk] {
-        let config = ClientConfig {
-            path,
-            ..bulk_config(&setup.url())
-        };
-        let client = StoreClient::new(config).expect("a client");
-        let namespace = client.open_namespace(&tenant(), &schema()).await.expect("a namespace");
+    for path in [DataPath::Auto, DataPath::Grpc, DataPath::Bulk, DataPath::Local] {
+        let (client, namespace) = setup.by(path).await;
         // Twice, so that the connection is used again.
         for _ in 0..2 {
             let gets = client.get_blocks(&namespace, &wanted, 0..LAYERS, None, None).await;

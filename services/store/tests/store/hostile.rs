@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{Stream, StreamExt, stream};
-use kvasir_client::{ErrorKind, GetOutcome};
+use kvasir_client::{DataPath, ErrorKind, GetOutcome};
 use kvasir_proto::{
     EntryHead, convert,
     frame::{BulkMessage, FramedBody, Incoming, Rope, StreamError},
@@ -219,8 +219,9 @@ async fn streams_and_watchers_are_bounded() {
         ..config(dir.path())
     };
     let setup = Setup::with(&narrow).await;
-    let first = setup.client.put_blocks(&setup.namespace).await.expect("a stream");
-    let error = setup.client.put_blocks(&setup.namespace).await.expect_err("no place");
+    let (by_grpc, namespace) = setup.by(DataPath::Grpc).await;
+    let first = by_grpc.put_blocks(&namespace).await.expect("a stream");
+    let error = by_grpc.put_blocks(&namespace).await.expect_err("no place");
     assert_eq!(error.kind, ErrorKind::Exhausted, "{error}");
     assert!(error.message.contains("store.streams_max allows no more"), "{error}");
     first.finish().await.expect("closed");

@@ -10,21 +10,17 @@ use std::{
 use bytes::Bytes;
 use kvasir_block::BlockHash;
 use kvasir_client::{
-    ClientConfig, DataPath, ErrorKind, GetOutcome, LocalConnection, Namespace, PutBlock, PutOutcome, StoreClient,
+    ClientConfig, DataPath, ErrorKind, GetOutcome, LocalConnection, Namespace, PutOutcome, StoreClient,
 };
 use kvasir_runtime::units::{ByteSize, HumanDuration};
 use kvasir_store::StoreConfig;
 
-use crate::support::{Setup, chain, config, in_order, layer_block, payload, schema, tenant};
+use crate::support::{Setup, chain, config, config_by, in_order, layer_block, payload, put_blocks, schema, tenant};
 
 const BLOCK_BYTES: u64 = 4096;
 
 fn local_config(url: &str) -> ClientConfig {
-    ClientConfig {
-        path: DataPath::Local,
-        call_timeout: Duration::from_secs(20),
-        ..ClientConfig::to(url)
-    }
+    config_by(DataPath::Local, url)
 }
 
 fn connect(setup: &Setup) -> LocalConnection {
@@ -60,16 +56,8 @@ async fn places_have_the_bytes_that_were_put_and_are_returned() {
     let blocks: Vec<_> = in_order(&by_local)
         .map(|(hash, layer)| layer_block(hash, layer))
         .collect();
-    let put: Vec<_> = blocks
-        .iter()
-        .map(|block| PutBlock {
-            hash: block.hash,
-            layer: block.layer,
-            checksum: block.checksum,
-            payload: &block.payload,
-        })
-        .collect();
-    let outcomes = local.put_from(&setup.namespace, &put).expect("outcomes");
+    let outcomes = local.put_from(&setup.namespace, &put_blocks(&blocks));
+    let outcomes = outcomes.expect("outcomes");
     assert_eq!(outcomes, [PutOutcome::Stored].repeat(900));
     for chain in [&by_grpc, &by_local] {
         // Every third key is of a block that nobody has.
@@ -183,10 +171,7 @@ async fn turned_off_or_asked_for_otherwise_there_is_no_local_path() {
     setup.store.stop().await.expect("everything written");
     let setup = Setup::with(&config(dir.path())).await;
     let path = setup.store.local_socket().expect("a socket").to_owned();
-    let config = ClientConfig {
-        path: DataPath::Bulk,
-        ..local_config(&setup.url())
-    };
+    let config = config_by(DataPath::Bulk, &setup.url());
     let error = LocalConnection::connect(&setup.namespace, &config).expect_err("another path");
     assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
     let mut local = connect(&setup);

@@ -5,6 +5,7 @@ mod bulk;
 mod hostile;
 mod life;
 mod local;
+mod puts;
 mod retrieval;
 mod retrieval_options;
 mod round_trip;

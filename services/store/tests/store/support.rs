@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use bytes::Bytes;
 use kvasir_block::{BlockHash, Checksum, Dtype, ExtraKeys, KvSchema, RopeStyle, Tenant, block_hashes};
-use kvasir_client::{ClientConfig, GotBlock, LayerBlock, Namespace, PutOutcome, StoreClient};
+use kvasir_client::{ClientConfig, DataPath, GotBlock, LayerBlock, Namespace, PutBlock, PutOutcome, StoreClient};
 use kvasir_proto::v1::block_store_client::BlockStoreClient;
 use kvasir_runtime::{Runtime, units::ByteSize};
 use kvasir_store::{Store, StoreConfig};
@@ -102,6 +102,13 @@ impl Setup {
         format!("http://{}", self.store.grpc_addr())
     }
 
+    /// A client that takes a path, and its namespace.
+    pub(crate) async fn by(&self, path: DataPath) -> (StoreClient, Namespace) {
+        let client = StoreClient::new(config_by(path, &self.url())).expect("a client");
+        let namespace = client.open_namespace(&tenant(), &schema()).await.expect("a namespace");
+        (client, namespace)
+    }
+
     /// tonic's own client of the same store.
     pub(crate) async fn stock(&self) -> BlockStoreClient<Channel> {
         BlockStoreClient::connect(self.url()).await.expect("a connection")
@@ -140,11 +147,29 @@ impl Setup {
 }
 
 pub(crate) fn client(store: &Store) -> StoreClient {
-    let config = ClientConfig {
+    StoreClient::new(config_by(DataPath::Auto, &format!("http://{}", store.grpc_addr()))).expect("a client")
+}
+
+/// Of a client that takes a path.
+pub(crate) fn config_by(path: DataPath, url: &str) -> ClientConfig {
+    ClientConfig {
+        path,
         call_timeout: Duration::from_secs(20),
-        ..ClientConfig::to(format!("http://{}", store.grpc_addr()))
-    };
-    StoreClient::new(config).expect("a client")
+        ..ClientConfig::to(url)
+    }
+}
+
+/// What a blocking put wants of blocks.
+pub(crate) fn put_blocks(blocks: &[LayerBlock]) -> Vec<PutBlock<'_>> {
+    blocks
+        .iter()
+        .map(|block| PutBlock {
+            hash: block.hash,
+            layer: block.layer,
+            checksum: block.checksum,
+            payload: &block.payload,
+        })
+        .collect()
 }
 
 /// All layer blocks of a chain in the order of puts and gets.

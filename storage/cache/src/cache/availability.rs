@@ -57,18 +57,17 @@ impl Available {
 
 impl Shared {
     /// Looks at what the tiers hold of `block`, and tells everyone if it became available or ceased to be. `tier` is where
-    /// the change was.
-    pub(super) fn refresh(&self, state: &mut State, block: BlockKey, tier: Tier) {
-        let Some(layers) = self.namespaces.layers(block.namespace) else {
-            return;
-        };
+    /// the change was. Says which tiers have the block, as [`Self::held_in`].
+    pub(super) fn refresh(&self, state: &mut State, block: BlockKey, tier: Tier) -> Option<Tier> {
+        let layers = self.namespaces.layers(block.namespace)?;
         if !state.unsaved.is_empty() && state.host.layer_count(&block) == 0 {
             // Evicted.
             (0..layers).for_each(|layer| {
                 state.unsaved.remove(&block.layer(layer as u16));
             });
         }
-        let (changed, kind) = if self.holds_all(state, &block, layers) {
+        let held = self.slowest_needed(state, &block, layers);
+        let (changed, kind) = if held.is_some() {
             (state.available.insert(block), EventKind::Stored)
         } else {
             (state.available.remove(&block), EventKind::Removed)
@@ -76,22 +75,23 @@ impl Shared {
         if changed {
             state.events.publish(kind, block.namespace, block.hash, tier);
         }
+        held
     }
 
-    fn holds_all(&self, state: &State, block: &BlockKey, layers: usize) -> bool {
+    /// The slowest tier that is needed to have all layers; `None` where they are not all held.
+    fn slowest_needed(&self, state: &State, block: &BlockKey, layers: usize) -> Option<Tier> {
         if state.host.layer_count(block) >= layers {
-            return true;
+            return Some(Tier::Host);
         }
         let mut held = self.near_layers(state, block);
-        if held.count < layers
-            && let Some(object) = &self.object
-        {
-            object.visit_layers(block, |layer| held.insert(layer));
+        if held.count >= layers {
+            return Some(Tier::Disk);
         }
-        held.count >= layers
+        self.object.as_ref()?.visit_layers(block, |layer| held.insert(layer));
+        (held.count >= layers).then_some(Tier::Object)
     }
 
-    /// Whether `block` is held as of now. Other stores put into the object tier and take from it, which is noticed here.
+    /// Whether `block` is held as of now; see [`Self::held_in`].
     pub(super) fn is_available(&self, state: &mut State, block: &BlockKey) -> bool {
         if self.object.is_some() {
             self.refresh(state, *block, Tier::Object);
@@ -99,9 +99,15 @@ impl Shared {
         state.available.contains(block)
     }
 
-    /// Whether memory and disk alone hold all layers of a block that is available.
-    pub(super) fn is_near(&self, state: &State, block: &BlockKey, layers: usize) -> bool {
-        self.object.is_none() || self.near_layers(state, block).count >= layers
+    /// The slowest tier that is needed to have all of `block` as of now; `None` where it is not held. Other stores put into the object
+    /// tier and take from it, which is noticed here.
+    pub(super) fn held_in(&self, state: &mut State, block: &BlockKey, layers: usize) -> Option<Tier> {
+        if self.object.is_some() {
+            return self.refresh(state, *block, Tier::Object);
+        }
+        let in_host = state.host.layer_count(block) >= layers;
+        let tier = if in_host { Tier::Host } else { Tier::Disk };
+        state.available.contains(block).then_some(tier)
     }
 
     /// Layers of a block that memory and disk hold.

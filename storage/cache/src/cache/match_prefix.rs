@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use kvasir_block::{BlockHash, BlockKey, NamespaceId};
 
-use super::BlockCache;
+use super::{BlockCache, Tier};
 use crate::{CacheError, LeaseId};
 
 /// How much of a chain is held.
@@ -42,17 +42,17 @@ impl BlockCache {
         for block in chain.clone() {
             state.reuse.note_asked(&block);
         }
-        let hit: Vec<BlockKey> = chain
-            .take_while(|block| self.shared.is_available(&mut state, block))
-            .collect();
-        let host_blocks = hit
-            .iter()
-            .filter(|block| state.host.layer_count(block) >= layers)
-            .count();
-        let object_blocks = hit
-            .iter()
-            .filter(|block| !self.shared.is_near(&state, block, layers))
-            .count();
+        let mut hit: Vec<BlockKey> = Vec::new();
+        let [mut host_blocks, mut disk_blocks, mut object_blocks] = [0; 3];
+        for block in chain {
+            match self.shared.held_in(&mut state, &block, layers) {
+                Some(Tier::Host) => host_blocks += 1,
+                Some(Tier::Disk) => disk_blocks += 1,
+                Some(Tier::Object) => object_blocks += 1,
+                None => break,
+            }
+            hit.push(block);
+        }
         // From the tail to the head, so that eviction takes the tail first and what is left is still a prefix.
         for block in hit.iter().rev() {
             state.host.touch(block);
@@ -75,7 +75,7 @@ impl BlockCache {
         Ok(PrefixMatch {
             hit_blocks,
             host_blocks,
-            disk_blocks: hit_blocks - host_blocks - object_blocks,
+            disk_blocks,
             object_blocks,
             lease,
             lease_for,

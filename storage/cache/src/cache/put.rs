@@ -33,23 +33,25 @@ impl BlockCache {
     /// # Errors
     /// `UnknownNamespace`; `InvalidArgument` for a layer that the schema lacks or a payload of another size.
     pub fn put(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> Result<PutOutcome, CacheError> {
-        self.put_as(key, payload, checksum, |shared, payload| {
+        let right = || checksum.verifies(&payload);
+        self.put_as(key, payload.len(), checksum, right, |shared| {
             shared.copy_in(key.namespace, &payload)
         })
     }
 
-    /// Checks a payload, and keeps what `rest` makes of it.
+    /// Keeps a payload of `found` bytes, which `rest` puts where it will rest, unless it is none of the namespace, there already or
+    /// not `right`.
     pub(super) fn put_as(
         &self,
         key: LayerBlockKey,
-        payload: Bytes,
+        found: usize,
         checksum: Checksum,
-        rest: impl FnOnce(&Shared, Bytes) -> Bytes,
+        right: impl FnOnce() -> bool,
+        rest: impl FnOnce(&Shared) -> Bytes,
     ) -> Result<PutOutcome, CacheError> {
         let schema = self.shared.schema_of_layer(key)?;
         let expected = schema.layer_block_bytes();
-        if payload.len() != expected {
-            let found = payload.len();
+        if found != expected {
             let message =
                 format!("payload has {found} bytes, the schema says {expected}: check dtype, heads and block size");
             return Err(CacheError::new(ErrorKind::InvalidArgument, message));
@@ -59,11 +61,11 @@ impl BlockCache {
             counters.put_present.add(1);
             return Ok(PutOutcome::Present);
         }
-        if !checksum.verifies(&payload) && !planted(Bug::PutChecksumSkipped) {
+        if !right() && !planted(Bug::PutChecksumSkipped) {
             counters.put_checksum_mismatch.add(1);
             return Ok(PutOutcome::ChecksumMismatch);
         }
-        let outcome = self.shared.keep(key, rest(&self.shared, payload), checksum);
+        let outcome = self.shared.keep(key, rest(&self.shared), checksum);
         match outcome {
             PutOutcome::Stored => {
                 counters.put_blocks.add(1);

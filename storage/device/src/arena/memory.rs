@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     slice,
 };
@@ -89,6 +90,11 @@ impl Memory {
 
     pub(super) fn len(&self) -> u64 {
         self.map.len() as u64
+    }
+
+    /// Has the system make the pages of a range, which changes nothing in them.
+    pub(super) fn touch(&self, range: Range<usize>) -> io::Result<()> {
+        self.map.advise_range(Advice::PopulateWrite, range.start, range.len())
     }
 
     pub(super) fn pages(&self) -> PageKind {

@@ -299,3 +299,39 @@ fn resident_memory_is_bounded() {
     assert!(blocks <= arena.capacity(), "{blocks} bytes of {}", arena.capacity());
     assert!(blocks > arena.capacity() / 2, "it was used");
 }
+
+#[test]
+fn memory_is_ready_before_it_is_used_and_not_all_at_once() {
+    const MIB: u64 = 1 << 20;
+    let arena = Arena::new(ArenaConfig {
+        bytes: 64 * MIB,
+        huge_pages: HugePages::Off,
+    })
+    .unwrap();
+    // What the system has made of the file.
+    let made = || rustix::fs::fstat(arena.file()).unwrap().st_blocks as u64 * 512;
+    let wait_for = |bytes: u64| {
+        for _ in 0..1000 {
+            if made() >= bytes {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("{} bytes are ready instead of {bytes}", made());
+    };
+    assert_eq!(made(), 0);
+    let ready = arena.keep_ready(8 * MIB);
+    wait_for(8 * MIB);
+    assert_eq!(made(), 8 * MIB, "no more than was asked for");
+    let mut filled = arena.try_reserve(4 << 20).unwrap();
+    filled.as_mut_slice().fill(7);
+    wait_for(12 * MIB);
+    assert!(
+        filled.as_slice().iter().all(|&byte| byte == 7),
+        "what is in use stays as it is"
+    );
+    drop(ready);
+    let _more = arena.try_reserve(32 << 20).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert_eq!(made(), 12 * MIB, "it has ended");
+}

@@ -111,7 +111,8 @@ impl Report {
             )
         } else {
             let host = sums.matched_host.min(sums.hits) as f64;
-            (host, hits - host, 0.0)
+            let object = sums.matched_object.min(sums.hits - sums.matched_host.min(sums.hits)) as f64;
+            (host, hits - host - object, object)
         };
         let recompute = hits * f64::from(BLOCK_TOKENS) / args.prefill_tokens_per_second;
         let loading = sums.loading.as_secs_f64();

@@ -1,164 +1,20 @@
 //! Stores that break the contract: every kind of wrong reply is an error that names it, never a panic, never wrong bytes.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{StreamExt, stream, stream::BoxStream};
-use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, NamespaceId, RopeStyle, Tenant};
+use kvasir_block::{BlockHash, Checksum};
 use kvasir_client::{
-    AttendOptions, ClientConfig, ErrorKind, Form, Found, GetOutcome, Hint, IndexChoice, LayerBlock, Namespace,
-    OpenContext, PutOutcome, Query, StoreClient,
+    AttendOptions, ClientConfig, ErrorKind, Form, Found, GetOutcome, Hint, IndexChoice, LayerBlock, OpenContext,
+    PutOutcome, Query, StoreClient,
 };
-use kvasir_proto::v1::{self, block_store_server as store, retrieval_server as retrieval};
-use tonic::{Request, Response, Status, Streaming};
+use kvasir_proto::v1;
+use tonic::Status;
 
-const BYTES: usize = 64;
-const CHAIN: [BlockHash; 2] = [BlockHash::from_bytes([1; 32]), BlockHash::from_bytes([2; 32])];
-
-fn schema() -> KvSchema {
-    KvSchema {
-        model: "test".to_owned(),
-        weights_sha256: [1; 32],
-        tokenizer_sha256: [2; 32],
-        adapter_sha256: None,
-        layers: 2,
-        kv_heads: 1,
-        head_dim: 4,
-        block_tokens: 4,
-        dtype: Dtype::F16,
-        attention: "full".to_owned(),
-        rope_theta: 1e5,
-        rope_dims: 4,
-        rope_style: RopeStyle::Halves,
-        rope_scaling: "none".to_owned(),
-        tp_rank: 0,
-        tp_world: 1,
-        numerics: "test/1".to_owned(),
-    }
-}
-
-fn tenant() -> Tenant {
-    Tenant::new("default").expect("not empty")
-}
-
-/// What the store says, whatever it is asked; `None` is a stream that stays silent.
-#[derive(Clone, Default)]
-struct Script {
-    opened: v1::OpenNamespaceReply,
-    matched: v1::MatchPrefixReply,
-    puts: Vec<Option<Result<v1::PutBlocksReply, Status>>>,
-    gets: Vec<Option<Result<v1::GetBlocksReply, Status>>>,
-    decodes: Vec<Option<Result<v1::DecodeReply, Status>>>,
-}
-
-#[derive(Clone)]
-struct Scripted(Arc<Script>);
-
-fn play<T: Send + 'static>(
-    lines: Vec<Option<Result<T, Status>>>,
-) -> Result<Response<BoxStream<'static, Result<T, Status>>>, Status> {
-    let lines = stream::iter(lines).then(|line| async move {
-        match line {
-            Some(line) => line,
-            None => std::future::pending().await,
-        }
-    });
-    Ok(Response::new(lines.boxed()))
-}
-
-#[tonic::async_trait]
-impl store::BlockStore for Scripted {
-    type PutBlocksStream = BoxStream<'static, Result<v1::PutBlocksReply, Status>>;
-    type GetBlocksStream = BoxStream<'static, Result<v1::GetBlocksReply, Status>>;
-    type WatchEventsStream = BoxStream<'static, Result<v1::BlockEvent, Status>>;
-
-    async fn open_namespace(
-        &self,
-        _: Request<v1::OpenNamespaceRequest>,
-    ) -> Result<Response<v1::OpenNamespaceReply>, Status> {
-        Ok(Response::new(self.0.opened.clone()))
-    }
-
-    async fn match_prefix(&self, _: Request<v1::MatchPrefixRequest>) -> Result<Response<v1::MatchPrefixReply>, Status> {
-        Ok(Response::new(self.0.matched))
-    }
-
-    async fn release_lease(
-        &self,
-        _: Request<v1::ReleaseLeaseRequest>,
-    ) -> Result<Response<v1::ReleaseLeaseReply>, Status> {
-        std::future::pending().await
-    }
-
-    async fn put_blocks(
-        &self,
-        request: Request<Streaming<v1::PutBlocksRequest>>,
-    ) -> Result<Response<Self::PutBlocksStream>, Status> {
-        // Silent until something was put.
-        let mut requests = request.into_inner();
-        let first = stream::once(async move { requests.message().await.map(drop) });
-        let replies = play(self.0.puts.clone())?.into_inner();
-        Ok(Response::new(
-            first.filter_map(|_| async { None }).chain(replies).boxed(),
-        ))
-    }
-
-    async fn get_blocks(&self, _: Request<v1::GetBlocksRequest>) -> Result<Response<Self::GetBlocksStream>, Status> {
-        play(self.0.gets.clone())
-    }
-
-    async fn watch_events(
-        &self,
-        _: Request<v1::WatchEventsRequest>,
-    ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        let event = v1::BlockEvent {
-            kind: 77,
-            ..v1::BlockEvent::default()
-        };
-        play(vec![Some(Ok(event))])
-    }
-
-    async fn stat(&self, _: Request<v1::StatRequest>) -> Result<Response<v1::StatReply>, Status> {
-        Err(Status::unavailable("on purpose"))
-    }
-}
-
-#[tonic::async_trait]
-impl retrieval::Retrieval for Scripted {
-    type DecodeStream = BoxStream<'static, Result<v1::DecodeReply, Status>>;
-
-    async fn decode(&self, _: Request<Streaming<v1::DecodeRequest>>) -> Result<Response<Self::DecodeStream>, Status> {
-        play(self.0.decodes.clone())
-    }
-}
-
-async fn client_of(script: Script) -> StoreClient {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let url = format!("http://{}", listener.local_addr().expect("bound"));
-    let scripted = Scripted(Arc::new(script));
-    let server = tonic::transport::Server::builder()
-        .add_service(store::BlockStoreServer::new(scripted.clone()))
-        .add_service(retrieval::RetrievalServer::new(scripted));
-    tokio::spawn(server.serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener)));
-    StoreClient::new(ClientConfig {
-        call_timeout: Duration::from_millis(400),
-        ..ClientConfig::to(url)
-    })
-    .expect("a client")
-}
-
-fn namespace() -> Namespace {
-    Namespace {
-        id: NamespaceId::new(&tenant(), &schema()),
-        schema: schema(),
-        layer_block_bytes: BYTES,
-        message_bytes_max: 1 << 20,
-        hashes_max: 100,
-        epoch: 1,
-        basis: None,
-        bulk: None,
-    }
-}
+use crate::{
+    script::{Script, client_of},
+    support::{BYTES, CHAIN, namespace, schema, tenant},
+};
 
 fn entry(hash: BlockHash, layer: u32, outcome: v1::BlockOutcome) -> v1::BlockEntry {
     let hit = outcome == v1::BlockOutcome::Hit;
@@ -350,7 +206,7 @@ async fn calls_that_cannot_be_right_are_refused_here() {
     }
 }
 
-fn block(index: usize, layer: u16) -> LayerBlock {
+pub(crate) fn block(index: usize, layer: u16) -> LayerBlock {
     LayerBlock {
         hash: CHAIN[index],
         layer,
@@ -472,24 +328,36 @@ async fn unary_replies_are_checked_and_waits_end() {
         assert!(error.message.contains(message), "{error} does not say {message:?}");
     }
 
-    let matched = v1::MatchPrefixReply {
-        hit_blocks: 3,
-        ..v1::MatchPrefixReply::default()
-    };
-    let client = client_of(Script {
-        matched,
-        ..Script::default()
-    })
-    .await;
-    let error = client
-        .match_prefix(namespace.id, &CHAIN, None)
-        .await
-        .expect_err("too many");
-    assert!(
-        error.message.contains("0 of 3 hits in memory, of 2 blocks asked for"),
-        "{error}"
-    );
+    for (hit_blocks, object_blocks, expected) in [
+        (
+            3,
+            0,
+            "0 of 3 hits in memory, 0 on disk and 0 in objects, of 2 blocks asked for",
+        ),
+        (
+            2,
+            3,
+            "0 of 2 hits in memory, 0 on disk and 3 in objects, of 2 blocks asked for",
+        ),
+    ] {
+        let matched = v1::MatchPrefixReply {
+            hit_blocks,
+            object_blocks,
+            ..v1::MatchPrefixReply::default()
+        };
+        let client = client_of(Script {
+            matched,
+            ..Script::default()
+        })
+        .await;
+        let error = client
+            .match_prefix(namespace.id, &CHAIN, None)
+            .await
+            .expect_err("too many");
+        assert!(error.message.contains(expected), "{error}");
+    }
 
+    let client = client_of(Script::default()).await;
     let started = std::time::Instant::now();
     let error = client.release(1).await.expect_err("silence");
     assert_eq!(error.kind, ErrorKind::TimedOut, "{error}");

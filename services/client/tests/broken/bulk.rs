@@ -2,54 +2,38 @@
 
 use std::{
     io::{Read, Write},
-    net::{TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     thread,
     time::Duration,
 };
 
-use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, NamespaceId, RopeStyle, Tenant};
-use kvasir_client::{BulkConnection, BulkOffer, ClientConfig, ClientError, ErrorKind, GetOutcome, Namespace};
-use kvasir_proto::bulk::{GetRow, Greeting, Op, Refusal, ReplyHead, RequestHead, Status, Welcome};
+use kvasir_block::{BlockHash, Checksum};
+use kvasir_client::{
+    BulkConnection, BulkOffer, ClientConfig, ClientError, ErrorKind, GetOutcome, Namespace, PutOutcome,
+};
+use kvasir_proto::{
+    bulk::{GetRow, Greeting, Op, PutRow, Refusal, ReplyHead, RequestHead, Status, Welcome, put_reply_rows},
+    convert, v1,
+};
 
-const BYTES: usize = 64;
-const KEYS: [(BlockHash, u16); 2] = [(BlockHash::from_bytes([1; 32]), 0), (BlockHash::from_bytes([2; 32]), 1)];
+use crate::{
+    script::{Script, client_of},
+    store::block,
+    support::{BYTES, CHAIN, namespace_at, schema, tenant},
+};
 
-fn namespace(address: std::net::SocketAddr) -> Namespace {
-    let schema = KvSchema {
-        model: "test".to_owned(),
-        weights_sha256: [1; 32],
-        tokenizer_sha256: [2; 32],
-        adapter_sha256: None,
-        layers: 2,
-        kv_heads: 1,
-        head_dim: 4,
-        block_tokens: 4,
-        dtype: Dtype::F16,
-        attention: "full".to_owned(),
-        rope_theta: 1e5,
-        rope_dims: 4,
-        rope_style: RopeStyle::Halves,
-        rope_scaling: "none".to_owned(),
-        tp_rank: 0,
-        tp_world: 1,
-        numerics: "test/1".to_owned(),
-    };
-    Namespace {
-        id: NamespaceId::new(&Tenant::new("default").expect("not empty"), &schema),
-        schema,
-        layer_block_bytes: BYTES,
-        message_bytes_max: 1 << 20,
-        hashes_max: 100,
-        epoch: 1,
-        basis: None,
-        bulk: Some(BulkOffer::tcp(address, 1, [7; 16])),
-    }
+const TOKEN: [u8; 16] = [7; 16];
+
+const KEYS: [(BlockHash, u16); 2] = [(CHAIN[0], 0), (CHAIN[1], 1)];
+
+fn at(address: SocketAddr) -> Namespace {
+    namespace_at(Some(BulkOffer::tcp(address, 1, TOKEN)))
 }
 
 /// A store that greets as told, reads one get of [`KEYS`], and then says `answer`. What came after it is given back.
 fn store(welcome: Vec<u8>, answer: Vec<u8>) -> (Namespace, thread::JoinHandle<Vec<u8>>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let namespace = namespace(listener.local_addr().expect("an address"));
+    let namespace = at(listener.local_addr().expect("an address"));
     let serving = thread::spawn(move || {
         let (mut stream, _): (TcpStream, _) = listener.accept().expect("a client");
         stream.read_exact(&mut [0; Greeting::BYTES]).expect("a greeting");
@@ -206,11 +190,110 @@ fn refusals_at_the_door_have_kinds() {
         let nothing_said = welcome.is_empty();
         let (namespace, _serving) = if nothing_said {
             // Nobody listens there any more.
-            (namespace(([127, 0, 0, 1], 1).into()), thread::spawn(Vec::new))
+            (at(([127, 0, 0, 1], 1).into()), thread::spawn(Vec::new))
         } else {
             store(welcome, Vec::new())
         };
         let error = get(&namespace).expect_err("refused");
+        assert_eq!(error.kind, kind, "{error}");
+    }
+}
+
+/// Puts two blocks by a client whose store offers a bulk path, where it says `answer` to the put.
+async fn put(answer: Vec<u8>) -> Result<Vec<PutOutcome>, ClientError> {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a client");
+        stream.read_exact(&mut [0; Greeting::BYTES]).expect("a greeting");
+        stream
+            .write_all(&Welcome::encode(Ok(right_welcome())))
+            .expect("written");
+        let mut request = [0; RequestHead::BYTES + 2 * PutRow::BYTES + 2 * BYTES];
+        stream.read_exact(&mut request).expect("a put");
+        assert_eq!(request[RequestHead::BYTES + 2 * PutRow::BYTES..], [7; 2 * BYTES]);
+        let _ = stream.write_all(&answer);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    let client = client_of(Script {
+        opened: v1::OpenNamespaceReply {
+            namespace: convert::namespace_bytes(namespace_at(None).id),
+            layer_block_bytes: BYTES as u64,
+            limits: Some(v1::Limits {
+                message_bytes_max: 1000,
+                hashes_max: 5,
+                lease_ms_max: 1,
+            }),
+            epoch: 1,
+            bulk: Some(v1::BulkOffer {
+                address: address.to_string(),
+                token: TOKEN.to_vec().into(),
+                local_socket: String::new(),
+            }),
+            ..v1::OpenNamespaceReply::default()
+        },
+        ..Script::default()
+    })
+    .await;
+    let namespace = client.open_namespace(&tenant(), &schema()).await?;
+    let mut stream = client.put_blocks(&namespace).await?;
+    for index in 0..2 {
+        stream.put(block(index, 1)).await?;
+    }
+    let outcomes = stream.finish().await?;
+    Ok(outcomes.into_iter().map(|(_, _, outcome)| outcome).collect())
+}
+
+#[tokio::test]
+async fn answers_to_puts_that_break_the_contract_are_named() {
+    use PutOutcome::{Busy, Stored};
+    let answer = |outcomes: &[PutOutcome], edit: fn(&mut ReplyHead, &mut Vec<u8>)| {
+        let mut table = put_reply_rows(outcomes);
+        let mut head = ReplyHead::new(Op::Put, 1).with_table(outcomes.len(), &table);
+        edit(&mut head, &mut table);
+        [&head.encode()[..], &table].concat()
+    };
+    let right = put(answer(&[Stored, Busy], |_, _| {})).await;
+    assert_eq!(right.expect("outcomes"), [Stored, Busy]);
+    let (refusal, text) = ReplyHead::refusal(Op::Put, 1, Status::NotFound, "no such namespace");
+    let table: [(Vec<u8>, ErrorKind, &str); 8] = [
+        (
+            answer(&[Stored], |_, _| {}),
+            ErrorKind::Internal,
+            "the answer ended after 1 of 2 rows",
+        ),
+        (answer(&[Stored; 3], |_, _| {}), ErrorKind::Internal, "rows 0 to 3 of 2"),
+        (
+            answer(&[Stored; 2], |head, _| head.last = false),
+            ErrorKind::Internal,
+            "an answer to a put in more than one frame",
+        ),
+        (
+            answer(&[Stored; 2], |head, _| head.id = 9),
+            ErrorKind::Internal,
+            "an answer to Put 9 instead of Put 1",
+        ),
+        (
+            answer(&[Stored; 2], |_, table| table[1] = 3),
+            ErrorKind::Internal,
+            "the table was damaged on its way",
+        ),
+        (
+            answer(&[Stored; 2], |_, table| table.truncate(1)),
+            ErrorKind::Unavailable,
+            "the connection broke in mid-stream",
+        ),
+        (Vec::new(), ErrorKind::Unavailable, "the connection broke in mid-stream"),
+        (
+            [&refusal.encode()[..], &text].concat(),
+            ErrorKind::NotFound,
+            "no such namespace",
+        ),
+    ];
+    for (answer, kind, expected) in table {
+        let error = put(answer).await.expect_err(expected);
+        assert!(error.message.contains(expected), "{expected}: {error}");
         assert_eq!(error.kind, kind, "{error}");
     }
 }
