@@ -115,8 +115,11 @@ impl Looking {
     fn begin() -> Option<Self> {
         let most = *LOOKING_MAX;
         let more = |looking| (looking < most).then_some(looking + 1);
-        let begun = LOOKING.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        begun.is_ok().then_some(Self)
+        // One that did not begin must not end either.
+        match LOOKING.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
+            Ok(_) => Some(Self),
+            Err(_) => None,
+        }
     }
 }
 
