@@ -120,8 +120,8 @@ pub struct StoreConfig {
     pub streams_max: usize,
     /// Most bulk connections at a time, each with a thread; one more is told so and closed.
     pub bulk_connections_max: usize,
-    /// How long a thread of a bulk connection looks for the next bytes before it sleeps, giving way to other threads between two
-    /// looks; 0 to sleep at once. It halves the time of a small request and more where waking a thread is slow.
+    /// How long a thread of a bulk connection looks for the next bytes before it sleeps; 0 to sleep at once. It
+    /// halves the time of a small request and more where waking a thread is slow.
     pub bulk_poll: HumanDuration,
     /// How long a bulk connection may do nothing before it is closed; clients connect again by themselves.
     pub bulk_idle_timeout: HumanDuration,
