@@ -9,6 +9,8 @@ use crate::{
 
 /// Rows whose bytes are asked for before they are needed.
 const AHEAD: usize = 8;
+/// As [`AHEAD`], where rows lie far apart.
+const SLOTS_AHEAD: usize = 16;
 /// Rows that stay in the nearest cache while every head takes them.
 const NEAR: usize = 64;
 /// Queries that share a converted row.
@@ -131,13 +133,14 @@ impl<'a> Scattered<'a> {
     }
 }
 
-/// As [`score_rows`], for one query and the rows of `slots`.
+/// As [`score_rows`], for one query and the rows of the first slots, as many as `out` has room for; those of a few slots behind
+/// them are asked for, for the next call.
 ///
 /// # Panics
-/// If `q` is not one row, `out` is not as long as `slots`, or a slot has no row.
+/// If `q` is not one row, `out` is longer than `slots`, or a slot has no row.
 pub fn score_slots(q: &[f32], rows: Scattered<'_>, slots: &[u32], scale: f32, out: &mut [f32]) {
     assert_eq!(q.len(), rows.head_dim, "score_slots: q is one row");
-    assert_eq!(out.len(), slots.len(), "score_slots: a score per slot");
+    assert!(out.len() <= slots.len(), "score_slots: a slot per score");
     score_slots_on(Isa::active(), q, rows, slots, scale * std::f32::consts::LOG2_E, out);
 }
 
@@ -149,7 +152,7 @@ fn score_slots_in<L: Lanes>(l: L, q: &[f32], rows: Scattered<'_>, slots: &[u32],
         (64, _) => score_whole::<L, 4>(l, q, rows, slots, factor, out),
         _ => {
             for (at, (slot, out)) in slots.iter().zip(out).enumerate() {
-                if let Some(next) = slots.get(at + AHEAD) {
+                if let Some(next) = slots.get(at + SLOTS_AHEAD) {
                     prefetch(rows.row(*next));
                 }
                 score::<L, 1>(l, q, rows.row(*slot), factor, std::slice::from_mut(out), 1);
@@ -171,7 +174,7 @@ fn score_whole<L: Lanes, const V: usize>(
     let vectors = &q.as_chunks::<LANES>().0[..V];
     let q: [L::F; V] = std::array::from_fn(|v| l.load(&vectors[v]));
     for (at, (slot, out)) in slots.iter().zip(out).enumerate() {
-        if let Some(next) = slots.get(at + AHEAD) {
+        if let Some(next) = slots.get(at + SLOTS_AHEAD) {
             prefetch(rows.row(*next));
         }
         let key = &rows.row(*slot).as_chunks::<LANES>().0[..V];
@@ -183,13 +186,14 @@ fn score_whole<L: Lanes, const V: usize>(
     }
 }
 
-/// Adds `weights[i]` times the row of `slots[i]` over all slots, in order, to `sums[head_dim]`.
+/// Adds `weights[i]` times the row of `slots[i]` over all weights, in order, to `sums[head_dim]`. Rows of a few slots behind them
+/// are asked for, for the next call.
 ///
 /// # Panics
-/// If `sums` is not one row, there is not a weight per slot, or a slot has no row.
+/// If `sums` is not one row, there are more weights than slots, or a slot has no row.
 pub fn weigh_slots(weights: &[f32], rows: Scattered<'_>, slots: &[u32], sums: &mut [f32]) {
     assert_eq!(sums.len(), rows.head_dim, "weigh_slots: sums are one row");
-    assert_eq!(weights.len(), slots.len(), "weigh_slots: a weight per slot");
+    assert!(weights.len() <= slots.len(), "weigh_slots: a slot per weight");
     weigh_slots_on(Isa::active(), weights, rows, slots, sums);
 }
 
@@ -232,7 +236,7 @@ fn weigh_each<L: Lanes, const V: usize>(
 ) {
     let mut kept: [L::F; V] = std::array::from_fn(|v| l.load(&sums[v]));
     for (at, (slot, weight)) in slots.iter().zip(weights).enumerate() {
-        if let Some(next) = slots.get(at + AHEAD) {
+        if let Some(next) = slots.get(at + SLOTS_AHEAD) {
             prefetch(&rows.row(*next)[first..first + V * LANES]);
         }
         let weight = l.splat(*weight);
@@ -553,6 +557,9 @@ mod tests {
                         let mut found = vec![0.0; n];
                         let q = &q[head * head_dim..][..head_dim];
                         score_slots_on(isa, q, scattered, &slots, 0.3, &mut found);
+                        let some = n / 2;
+                        score_slots_on(isa, q, scattered, &slots, 0.3, &mut found[..some]);
+                        score_slots_on(isa, q, scattered, &slots[some..], 0.3, &mut found[some..]);
                         let expected: Vec<f32> = slots.iter().map(|slot| scores[head * n + *slot as usize]).collect();
                         prop_assert_eq!(bits(&found), bits(&expected), "{:?} slots", isa);
                     }

@@ -115,7 +115,7 @@ pub struct Query<'a> {
     /// Positions the caller holds itself; never searched, never counted. In any order, may overlap and reach beyond the
     /// context; at most [`Query::EXCLUDED_MAX`].
     pub excluded: &'a [Range<u32>],
-    /// When the answer is of no use any more. Looked at between blocks.
+    /// When the answer is of no use any more. Looked at between blocks; between KV heads where sketches serve.
     pub deadline: Option<Instant>,
 }
 

@@ -129,30 +129,40 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut scan = SketchScan::new(format, 1.0 / (D as f32).sqrt());
     let mut found = SketchAttended::default();
     let mut times = [const { Vec::new() }; 8];
-    for round in 0..rounds {
+    for _ in 0..rounds {
         let mut note = |at: usize, time: f64| times[at].push(time);
         let start = Instant::now();
         copy.copy_from_slice(black_box(&sketches));
         black_box(&copy);
         note(0, start.elapsed().as_secs_f64() * 1e6);
-        let (warm, cold) = ((&contexts[0], &basis), (&contexts[round % contexts.len()], &basis));
-        for (at, context) in [(1, warm), (4, cold)] {
-            let candidates = |scan: &mut SketchScan<'_>| {
-                black_box(scan.candidates(KEYS / 50));
-            };
-            note(at, timed(&mut scan, context, one, candidates)?);
-            note(
-                at + 1,
-                timed(&mut scan, context, one, |scan| scan.attend_into(how, &mut found))?,
-            );
-        }
+        let warm = (&contexts[0], &basis);
+        let candidates = |scan: &mut SketchScan<'_>| {
+            black_box(scan.candidates(KEYS / 50));
+        };
+        note(1, timed(&mut scan, warm, one, candidates)?);
+        note(
+            2,
+            timed(&mut scan, warm, one, |scan| scan.attend_into(how, &mut found))?,
+        );
         note(
             3,
             timed(&mut scan, warm, one, |scan| scan.attend_into(certified, &mut found))?,
         );
+    }
+    for round in 0..rounds {
+        let mut note = |at: usize, time: f64| times[at].push(time);
+        let cold = |at: usize| (&contexts[(2 * round + at) % contexts.len()], &basis);
+        let candidates = |scan: &mut SketchScan<'_>| {
+            black_box(scan.candidates(KEYS / 50));
+        };
+        note(4, timed(&mut scan, cold(0), one, candidates)?);
+        note(
+            5,
+            timed(&mut scan, cold(1), one, |scan| scan.attend_into(how, &mut found))?,
+        );
         if round % 4 == 0 {
             let attend = |scan: &mut SketchScan<'_>| scan.attend_into(how, &mut found);
-            note(6, timed(&mut scan, cold, &q, attend)?);
+            note(6, timed(&mut scan, cold(2), &q, attend)?);
             let mut alone = 0.0;
             for (context, q) in contexts.iter().zip(q.chunks(4 * D)) {
                 alone += timed(&mut scan, (context, &basis), q, |scan| {

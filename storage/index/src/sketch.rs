@@ -27,7 +27,7 @@ pub use self::{
     column::Column,
     format::{SketchFormat, Width, encode_block},
     index::Sketch,
-    scan::{Attend, SketchAttended, SketchScan},
+    scan::{Attend, Parked, SketchAttended, SketchScan},
 };
 
 #[cfg(test)]

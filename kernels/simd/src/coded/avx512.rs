@@ -12,8 +12,8 @@ use super::{
 };
 
 /// # Safety
-/// The processor has AVX-512 F, BW, DQ, VL and VNNI and AVX2; the rest as [`super::avx2::scan`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+/// The processor has AVX-512 F, BW, DQ, VL and VNNI, AVX2 and POPCNT; the rest as [`super::avx2::scan`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt")]
 pub(super) unsafe fn scan(call: Call<'_>, out: &mut Found<'_>) {
     // SAFETY: this function's own contract, for as many heads and lines as are named.
     unsafe {
@@ -40,7 +40,7 @@ struct Pair {
 /// # Safety
 /// As [`scan`], with `H` heads and `LINES` lines.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt")]
 unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Found<'_>) {
     let groups = call.keys.masks.len();
     let runs = groups / RUN_GROUPS;
@@ -59,13 +59,23 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
         offset: zero,
     }; 2]; H];
     let mut steps = [f32::NAN; RUN_GROUPS];
+    // Of their own: what is stored does not change them.
+    let (kept, stride) = (out.kept.as_mut_ptr(), out.stride);
+    let mut counts: [usize; H] = std::array::from_fn(|head| out.counts[head]);
     for run in 0..runs {
         let first = run * RUN_GROUPS;
         let own: [f32; RUN_GROUPS] = std::array::from_fn(|at| call.keys.steps[first + at]);
+        // No closures over registers here: they would be compiled apart, without these instructions.
         if own != steps {
             steps = own;
             for (maps, weights) in maps.iter_mut().zip(call.heads) {
-                *maps = std::array::from_fn(|pair| pairs([0, 1].map(|at| Map::new(*weights, own[pair * 2 + at]))));
+                for (pair, map) in maps.iter_mut().enumerate() {
+                    let (even, odd) = (Map::new(*weights, own[pair * 2]), Map::new(*weights, own[pair * 2 + 1]));
+                    *map = Pair {
+                        factor: alternate(even.factor, odd.factor),
+                        offset: alternate(even.offset, odd.offset),
+                    };
+                }
             }
         }
         let mut products = [[zero; RUN_GROUPS]; H];
@@ -74,22 +84,24 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
             // contract.
             unsafe {
                 let codes = call.keys.codes.as_ptr().add(first * LINES + line);
-                let raw: [__m512i; RUN_GROUPS] =
-                    std::array::from_fn(|at| _mm512_load_si512(codes.add(at * LINES).cast()));
-                let low = raw.map(|raw| _mm512_and_si512(raw, nibble));
-                let high = raw.map(|raw| _mm512_and_si512(_mm512_srli_epi16::<4>(raw), nibble));
-                for (head, products) in products.iter_mut().enumerate() {
+                let (mut low, mut high) = ([zero; RUN_GROUPS], [zero; RUN_GROUPS]);
+                for at in 0..RUN_GROUPS {
+                    let raw = _mm512_load_si512(codes.add(at * LINES).cast());
+                    low[at] = _mm512_and_si512(raw, nibble);
+                    high[at] = _mm512_and_si512(_mm512_srli_epi16::<4>(raw), nibble);
+                }
+                for head in 0..H {
                     let lanes = call.lanes.as_ptr().add((head * LINES + line) * 2).cast::<i32>();
                     let (to_low, to_high) = (_mm512_set1_epi32(*lanes), _mm512_set1_epi32(*lanes.add(8)));
-                    for ((product, low), high) in products.iter_mut().zip(low).zip(high) {
-                        *product = _mm512_dpbusd_epi32(*product, low, to_low);
-                        *product = _mm512_dpbusd_epi32(*product, high, to_high);
+                    for at in 0..RUN_GROUPS {
+                        let product = _mm512_dpbusd_epi32(products[head][at], low[at], to_low);
+                        products[head][at] = _mm512_dpbusd_epi32(product, high[at], to_high);
                     }
                 }
             }
         }
-        let words =
-            [0, 2].map(|at| u32::from(call.keys.masks[first + at]) | u32::from(call.keys.masks[first + at + 1]) << 16);
+        let word = |at: usize| u32::from(call.keys.masks[at]) | u32::from(call.keys.masks[at + 1]) << 16;
+        let words = [word(first), word(first + 2)];
         let all = words == [u32::MAX; 2];
         for (head, products) in products.iter().enumerate() {
             let mut total = _mm512_setzero_ps();
@@ -106,16 +118,15 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
                 }
                 let base = (call.first + (first + pair * 2) * GROUP) as u16;
                 let own = _mm512_add_epi16(indices, _mm512_set1_epi16(base as i16));
-                let lowest = _mm512_set1_epi32((u32::from(floors[head]) << 16) as i32);
+                let floor = _mm512_set1_epi32((u32::from(floors[head]) << 16) as i32);
                 for keys in [_mm512_unpacklo_epi16(own, level), _mm512_unpackhi_epi16(own, level)] {
-                    let reached = _mm512_cmpge_epu32_mask(keys, lowest);
-                    let at = head * out.stride + out.counts[head];
+                    let reached = _mm512_cmpge_epu32_mask(keys, floor);
                     // SAFETY: room for a register more than is kept was asserted by the caller.
                     unsafe {
-                        let to = out.kept.as_mut_ptr().add(at);
+                        let to = kept.add(head * stride + counts[head]);
                         _mm512_storeu_si512(to.cast(), _mm512_maskz_compress_epi32(reached, keys));
                     }
-                    out.counts[head] += reached.count_ones() as usize;
+                    counts[head] += reached.count_ones() as usize;
                 }
                 let below = _mm512_cmplt_epu16_mask(level, _mm512_set1_epi16(floors[head] as i16));
                 total = _mm512_add_ps(total, weigh(_mm512_maskz_mov_epi16(below, level)));
@@ -123,6 +134,7 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
             out.sums[head * out.sums_stride + run] = sum_of(total);
         }
     }
+    out.counts.copy_from_slice(&counts);
     // Groups of a last run that is not whole.
     let mut totals = [[_mm256_setzero_ps(); 2]; H];
     for at in runs * RUN_GROUPS..groups {
@@ -142,16 +154,11 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
     }
 }
 
-/// Maps of two groups, whose fours alternate.
+/// For two groups, whose fours alternate before levels are put in order.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pairs(maps: [Map; 2]) -> Pair {
-    // Before levels are put in order, fours of both registers alternate.
-    let both = |a: i16, b: i16| _mm512_mask_blend_epi64(0b1010_1010, _mm512_set1_epi16(a), _mm512_set1_epi16(b));
-    Pair {
-        factor: both(maps[0].factor, maps[1].factor),
-        offset: both(maps[0].offset, maps[1].offset),
-    }
+fn alternate(even: i16, odd: i16) -> __m512i {
+    _mm512_mask_blend_epi64(0b1010_1010, _mm512_set1_epi16(even), _mm512_set1_epi16(odd))
 }
 
 /// 32 elements in the order of keys to the order of the module's head.

@@ -61,16 +61,43 @@ impl Column {
     /// [`IndexError::Unusable`] if `sketch` is not one of this format; [`IndexError::Invalid`] if it is of another number of
     /// keys than the blocks before, or follows one of fewer.
     pub fn push(&mut self, sketch: &[u8]) -> Result<(), IndexError> {
+        let keys = View::new(self.format, sketch)?.keys;
+        self.push_missing(keys)?;
+        self.set(self.blocks - 1, sketch)
+    }
+
+    /// Gives block `at`, which was pushed as missing, its sketch. Once per block: blocks that share a run share its mean.
+    ///
+    /// # Errors
+    /// [`IndexError::Unusable`] if `sketch` is not one of this format, [`IndexError::Invalid`] if it is not one of that block.
+    pub fn set(&mut self, at: usize, sketch: &[u8]) -> Result<(), IndexError> {
         let view = View::new(self.format, sketch)?;
-        self.begin_block(view.keys)?;
-        let first = self.masks.len();
+        let expected = if at + 1 < self.blocks {
+            self.block_keys
+        } else {
+            self.last_keys()
+        };
+        if at >= self.blocks || view.keys != expected {
+            return Err(invalid(
+                "block",
+                format!(
+                    "{} keys for block {at} of {}, which has {expected}",
+                    view.keys, self.blocks
+                ),
+            ));
+        }
+        let first = at * self.block_groups();
         let groups = view.keys.div_ceil(GROUP);
-        self.codes
-            .extend(view.codes.as_chunks::<64>().0.iter().map(|line| Line(*line)));
-        self.steps.resize(first + groups, view.step);
-        self.masks.extend((0..groups).map(|group| view.mask(group)));
+        let lines = self.lines();
+        let codes = &mut self.codes[first * lines..(first + groups) * lines];
+        for (line, bytes) in codes.iter_mut().zip(view.codes.as_chunks::<64>().0) {
+            line.0 = *bytes;
+        }
+        self.steps[first..first + groups].fill(view.step);
+        for (group, mask) in self.masks[first..first + groups].iter_mut().enumerate() {
+            *mask = view.mask(group);
+        }
         self.step_max = self.step_max.max(view.step);
-        self.grow_runs();
         for group in 0..groups {
             let keys = GROUP.min(view.keys - group * GROUP) as f32;
             let run = (first + group) / RUN_GROUPS;

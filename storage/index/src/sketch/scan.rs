@@ -10,16 +10,20 @@
 mod attend;
 mod certificate;
 mod choose;
+mod parked;
 mod rescore;
 
 use half::f16;
 use kvasir_simd::{GROUP, Level, RUN_GROUPS, Scattered, Segment, log_sum_exp2};
 
-pub use self::attend::{Attend, SketchAttended};
+pub use self::{
+    attend::{Attend, SketchAttended},
+    parked::Parked,
+};
 use super::{
     column::Column,
     format::{SketchFormat, View, invalid},
-    search::{Candidates, Kind, Masks, Room, Table},
+    search::{Candidates, Masks, Room, Table},
 };
 use crate::{Cost, Excluded, HeadBasis, IndexError, Rows, bits::Bits};
 
@@ -45,6 +49,8 @@ pub struct SketchScan<'a> {
     predicted: bool,
     /// Candidates were found before and stay.
     parked: bool,
+    /// Slots of the blocks that they were found in.
+    parked_slots: usize,
     cost: Cost,
     candidates: Candidates,
     room: Room,
@@ -63,6 +69,21 @@ impl<'a> SketchScan<'a> {
             scale,
             ..Self::default()
         }
+    }
+
+    /// Without blocks.
+    fn clear(&mut self) {
+        let format = self.format.unwrap_or(SketchFormat::new(1));
+        self.column = None;
+        self.own.get_or_insert_with(|| Column::new(format)).clear(format);
+        self.keys.clear();
+        self.values.clear();
+        self.positions.clear();
+        self.masks.clear();
+        self.parked = false;
+        self.predicted = false;
+        self.cost = Cost::default();
+        self.candidates.clear();
     }
 
     fn head_dim(&self) -> usize {
@@ -86,16 +107,7 @@ impl<'a> SketchScan<'a> {
         self.q.clear();
         self.q.extend_from_slice(q);
         self.table.begin(format, q, basis, self.scale, self.room.weights());
-        self.parked = false;
-        self.column = None;
-        self.own.get_or_insert_with(|| Column::new(format)).clear(format);
-        self.keys.clear();
-        self.values.clear();
-        self.positions.clear();
-        self.masks.clear();
-        self.predicted = false;
-        self.cost = Cost::default();
-        self.candidates.clear();
+        self.clear();
         Ok(())
     }
 
@@ -259,11 +271,7 @@ impl<'a> SketchScan<'a> {
         }
         self.q.copy_from_slice(q);
         self.predicted = true;
-        for (head, q) in q.chunks_exact(self.head_dim()).enumerate() {
-            if !q.iter().all(|q| q.is_finite()) {
-                self.table.kinds[head] = Kind::Dead;
-            }
-        }
+        self.spoil_dead();
         self.candidates.clear();
         Ok(())
     }

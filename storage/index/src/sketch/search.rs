@@ -157,6 +157,11 @@ impl Table {
         &self.left[head * self.runs..][..self.runs]
     }
 
+    /// Bytes that grow with keys.
+    pub(super) fn bytes(&self) -> usize {
+        self.left.len() * 4
+    }
+
     /// Levels of some groups for one head.
     pub(super) fn levels(
         &self,

@@ -108,6 +108,8 @@ impl SketchScan<'_> {
             let missed = out.missed_max.iter().copied().fold(0.0, f32::max);
             match how.missed_mass_max {
                 Some(limit) if how.certificate && missed > limit && now.effort < 1.0 => {
+                    // More than was parked is wanted.
+                    self.parked = false;
                     now.effort = if now.effort < 0.25 { now.effort * 2.0 } else { 1.0 };
                     // The bound is about chosen keys: at last the target is what the caller can miss.
                     now.target_mass = now.target_mass.max(1.0 - limit / 2.0);
@@ -119,8 +121,8 @@ impl SketchScan<'_> {
         }
     }
 
-    fn attend_once(&mut self, how: Attend, out: &mut SketchAttended) {
-        let (d, heads) = (self.head_dim(), self.table.heads());
+    /// Finds the candidates that `how` asks for.
+    pub(super) fn find_for(&mut self, how: Attend) {
         self.find(&|searched| {
             let count = share_of(how.effort, searched);
             let limited = how.k_max.map_or(count, |k| count.min(k.saturating_mul(2)));
@@ -130,6 +132,11 @@ impl SketchScan<'_> {
                 (limited, how.target_mass)
             }
         });
+    }
+
+    fn attend_once(&mut self, how: Attend, out: &mut SketchAttended) {
+        let (d, heads) = (self.head_dim(), self.table.heads());
+        self.find_for(how);
         out.keys_scored = self.union.count();
         self.rescore();
         reset(&mut out.lse, heads);
@@ -152,7 +159,8 @@ impl SketchScan<'_> {
         let chosen = &tail.chosen;
         each_tile(chosen, self.slots(), &mut self.rows.next, |head, at| {
             let sums = &mut out.o[head * d..][..d];
-            weigh_slots(&chosen.scores[at.clone()], rows, &chosen.slots[at], sums);
+            let own = &chosen.slots[at.start..chosen.ends[head]];
+            weigh_slots(&chosen.scores[at], rows, own, sums);
         });
         self.cost.bytes_read += (out.value_rows * d * 2) as u64;
         if means && let Some(column) = self.column() {

@@ -45,7 +45,7 @@ impl SketchScan<'_> {
             self.candidates.ends.resize(self.table.heads(), 0);
             return;
         };
-        if !self.parked {
+        if !(self.parked && self.parked_slots == column.groups() * GROUP) {
             self.table
                 .find(column, &self.masks, &mut self.room, ask, &mut self.candidates);
             self.cost.bytes_read += column.coded_bytes() as u64;
