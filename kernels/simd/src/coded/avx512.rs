@@ -68,13 +68,18 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
         // No closures over registers here: they would be compiled apart, without these instructions.
         if own != steps {
             steps = own;
+            // Groups of one block, which a run mostly is, have one step.
+            let one = own == [own[0]; RUN_GROUPS];
             for (maps, weights) in maps.iter_mut().zip(call.heads) {
-                for (pair, map) in maps.iter_mut().enumerate() {
-                    let (even, odd) = (Map::new(*weights, own[pair * 2]), Map::new(*weights, own[pair * 2 + 1]));
-                    *map = Pair {
-                        factor: alternate(even.factor, odd.factor),
-                        offset: alternate(even.offset, odd.offset),
-                    };
+                let map = Map::new(*weights, own[0]);
+                let (factor, offset) = (_mm512_set1_epi16(map.factor), _mm512_set1_epi16(map.offset));
+                *maps = [Pair { factor, offset }; 2];
+                if !one {
+                    for (pair, map) in maps.iter_mut().enumerate() {
+                        let (even, odd) = (Map::new(*weights, own[pair * 2]), Map::new(*weights, own[pair * 2 + 1]));
+                        map.factor = alternate(even.factor, odd.factor);
+                        map.offset = alternate(even.offset, odd.offset);
+                    }
                 }
             }
         }
