@@ -199,7 +199,14 @@ impl Pool {
             Kind::Tcp => &mut state.pause,
             Kind::Local => &mut state.local_pause,
         };
-        *pause = Some(Instant::now() + if error.kind == ErrorKind::Invalid { REFUSED } else { PAUSE });
+        *pause = Some(
+            Instant::now()
+                + if error.kind == ErrorKind::Invalid {
+                    REFUSED
+                } else {
+                    PAUSE
+                },
+        );
         error
     }
 }

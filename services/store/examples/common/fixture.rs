@@ -76,7 +76,10 @@ pub(crate) fn start_child() -> anyhow::Result<(Child, String, String)> {
 }
 
 /// In the child: says where it serves, and waits until its parent has seen enough.
-pub(crate) async fn serve_until_told(first: impl std::fmt::Display, second: impl std::fmt::Display) -> anyhow::Result<()> {
+pub(crate) async fn serve_until_told(
+    first: impl std::fmt::Display,
+    second: impl std::fmt::Display,
+) -> anyhow::Result<()> {
     println!("{first} {second}");
     std::io::stdout().flush()?;
     tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())).await??;
