@@ -47,7 +47,7 @@ pub struct StoreConfig {
     pub host_policy: HostPolicy,
     /// Ask the system for pages of 2 MiB for the blocks in memory; where it has none, they are of 4 KiB.
     pub huge_pages: bool,
-    /// Memory for blocks that is taken from the system before it is needed, by a thread of the lowest priority; 0 for none. Putting
+    /// Memory for blocks that is taken from the system before it is needed, by a thread of its own; 0 for none. Putting
     /// a block into memory that is not ready costs the store several times as much processor time.
     pub host_ready_bytes: ByteSize,
     /// Most bytes in memory for single tenants, by name: each evicts its own blocks beyond it, and no other takes from what it
@@ -160,7 +160,7 @@ impl Default for StoreConfig {
             host_bytes_max: ByteSize::gib(1),
             host_policy: HostPolicy::default(),
             huge_pages: true,
-            host_ready_bytes: ByteSize::gib(1),
+            host_ready_bytes: ByteSize::bytes(0),
             tenant_host_bytes_max: BTreeMap::new(),
             tenant_host_bytes_max_default: ByteSize::bytes(0),
             disk_bytes_max: ByteSize::gib(16),

@@ -21,7 +21,7 @@ pub struct CacheConfig {
     pub host_policy: HostPolicy,
     /// Whether to ask for pages of 2 MiB for the host tier.
     pub huge_pages: HugePages,
-    /// Bytes of that memory that were never used which are kept ready, by a thread of the lowest priority. Putting a block into
+    /// Bytes of that memory that were never used which are kept ready, by a thread of its own. Putting a block into
     /// memory that is not costs several times as much. 0: none.
     pub host_ready_bytes: u64,
     /// Most bytes of the host tier for single tenants: each evicts its own blocks beyond it, and has its part of a full tier for

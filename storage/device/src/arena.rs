@@ -124,7 +124,7 @@ impl Arena {
         Some(self.buffer(start, pages, bytes))
     }
 
-    /// Keeps the next `ahead` bytes that were never used ready to be filled, by a thread of the lowest priority, until what is given
+    /// Keeps the next `ahead` bytes that were never used ready to be filled, by a thread of its own, until what is given
     /// back is dropped: else who fills a page first waits until the system has made it. To be called once.
     pub fn keep_ready(&self, ahead: u64) -> Ready {
         Ready::start(self, ahead)
