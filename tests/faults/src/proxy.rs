@@ -34,6 +34,8 @@ pub(crate) enum Damage {
     Omit,
     /// Its first part comes, and then the connection ends.
     Cut,
+    /// In a put's table of the bulk path the layer of a row is another one: a name that is as good as the right one.
+    Table,
     /// It comes never, and nothing after it: the connection stays open.
     Stall,
     /// A new connection is answered 503 and closed, whatever it asks.
@@ -186,9 +188,10 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut rng: StdRng, 
             replace(&mut bytes, named.as_bytes(), instead.as_bytes());
         }
         let kind = weather.draw(&mut rng, false);
-        if let Some(kind) = kind {
+        if let Some(kind) = kind
+            && damage(&mut rng, kind, &mut bytes)
+        {
             shared.damaged.fetch_add(1, Ordering::Relaxed);
-            damage(&mut rng, kind, &mut bytes);
         }
         if to.write_all(&bytes).await.is_err() || kind == Some(Damage::Cut) {
             break;
@@ -209,8 +212,8 @@ fn replace(bytes: &mut [u8], named: &[u8], instead: &[u8]) {
     }
 }
 
-/// Damages a piece.
-fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) {
+/// Damages a piece; false where it has nothing in it that could be damaged so.
+fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) -> bool {
     let start = rng.random_range(0..bytes.len());
     let end = rng.random_range(start..bytes.len()) + 1;
     match kind {
@@ -231,7 +234,33 @@ fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) {
             bytes.drain(start..end);
         }
         Damage::Cut => bytes.truncate(start),
+        Damage::Table => return rename(rng, bytes),
         Damage::Stall => bytes.clear(),
-        Damage::Unavailable | Damage::Expired => {}
+        Damage::Unavailable | Damage::Expired => return false,
     }
+    true
+}
+
+/// Gives a row in the table of a put another layer, if the piece has such a table. The bytes are those of
+/// `proto/src/bulk/FORMAT.md`.
+fn rename(rng: &mut StdRng, bytes: &mut [u8]) -> bool {
+    const MAGIC: &[u8] = b"KVRQ";
+    const PUT: u8 = 3;
+    const HEAD: usize = 96;
+    const ROW: usize = 44;
+    const LAYER: usize = 32;
+    let Some(head) = bytes.windows(MAGIC.len()).position(|window| window == MAGIC) else {
+        return false;
+    };
+    let table = head + HEAD;
+    if table > bytes.len() || bytes[head + 4] != PUT {
+        return false;
+    }
+    let rows = u32::from_le_bytes([12, 13, 14, 15].map(|at| bytes[head + at])) as usize;
+    let here = rows.min((bytes.len() - table) / ROW);
+    if here == 0 {
+        return false;
+    }
+    bytes[table + rng.random_range(0..here) * ROW + LAYER] ^= 1;
+    true
 }

@@ -13,7 +13,7 @@ use std::{
 
 use kvasir_block::{
     LayerBlockKey,
-    planted::{Bug, planted},
+    planted::{Bug, planted, point},
 };
 use kvasir_device::Buffer;
 
@@ -276,7 +276,9 @@ impl Flusher {
             }
         };
         let published: Vec<_> = records.iter().map(|(key, ..)| *key).zip(locations).collect();
+        point("publish: synced");
         volume.index.publish(writer.identity, writer.end, published.iter())?;
+        point("publish: index told");
         if planted(Bug::PublishBeforeSync) {
             writer.sync(&*volume.io)?;
         }
@@ -362,6 +364,7 @@ impl Flusher {
         let id = self.next_segment;
         let at = SegmentRef::new(volume.number, id).ok_or(WriteError::NoIds)?;
         volume.index.use_up(id + 1)?;
+        point("segment: id used up");
         self.next_segment = id + 1;
         // Time, so that it also differs from that of a folder this one was copied from; and rising, should time go back.
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
@@ -382,6 +385,7 @@ impl Flusher {
                 return Err(error);
             }
         };
+        point("segment: begun");
         let segment = SegmentState::new(Arc::clone(&writer.file), identity, bytes);
         self.shared.state.lock().table.segments.insert(at, segment);
         self.writer = Some(writer);

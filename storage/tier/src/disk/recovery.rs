@@ -73,6 +73,7 @@ pub(crate) fn recover(
         direct: folder.direct,
         index,
         pace: Pace::default(),
+        scrubbed_to: contents.scrubbed_to,
         _lock: folder.lock,
     };
     let known: HashMap<SegmentId, (Identity, u64)> = contents

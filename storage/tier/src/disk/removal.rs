@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvasir_block::planted::point;
+
 use super::{Shared, table::SegmentRef};
 
 /// Bytes that are given back in one go.
@@ -63,6 +65,7 @@ fn free(shared: &Shared, at: SegmentRef) {
         if let Some(doomed) = shared.state.lock().table.doomed.get_mut(&at) {
             doomed.bytes = left;
         }
+        point("reclaim: file cut");
         shared.removal.notify_all();
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use kvasir_block::{
     Checksum, LayerBlockKey,
-    planted::{Bug, planted},
+    planted::{Bug, planted, point},
 };
 use kvasir_device::{BlockFile, Buffer, FileIo, ReadAt, ReadOutcome, WriteAt};
 
@@ -133,6 +133,7 @@ impl SegmentWriter {
         };
         let staged = &mut staging.as_mut_slice()[..bytes as usize];
         io.write_filled(&self.file, self.end, staged, &mut |piece| packer.fill(piece))?;
+        point("publish: written");
         if !planted(Bug::PublishBeforeSync) {
             self.sync(io)?;
         }
@@ -217,9 +218,9 @@ pub(crate) struct Scan {
     pub(crate) generation: Option<u64>,
 }
 
-/// Verifies every record from `from` to the end of the file. Behind a broken header it goes on at the next aligned place
-/// that holds a header made for that place, so that one flipped bit does not cost the rest of the segment. A place that
-/// cannot be read ends the scan. Where the `generation` is not known, the first record tells it.
+/// Verifies every record from `from` to the end of the file. Behind a broken header, and behind the header of a payload that
+/// does not verify, it goes on at the next aligned place that holds a header made for that place: neither a flipped bit nor a
+/// record that was left over costs those behind it. A place that cannot be read ends the scan. Where the `generation` is not known, the first record tells it.
 pub(crate) fn scan(
     io: &dyn FileIo,
     file: &BlockFile,
@@ -296,11 +297,14 @@ pub(crate) fn scan(
             scan.written_end = next;
             scan.corrupt = corrupt;
             scan.generation = Some(record.segment.generation);
+            offset = next;
         } else {
             corrupt += 1;
             scan.written_end = payload_end;
+            // Its length is not to be believed either: a header left over from a lost write lies where it says it does, and whole
+            // records may begin inside what it claims.
+            offset += RECORD_ALIGN;
         }
-        offset = next;
     }
     // A rest too short for a header, in a file that was cut.
     if offset + RECORD_HEADER_BYTES as u64 > file_bytes

@@ -240,6 +240,13 @@ impl Table {
         here.collect()
     }
 
+    /// Blocks that have records in `segment`, with these.
+    pub(crate) fn blocks_in(&self, segment: SegmentRef) -> Vec<(BlockKey, Vec<(LayerBlockKey, Location)>)> {
+        let blocks = self.segments.get(&segment).into_iter().flat_map(|state| &state.blocks);
+        let here = blocks.map(|block| (*block, self.layers_in(block, segment)));
+        here.filter(|(_, records)| !records.is_empty()).collect()
+    }
+
     /// All records of a segment, in the order in which they lie.
     pub(crate) fn records_of(&self, segment: SegmentRef) -> Vec<(LayerBlockKey, Location)> {
         let blocks = self.segments.get(&segment).into_iter().flat_map(|state| &state.blocks);

@@ -26,9 +26,8 @@ use super::*;
 struct FreeWatch;
 
 impl DiskWatch for FreeWatch {
-    fn reclaim(&self, _: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
-        forget();
-        true
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
+        blocks.iter().for_each(forget);
     }
 }
 

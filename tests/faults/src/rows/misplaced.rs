@@ -90,15 +90,12 @@ fn one_round(run: &mut Run, round: u64) -> Result<()> {
         Some(cache) => cache,
         None => data::open(data::config(dir.path()), &[&corpus])?,
     };
-    let mut beside = 0;
     for place in &places {
         let got = data::read(&mut run.tally, &cache, &corpus, place.key)?;
-        let right = if hurt.contains(&place.key) {
-            matches!(got, Read::Miss | Read::Corrupt)
-        } else {
-            // Where the index is gone a scan may lose the record behind a misplaced one: a miss, and counted.
-            beside += u64::from(got == Read::Miss);
-            matches!(got, Read::Hit(_)) || !indexed && got == Read::Miss
+        // Whatever lies beside it, and whether the index or a scan knows it: what is whole and in its place is found.
+        let right = match hurt.contains(&place.key) {
+            true => matches!(got, Read::Miss | Read::Corrupt),
+            false => matches!(got, Read::Hit(_)),
         };
         ensure!(
             right || got == Read::Wrong,
@@ -107,12 +104,9 @@ fn one_round(run: &mut Run, round: u64) -> Result<()> {
             hurt.contains(&place.key)
         );
     }
-    ensure!(
-        beside * 3 <= hurt.len() as u64,
-        "{beside} records were lost beside {} misplaced ones",
-        hurt.len()
-    );
-    run.tally.note("lost beside, by a scan", beside);
+    run.tally.note("records hurt", hurt.len() as u64);
+    run.tally
+        .note("records intact, all of them hit", (places.len() - hurt.len()) as u64);
     cache.close()?;
     Ok(())
 }

@@ -23,7 +23,9 @@ const BATCH: usize = 32;
 const ROUNDS: usize = 200;
 
 /// One kind at a time finds what it can find, all together what only a mixture can.
-const WEATHERS: [Weather; 5] = [
+const WEATHERS: [Weather; 6] = [
+    // Drawn from the pieces that have a put's table in them: few, and nothing else would do it.
+    Weather::of(&[Damage::Table], 1.0),
     Weather::of(&[Damage::Flip], 0.05),
     Weather::of(&[Damage::Duplicate], 0.03),
     Weather::of(&[Damage::Omit], 0.03),

@@ -46,13 +46,9 @@ impl Pinned {
 }
 
 impl DiskWatch for Pinned {
-    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
         let pinned = self.0.lock();
-        let free = blocks.iter().all(|block| !pinned.contains(block));
-        if free {
-            forget();
-        }
-        free
+        blocks.iter().filter(|block| !pinned.contains(*block)).for_each(forget);
     }
 }
 
