@@ -47,14 +47,14 @@ fn main() -> Outcome<()> {
     let dir = PathBuf::from(args.next().ok_or("usage: disk DIR [GIB]")?);
     let gib: usize = args.next().map_or(Ok(2), |gib| gib.parse())?;
     let what = args.next();
-    let args_are_churn = what.as_deref() == Some("churn");
+    let only_churn = what.as_deref() == Some("churn");
     if what.as_deref() == Some("killed") {
         // The child of `recovery`: ends without a stop.
         fill(&open(&dir, 4 * gib)?, 0, gib * 1024 * MIB / LAYER_BLOCK, LAYER_BLOCK)?;
         std::process::abort();
     }
     fs::create_dir(&dir)?;
-    if args_are_churn {
+    if only_churn {
         let done = churn(&dir.join("churn"), gib);
         fs::remove_dir_all(&dir)?;
         return done;
@@ -241,7 +241,10 @@ fn churn(dir: &Path, gib: usize) -> Outcome<()> {
     let mut tell = |what: &str, time: fn(&Took) -> Duration| {
         took.sort_by_key(time);
         let [half, most, longest] = [last / 2, last - last / 1000, last].map(|at| time(&took[at]));
-        println!("{} reads meanwhile, {what}: median {half:?}, 99.9 % {most:?}, longest {longest:?}", took.len());
+        println!(
+            "{} reads meanwhile, {what}: median {half:?}, 99.9 % {most:?}, longest {longest:?}",
+            took.len()
+        );
     };
     tell("all their time", |took| took.all);
     tell("without what they waited for a processor", |took| {

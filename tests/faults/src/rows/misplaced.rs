@@ -41,12 +41,7 @@ enum Kind {
 const KINDS: [Kind; 5] = [Kind::Swapped, Kind::Copied, Kind::PayloadOnly, Kind::Stale, Kind::Lost];
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    let mut round = 0;
-    while run.wants_more() {
-        one_round(run, round)?;
-        round += 1;
-    }
-    Ok(())
+    run.rounds(one_round)
 }
 
 fn one_round(run: &mut Run, round: u64) -> Result<()> {
@@ -56,7 +51,7 @@ fn one_round(run: &mut Run, round: u64) -> Result<()> {
         lost: tempfile::tempdir()?,
     };
     let dir = &worlds.dir;
-    let corpus = Corpus::new("misplaced", &schema(LAYERS, 8192), run.plan.seed ^ round << 32, BLOCKS);
+    let corpus = Corpus::new("misplaced", &schema(LAYERS, 8192), run.seed_of(round), BLOCKS);
     let keys: Vec<_> = corpus.keys().collect();
     let (early, late) = keys.split_at(keys.len() / 2);
     fill(worlds.stale.path(), &corpus, early, 1)?;

@@ -39,18 +39,14 @@ pub(super) fn inflict(run: &mut Run) -> Result<()> {
         let reason = "only a build with the feature planted-bugs has points to abort at: make planted";
         return Err(Skipped(reason.to_owned()).into());
     }
-    block_on(async {
-        while run.wants_more() {
-            let round = run.tally.faults as usize;
-            let point = POINTS[round % POINTS.len()];
-            // Not always at the first time: what lies before it differs.
-            let nth = 1 + (round / POINTS.len()) as u64 % 3;
-            one_abort(run, point, nth)
-                .await
-                .with_context(|| format!("{point}, time {nth}"))?;
-            run.tally.faults += 1;
-            run.tally.note(point, 1);
-        }
+    run.rounds(|run, round| {
+        let round = round as usize;
+        let point = POINTS[round % POINTS.len()];
+        // Not always at the first time: what lies before it differs.
+        let nth = 1 + (round / POINTS.len()) as u64 % 3;
+        block_on(one_abort(run, point, nth)).with_context(|| format!("{point}, time {nth}"))?;
+        run.tally.faults += 1;
+        run.tally.note(point, 1);
         Ok(())
     })
 }

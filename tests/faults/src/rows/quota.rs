@@ -58,13 +58,12 @@ const QUOTAS: [Quota; 4] = [
 ];
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    while run.wants_more() {
-        let quota = QUOTAS[run.tally.faults as usize % QUOTAS.len()];
-        let dir = tempfile::tempdir()?;
-        one_store(run, dir.path(), quota).with_context(|| format!("{quota:?}"))?;
+    run.rounds(|run, round| {
+        let quota = QUOTAS[round as usize % QUOTAS.len()];
+        one_store(run, tempfile::tempdir()?.path(), quota).with_context(|| format!("{quota:?}"))?;
         run.tally.faults += 1;
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 fn one_store(run: &mut Run, dir: &Path, quota: Quota) -> Result<()> {

@@ -34,12 +34,7 @@ const WEATHERS: [Weather; 6] = [
 ];
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    block_on(async {
-        while run.wants_more() {
-            one_store(run).await?;
-        }
-        Ok(())
-    })
+    run.rounds(|run, _| block_on(one_store(run)))
 }
 
 async fn one_store(run: &mut Run) -> Result<()> {
