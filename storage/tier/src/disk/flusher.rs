@@ -22,7 +22,7 @@ use super::{
     format::{Identity, PAGE, SegmentId},
     recovery::Start,
     segment::{Record, SegmentWriter, segment_path},
-    table::{Batch, Location, SegmentRef, SegmentState},
+    table::{Batch, Location, SegmentRef, SegmentState, Spare},
     volume::Volume,
 };
 
@@ -353,11 +353,28 @@ impl Flusher {
     fn begin_segment(&mut self, first: u64) -> Result<(), WriteError> {
         let bytes = self.shared.config.segment_bytes.max(PAGE + first);
         self.make_room(bytes)?;
+        let spare = self.shared.state.lock().table.spares.remove(&self.volume().number);
+        match (self.begin_in(bytes, spare.as_ref()), spare) {
+            (Err(error), Some(spare)) => {
+                // What it has of space may be what is missing.
+                let _ = std::fs::remove_file(spare.path);
+                if error.is_disk_full() {
+                    self.begin_in(bytes, None)
+                } else {
+                    Err(error)
+                }
+            }
+            (begun, _) => begun,
+        }
+    }
+
+    fn begin_in(&mut self, bytes: u64, spare: Option<&Spare>) -> Result<(), WriteError> {
         let volume = &self.shared.volumes[self.number];
         let floor = self.shared.config.free_bytes_min;
         if floor > 0 {
             let free = volume.io.free_bytes(&volume.dir)?;
-            if free < floor.saturating_add(bytes) {
+            let wanted = bytes.saturating_sub(spare.map_or(0, |spare| spare.bytes));
+            if free < floor.saturating_add(wanted) {
                 return Err(WriteError::Floor { free, floor });
             }
         }
@@ -374,7 +391,7 @@ impl Flusher {
             id,
             generation: self.last_generation,
         };
-        let writer = match SegmentWriter::create(volume, at, identity, bytes) {
+        let writer = match SegmentWriter::create(volume, at, identity, bytes, spare.map(|spare| spare.path.as_path())) {
             Ok(writer) => writer,
             Err(error) => {
                 let error = WriteError::from(error);

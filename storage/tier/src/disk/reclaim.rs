@@ -6,8 +6,9 @@
 //! [`Fate`] says so, and is forgotten.
 //!
 //! No reader waits for it. Reads and writes are done without a lock; the owner is asked about a few blocks at a time, since its
-//! lock is the one that gets take too; readers that hold the victim's file read on. A large file takes the file system a tenth
-//! of a second to free: its name goes at once, its space on a thread of its own (`disk/removal.rs`), until which it counts.
+//! lock is the one that gets take too; readers that hold the victim's file read on. The file becomes the next segment once no
+//! reader has it, which a thread of its own waits for (`disk/removal.rs`); where its space is wanted back instead, that takes a
+//! file system a tenth of a second for a large file, and the same thread does it.
 
 use std::{cmp::Reverse, sync::Arc};
 
@@ -21,7 +22,7 @@ use super::{
     flusher::{Flusher, WriteError},
     format::PAGE,
     read::RecordOutcome,
-    segment::{Record, segment_path},
+    segment::{Record, segment_path, spare_path},
     table::{Doomed, Location, SegmentRef},
 };
 
@@ -85,7 +86,7 @@ impl Flusher {
         victims
             .into_iter()
             .filter(|at| Some(*at) != current)
-            .any(|at| self.reclaim(at, budget))
+            .any(|at| self.reclaim(at, budget, false))
     }
 
     /// The file system is full, maybe with what others put there: drops one segment, but never the newest. False if there
@@ -97,13 +98,13 @@ impl Flusher {
             (table.newest(number), table.victims(number))
         };
         let mut victims = victims.into_iter().filter(|at| Some(*at) != newest);
-        let dropped = victims.any(|at| self.reclaim(at, &mut 0));
+        let dropped = victims.any(|at| self.reclaim(at, &mut 0, true));
         while dropped && self.shared.wait_for_removal(number) {}
         dropped
     }
 
     /// Drops a segment; false if something in it must stay for which there is no room.
-    fn reclaim(&mut self, at: SegmentRef, budget: &mut u64) -> bool {
+    fn reclaim(&mut self, at: SegmentRef, budget: &mut u64, give_back: bool) -> bool {
         for round in 0..ROUNDS {
             let mut doubtful = self.doubtful(at);
             if round > 0 {
@@ -124,7 +125,7 @@ impl Flusher {
             }
             self.forget(at, &left);
             if self.shared.state.lock().table.blocks_in(at).is_empty() {
-                self.drop_file(at);
+                self.drop_file(at, give_back);
                 return true;
             }
         }
@@ -212,29 +213,36 @@ impl Flusher {
         }
     }
 
-    /// Drops a segment in which nothing is left.
-    fn drop_file(&self, at: SegmentRef) {
+    /// Drops a segment in which nothing is left. Its file is kept for the next one, unless space is what is wanted.
+    fn drop_file(&self, at: SegmentRef, give_back: bool) {
         let volume = self.volume();
+        let path = segment_path(&volume.segments_dir(), at.id());
         let doomed = {
             let mut state = self.shared.state.lock();
+            state.counts.reclaimed_segments += 1;
+            let keep = !give_back && state.table.wants_spare(at, self.shared.config.segment_bytes);
             let doomed = state.table.segments.get(&at).map(|segment| Doomed {
                 file: Arc::clone(&segment.file),
                 bytes: segment.bytes,
+                spare: keep.then(|| spare_path(&path)),
             });
             state.table.remove_segment(at);
-            state.counts.reclaimed_segments += 1;
             doomed
         };
-        tracing::debug!(segment = at.id(), "dropping a segment");
+        let Some(doomed) = doomed else { return };
+        tracing::debug!(segment = at.id(), spare = doomed.spare.is_some(), "dropping a segment");
         // If either fails, recovery tidies up: a file that the index does not know is read again.
         if let Err(error) = volume.index.forget(Some(at.id()), std::iter::empty()) {
             tracing::warn!(segment = at.id(), %error, "index keeps the entry of a dropped segment");
         }
         point("reclaim: file to be removed");
-        match std::fs::remove_file(segment_path(&volume.segments_dir(), at.id())) {
+        let gone = match &doomed.spare {
+            Some(spare) => std::fs::rename(&path, spare),
+            None => std::fs::remove_file(&path),
+        };
+        match gone {
             Ok(()) => {
-                let mut state = self.shared.state.lock();
-                state.table.doomed.extend(doomed.map(|doomed| (at, doomed)));
+                self.shared.state.lock().table.doomed.insert(at, doomed);
                 self.shared.removal.notify_all();
             }
             Err(error) => tracing::warn!(segment = at.id(), %error, "cannot remove a dropped segment"),

@@ -23,11 +23,23 @@ use super::{
 /// A layer block on its way to disk.
 pub(crate) type Record = (LayerBlockKey, Bytes, Checksum);
 
+/// Ending of the names of spare files.
+const SPARE: &str = "spare";
 /// Bytes that a scan reads at a time, where records are smaller.
 const SCAN_BYTES: u64 = 4 << 20;
 
 pub(crate) fn segment_path(dir: &Path, id: SegmentId) -> PathBuf {
     dir.join(format!("{id:016x}.seg"))
+}
+
+/// Where a segment's file waits to become another one. What lies there at the start is of no use and removed.
+pub(crate) fn spare_path(segment: &Path) -> PathBuf {
+    segment.with_extension(SPARE)
+}
+
+/// Whether a file is such a one.
+pub(crate) fn is_spare(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == SPARE)
 }
 
 /// The id in a segment's file name.
@@ -58,11 +70,27 @@ pub(crate) struct SegmentWriter {
 }
 
 impl SegmentWriter {
-    /// A new segment file of `bytes` bytes, its space allocated and its name durable.
-    pub(crate) fn create(volume: &Volume, at: SegmentRef, identity: Identity, bytes: u64) -> io::Result<Self> {
+    /// A new segment file of `bytes` bytes, its space allocated and its name durable; made of a spare file where there is one. What
+    /// that has in it names another segment, and so counts for nothing here.
+    pub(crate) fn create(
+        volume: &Volume,
+        at: SegmentRef,
+        identity: Identity,
+        bytes: u64,
+        spare: Option<&Path>,
+    ) -> io::Result<Self> {
         let dir = volume.segments_dir();
         let path = segment_path(&dir, identity.id);
-        let file = BlockFile::create(&path, volume.direct)?;
+        let file = match spare {
+            Some(spare) => {
+                std::fs::rename(spare, &path)?;
+                point("segment: made of a spare");
+                BlockFile::open(&path, volume.direct).inspect_err(|_| {
+                    let _ = std::fs::remove_file(&path);
+                })?
+            }
+            None => BlockFile::create(&path, volume.direct)?,
+        };
         let made = Self::begin(&*volume.io, &file, identity, bytes).and_then(|()| sync_dir(&dir));
         if let Err(error) = made {
             // A half-made segment would only be tidied up at the next start.
@@ -210,7 +238,7 @@ pub(crate) struct Scan {
     pub(crate) records: Vec<(LayerBlockKey, Location)>,
     /// Where the last whole record ends; what lies behind it is torn, or was never written.
     pub(crate) end: u64,
-    /// Behind the last byte that is not zero.
+    /// Behind the last byte that is not zero, nor of a whole record of the segment that the file was before.
     pub(crate) written_end: u64,
     /// Whole headers whose payload did not verify, before `end`, and a place where the disk could not be read.
     pub(crate) corrupt: u64,
@@ -238,6 +266,8 @@ pub(crate) fn scan(
     let mut window = Window::new(io, file, file_bytes);
     let (mut offset, mut corrupt) = (from, 0);
     let mut looked_to = from;
+    // Of a file that was another segment before: whole records of that one are no part of this one.
+    let mut left_over_to = from;
     while offset + RECORD_HEADER_BYTES as u64 <= file_bytes {
         // Once for each stretch that a window holds: whether anything was ever written here.
         if offset >= looked_to {
@@ -266,7 +296,14 @@ pub(crate) fn scan(
             });
         let Some(record) = header else {
             let step = &bytes[..RECORD_ALIGN as usize];
-            if let Some(last) = step.iter().rposition(|&byte| byte != 0) {
+            if let Some(bytes) = bytes
+                .first_chunk()
+                .and_then(|header| RecordHeader::left_over(header, at.id(), offset))
+            {
+                left_over_to = offset + bytes;
+            } else if offset >= left_over_to
+                && let Some(last) = step.iter().rposition(|&byte| byte != 0)
+            {
                 scan.written_end = offset + last as u64 + 1;
             }
             offset += RECORD_ALIGN;

@@ -18,6 +18,7 @@ use crate::{
 /// Every point that the storage code has.
 const POINTS: [&str; 11] = [
     "segment: id used up",
+    "segment: made of a spare",
     "segment: begun",
     "publish: written",
     "publish: synced",
@@ -25,7 +26,6 @@ const POINTS: [&str; 11] = [
     "reclaim: written again",
     "reclaim: forgotten in memory",
     "reclaim: file to be removed",
-    "reclaim: file cut",
     "pack: to be written",
     "pack: written",
 ];
