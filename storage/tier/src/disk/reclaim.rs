@@ -10,7 +10,7 @@
 //! reader has it, which a thread of its own waits for (`disk/removal.rs`); where its space is wanted back instead, that takes a
 //! file system a tenth of a second for a large file, and the same thread does it.
 
-use std::{cmp::Reverse, sync::Arc};
+use std::{cmp::Reverse, collections::HashMap, sync::Arc};
 
 use kvasir_block::{
     BlockKey, LayerBlockKey,
@@ -56,7 +56,11 @@ impl Flusher {
             if claimed + bytes <= bytes_max || claimed == 0 || planted(Bug::DiskBudgetIgnored) {
                 return Ok(());
             }
-            if doomed_bytes > 0 && self.shared.wait_for_removal(number) {
+            // Before more is dropped. It may have been done by the time that we come to wait for it.
+            if doomed_bytes > 0
+                && (self.shared.wait_for_removal(number)
+                    || self.shared.state.lock().table.doomed_bytes(number) < doomed_bytes)
+            {
                 continue;
             }
             // The current segment is full: nothing can be written again.
@@ -219,7 +223,6 @@ impl Flusher {
         let path = segment_path(&volume.segments_dir(), at.id());
         let doomed = {
             let mut state = self.shared.state.lock();
-            state.counts.reclaimed_segments += 1;
             let keep = !give_back && state.table.wants_spare(at, self.shared.config.segment_bytes);
             let doomed = state.table.segments.get(&at).map(|segment| Doomed {
                 file: Arc::clone(&segment.file),
@@ -227,6 +230,7 @@ impl Flusher {
                 spare: keep.then(|| spare_path(&path)),
             });
             state.table.remove_segment(at);
+            state.counts.reclaimed_segments += u64::from(doomed.is_some());
             doomed
         };
         let Some(doomed) = doomed else { return };
@@ -263,12 +267,12 @@ impl Flusher {
             }
         };
         point("reclaim: written again");
-        let from = |key: LayerBlockKey| wanted.iter().find(|(wanted, _)| *wanted == key).map(|(_, from)| *from);
+        let from: HashMap<LayerBlockKey, Location> = wanted.iter().copied().collect();
         let mut state = self.shared.state.lock();
         let mut stale = Vec::new();
         for (key, to) in published {
-            match from(key) {
-                Some(from) if state.table.relocate(key, from, to) => state.counts.readmitted_layer_blocks += 1,
+            match from.get(&key) {
+                Some(&from) if state.table.relocate(key, from, to) => state.counts.readmitted_layer_blocks += 1,
                 _ => stale.push(key),
             }
         }
