@@ -56,7 +56,7 @@ impl Tally {
         *self.notes.entry(name).or_default() += count;
     }
 
-    /// Keeps the larger: for times, whose names begin with [`LONGEST`].
+    /// Keeps the larger: for times, whose names begin with `longest`.
     pub fn note_max(&mut self, name: &'static str, value: u64) {
         let held = self.notes.entry(name).or_default();
         *held = value.max(*held);

@@ -92,7 +92,7 @@ fn files_of_dropped_segments_are_used_again() {
         segment_bytes: 64 << 10,
         ..DiskConfig::in_dir(dir.path(), 256 << 10)
     };
-    let tier = open_as(config.clone());
+    let tier = open_as(config);
     let inode = |path: &PathBuf| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
     let mut seen: Vec<HashSet<u64>> = Vec::new();
     for i in 0..400 {
