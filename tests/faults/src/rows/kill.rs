@@ -42,12 +42,14 @@ pub(super) struct Ledger {
     taken: Vec<BlockHash>,
     /// May be there or not: no answer came, or a kill came after it.
     unsure: Vec<BlockHash>,
+    /// Blocks put since the last time that all was synced: they may be on the disk too, and what is older has moved on.
+    after: usize,
 }
 
 impl Ledger {
-    /// Forgets all but the youngest of what was synced: the rest may have gone to the bucket, or on its way there with the store.
+    /// Forgets all but the youngest of what was synced, of `count` blocks that were put last: the rest may have gone to the bucket, or on its way there with the store.
     pub(super) fn keep_young(&mut self, count: usize) -> Vec<BlockHash> {
-        let young = self.synced.len().saturating_sub(count);
+        let young = self.synced.len().saturating_sub(count.saturating_sub(self.after));
         let kept = self.synced.split_off(young);
         std::mem::replace(&mut self.synced, kept)
     }
@@ -216,6 +218,7 @@ pub(super) async fn load_once(
 ) -> Result<(), ClientError> {
     let blocks = chain(seed, BATCH);
     ledger.unsure.extend(&blocks);
+    ledger.after += BATCH;
     let outcomes = remote.put(corpus, &blocks).await?;
     ledger.unsure.truncate(ledger.unsure.len() - BATCH);
     for (i, hash) in blocks.iter().enumerate() {
@@ -239,6 +242,7 @@ pub(super) async fn load_once(
     error.map_or(Ok(()), Err)?;
     if remote.client.stat().await?.flush_queue_blocks == 0 {
         ledger.synced.append(&mut ledger.taken);
+        ledger.after = 0;
     }
     Ok(())
 }
