@@ -34,7 +34,7 @@ pub(crate) enum Damage {
     Omit,
     /// Its first part comes, and then the connection ends.
     Cut,
-    /// In a put's table of the bulk path the layer of a row is another one: a name that is as good as the right one.
+    /// In the table of a get on the bulk path two rows change places.
     Table,
     /// It comes never, and nothing after it: the connection stays open.
     Stall,
@@ -234,33 +234,34 @@ fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) -> bool {
             bytes.drain(start..end);
         }
         Damage::Cut => bytes.truncate(start),
-        Damage::Table => return rename(rng, bytes),
+        Damage::Table => return swap_rows(rng, bytes),
         Damage::Stall => bytes.clear(),
         Damage::Unavailable | Damage::Expired => return false,
     }
     true
 }
 
-/// Gives a row in the table of a put another layer, if the piece has such a table. The bytes are those of
-/// `proto/src/bulk/FORMAT.md`.
-fn rename(rng: &mut StdRng, bytes: &mut [u8]) -> bool {
+/// Lets two rows in the table of a get of a chain change places, if the piece has such a table: two names that are as good as the
+/// right ones. The bytes are those of `proto/src/bulk/FORMAT.md`.
+fn swap_rows(rng: &mut StdRng, bytes: &mut [u8]) -> bool {
     const MAGIC: &[u8] = b"KVRQ";
-    const PUT: u8 = 3;
+    const GET_CHAIN: u8 = 2;
     const HEAD: usize = 96;
-    const ROW: usize = 44;
-    const LAYER: usize = 32;
+    const ROW: usize = 32;
     let Some(head) = bytes.windows(MAGIC.len()).position(|window| window == MAGIC) else {
         return false;
     };
     let table = head + HEAD;
-    if table > bytes.len() || bytes[head + 4] != PUT {
+    if table > bytes.len() || bytes[head + 4] != GET_CHAIN {
         return false;
     }
     let rows = u32::from_le_bytes([12, 13, 14, 15].map(|at| bytes[head + at])) as usize;
     let here = rows.min((bytes.len() - table) / ROW);
-    if here == 0 {
+    if here < 2 {
         return false;
     }
-    bytes[table + rng.random_range(0..here) * ROW + LAYER] ^= 1;
+    let first = rng.random_range(1..here);
+    let (before, after) = bytes[table..].split_at_mut(first * ROW);
+    before[..ROW].swap_with_slice(&mut after[..ROW]);
     true
 }

@@ -24,7 +24,7 @@ const ROUNDS: usize = 200;
 
 /// One kind at a time finds what it can find, all together what only a mixture can.
 const WEATHERS: [Weather; 6] = [
-    // Drawn from the pieces that have a put's table in them: few, and nothing else would do it.
+    // Of the pieces that have a get's table in them: few, and no flip at random would find two names that are both good.
     Weather::of(&[Damage::Table], 1.0),
     Weather::of(&[Damage::Flip], 0.05),
     Weather::of(&[Damage::Duplicate], 0.03),
