@@ -17,7 +17,10 @@ mod reply;
 mod request;
 mod wire;
 
-use kvasir_block::Checksum;
+use kvasir_block::{
+    Checksum,
+    planted::{Bug, planted},
+};
 
 pub use hello::{Greeting, Refusal, TOKEN_BYTES, Welcome};
 pub use reply::{GetRow, Place, ReplyHead, Status, put_reply_rows, put_rows, reply_text};
@@ -78,7 +81,7 @@ impl BulkError {
 /// # Errors
 /// [`BulkError::Damaged`] when not.
 pub fn check_table(table: &[u8], checksum: Checksum) -> Result<(), BulkError> {
-    if checksum.verifies(table) {
+    if checksum.verifies(table) || planted(Bug::TableChecksumSkipped) {
         Ok(())
     } else {
         Err(BulkError::Damaged { what: "the table" })

@@ -92,6 +92,10 @@ pub struct StoreConfig {
     pub object_region: String,
     /// Accept an `http://` endpoint: blocks then cross the network in the clear.
     pub object_allow_http: bool,
+    /// Bytes of one object in the bucket, about: what the disks forget is gathered until there is so much of it.
+    pub object_pack_bytes: ByteSize,
+    /// How long it is gathered at most; until it is written it is in memory only.
+    pub object_pack_age_max: HumanDuration,
     /// File with the bucket's access key: id, secret and, for a temporary key, session token, a line each. Empty: unsigned.
     pub object_credentials_file: PathBuf,
     /// Longest lease granted; longer wishes are cut to it.
@@ -181,6 +185,8 @@ impl Default for StoreConfig {
             object_endpoint: String::new(),
             object_region: "us-east-1".to_owned(),
             object_allow_http: false,
+            object_pack_bytes: ByteSize::mib(32),
+            object_pack_age_max: HumanDuration::secs(30),
             object_credentials_file: PathBuf::new(),
             lease_max: HumanDuration::secs(60),
             leases_max: 16_384,

@@ -159,6 +159,10 @@ fn flow(stats: &CacheStats) {
             stats.disk.readmitted_layer_blocks,
         ),
         (
+            "kvasir_store_forgotten_warm_layer_blocks_total",
+            stats.disk.forgotten_warm_layer_blocks,
+        ),
+        (
             "kvasir_store_disk_payload_bytes_total",
             stats.disk.payload_bytes_written,
         ),

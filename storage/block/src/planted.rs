@@ -68,6 +68,8 @@ bugs! {
     ForeignRecordAccepted => "foreign-record-accepted",
     /// A record that was found corrupt stays listed.
     CorruptRecordKept => "corrupt-record-kept",
+    /// A table of the bulk path counts without a look at its checksum.
+    TableChecksumSkipped => "table-checksum-skipped",
     /// After a failed sync the same file is synced again, and its success is believed.
     SyncRetried => "sync-retried",
 }

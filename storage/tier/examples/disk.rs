@@ -1,4 +1,4 @@
-//! What the disk tier does beside fio on the same file system: `cargo run --release -p kvasir-tier --example disk -- DIR [GIB]`.
+//! What the disk tier does beside fio on the same file system: `cargo run --release -p kvasir-tier --example disk -- DIR [GIB [churn]]`.
 //!
 //! Rounds alternate between the two and medians are compared: sequential and random reads of 1 MiB, writes with a sync for
 //! each 16 MiB. Then, of the tier alone: bytes written for a payload byte and the longest read while segments are reclaimed,
@@ -37,9 +37,8 @@ const LAYER_BLOCK: usize = 48 << 10;
 struct FreeWatch;
 
 impl DiskWatch for FreeWatch {
-    fn reclaim(&self, _: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
-        forget();
-        true
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
+        blocks.iter().for_each(forget);
     }
 }
 
@@ -47,12 +46,19 @@ fn main() -> Outcome<()> {
     let mut args = env::args().skip(1);
     let dir = PathBuf::from(args.next().ok_or("usage: disk DIR [GIB]")?);
     let gib: usize = args.next().map_or(Ok(2), |gib| gib.parse())?;
-    if args.next().is_some() {
+    let what = args.next();
+    let only_churn = what.as_deref() == Some("churn");
+    if what.as_deref() == Some("killed") {
         // The child of `recovery`: ends without a stop.
         fill(&open(&dir, 4 * gib)?, 0, gib * 1024 * MIB / LAYER_BLOCK, LAYER_BLOCK)?;
         std::process::abort();
     }
     fs::create_dir(&dir)?;
+    if only_churn {
+        let done = churn(&dir.join("churn"), gib);
+        fs::remove_dir_all(&dir)?;
+        return done;
+    }
     let done = beside_fio(&dir, gib)
         .and_then(|()| churn(&dir.join("churn"), gib))
         .and_then(|()| recovery(&dir.join("recovery"), gib));
@@ -196,16 +202,19 @@ fn churn(dir: &Path, gib: usize) -> Outcome<()> {
     let (put_so_far, done) = (AtomicU32::new(1), AtomicBool::new(false));
     let payload = payload(LAYER_BLOCK);
     let checksum = Checksum::of(&payload);
-    let mut took: Vec<Duration> = std::thread::scope(|scope| -> Outcome<Vec<Duration>> {
+    let mut took: Vec<Took> = std::thread::scope(|scope| -> Outcome<Vec<Took>> {
         let reader = scope.spawn(|| {
             let mut rng = StdRng::seed_from_u64(1);
             let mut took = Vec::new();
             while !done.load(Ordering::Relaxed) {
                 let i = rng.random_range(0..put_so_far.load(Ordering::Relaxed));
-                let start = Instant::now();
+                let (start, waited) = (Instant::now(), waited());
                 let read = tier.get(key(i as usize));
                 if matches!(read, DiskRead::Hit { .. }) {
-                    took.push(start.elapsed());
+                    took.push(Took {
+                        all: start.elapsed(),
+                        for_processor: self::waited().saturating_sub(waited),
+                    });
                 }
             }
             took
@@ -223,21 +232,39 @@ fn churn(dir: &Path, gib: usize) -> Outcome<()> {
     let stats = tier.stats();
     drop(tier);
     fs::remove_dir_all(dir)?;
-    took.sort();
     let last = took.len().checked_sub(1).ok_or("not a single read was a hit")?;
     println!(
         "{} GiB of 48 KiB put through a limit of {gib} GiB: {} segments reclaimed, {amplification:.3} bytes written for a payload byte",
         3 * gib,
         stats.reclaimed_segments
     );
-    println!(
-        "{} reads meanwhile: median {:?}, 99.9 % {:?}, longest {:?}",
-        took.len(),
-        took[last / 2],
-        took[last - last / 1000],
-        took[last]
-    );
+    let mut tell = |what: &str, time: fn(&Took) -> Duration| {
+        took.sort_by_key(time);
+        let [half, most, longest] = [last / 2, last - last / 1000, last].map(|at| time(&took[at]));
+        println!(
+            "{} reads meanwhile, {what}: median {half:?}, 99.9 % {most:?}, longest {longest:?}",
+            took.len()
+        );
+    };
+    tell("all their time", |took| took.all);
+    tell("without what they waited for a processor", |took| {
+        took.all.saturating_sub(took.for_processor)
+    });
     Ok(())
+}
+
+/// How long a read took, and how much of that its thread could have run and did not.
+#[derive(Clone, Copy)]
+struct Took {
+    all: Duration,
+    for_processor: Duration,
+}
+
+/// How long this thread has waited for a processor, since its start; zero where the kernel does not say.
+fn waited() -> Duration {
+    let line = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanos = line.split_whitespace().nth(1).and_then(|nanos| nanos.parse().ok());
+    Duration::from_nanos(nanos.unwrap_or(0))
 }
 
 /// Bytes that this process has sent to disks.

@@ -44,7 +44,7 @@ use parking_lot::{Condvar, Mutex};
 pub use self::{
     config::{AbsentDisk, DiskConfig, DiskPath, OpenError},
     format::SEGMENT_FORMAT,
-    outcome::{DiskRead, DiskWatch, Fate, FlushError, Offer},
+    outcome::{DiskRead, DiskWatch, Fate, FlushError, Heat, Offer},
     recovery::Recovery,
     stats::{DiskStats, OneDiskStats},
 };
@@ -112,6 +112,7 @@ struct Counts {
     reclaimed_layer_blocks: u64,
     readmitted_layer_blocks: u64,
     demoted_layer_blocks: u64,
+    forgotten_warm_layer_blocks: u64,
     retired_segments: u64,
     syncs: u64,
     failures: u64,

@@ -27,8 +27,8 @@ mod host;
 mod object;
 
 pub use disk::{
-    AbsentDisk, DiskConfig, DiskPath, DiskRead, DiskStats, DiskTier, DiskWatch, Fate, FlushError, Offer, OneDiskStats,
-    OpenError, Recovery, SEGMENT_FORMAT,
+    AbsentDisk, DiskConfig, DiskPath, DiskRead, DiskStats, DiskTier, DiskWatch, Fate, FlushError, Heat, Offer,
+    OneDiskStats, OpenError, Recovery, SEGMENT_FORMAT,
 };
 pub use host::{HostConfig, HostPolicy, HostStats, HostTier, NoRoom, Owner};
 pub use kvasir_device::HugePages;

@@ -11,6 +11,7 @@ pub const CATCHES: &[(Bug, &[&str], u64)] = &[
     (Bug::ObjectChecksumSkipped, &["object"], 200),
     (Bug::ClientChecksumSkipped, &["wire"], 200),
     (Bug::PutChecksumSkipped, &["wire"], 200),
+    (Bug::TableChecksumSkipped, &["wire"], 200),
     (Bug::TenantDropped, &["identity"], 200),
     (Bug::LayerIgnored, &["identity"], 200),
     (Bug::LeasedBlockEvicted, &["promises"], 9),

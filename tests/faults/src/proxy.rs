@@ -34,6 +34,8 @@ pub(crate) enum Damage {
     Omit,
     /// Its first part comes, and then the connection ends.
     Cut,
+    /// In the table of a get on the bulk path two rows change places.
+    Table,
     /// It comes never, and nothing after it: the connection stays open.
     Stall,
     /// A new connection is answered 503 and closed, whatever it asks.
@@ -186,9 +188,10 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut rng: StdRng, 
             replace(&mut bytes, named.as_bytes(), instead.as_bytes());
         }
         let kind = weather.draw(&mut rng, false);
-        if let Some(kind) = kind {
+        if let Some(kind) = kind
+            && damage(&mut rng, kind, &mut bytes)
+        {
             shared.damaged.fetch_add(1, Ordering::Relaxed);
-            damage(&mut rng, kind, &mut bytes);
         }
         if to.write_all(&bytes).await.is_err() || kind == Some(Damage::Cut) {
             break;
@@ -209,8 +212,8 @@ fn replace(bytes: &mut [u8], named: &[u8], instead: &[u8]) {
     }
 }
 
-/// Damages a piece.
-fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) {
+/// Damages a piece; false where it has nothing in it that could be damaged so.
+fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) -> bool {
     let start = rng.random_range(0..bytes.len());
     let end = rng.random_range(start..bytes.len()) + 1;
     match kind {
@@ -231,7 +234,34 @@ fn damage(rng: &mut StdRng, kind: Damage, bytes: &mut Vec<u8>) {
             bytes.drain(start..end);
         }
         Damage::Cut => bytes.truncate(start),
+        Damage::Table => return swap_rows(rng, bytes),
         Damage::Stall => bytes.clear(),
-        Damage::Unavailable | Damage::Expired => {}
+        Damage::Unavailable | Damage::Expired => return false,
     }
+    true
+}
+
+/// Lets two rows in the table of a get of a chain change places, if the piece has such a table: two names that are as good as the
+/// right ones. The bytes are those of `proto/src/bulk/FORMAT.md`.
+fn swap_rows(rng: &mut StdRng, bytes: &mut [u8]) -> bool {
+    const MAGIC: &[u8] = b"KVRQ";
+    const GET_CHAIN: u8 = 2;
+    const HEAD: usize = 96;
+    const ROW: usize = 32;
+    let Some(head) = bytes.windows(MAGIC.len()).position(|window| window == MAGIC) else {
+        return false;
+    };
+    let table = head + HEAD;
+    if table > bytes.len() || bytes[head + 4] != GET_CHAIN {
+        return false;
+    }
+    let rows = u32::from_le_bytes([12, 13, 14, 15].map(|at| bytes[head + at])) as usize;
+    let here = rows.min((bytes.len() - table) / ROW);
+    if here < 2 {
+        return false;
+    }
+    let first = rng.random_range(1..here);
+    let (before, after) = bytes[table..].split_at_mut(first * ROW);
+    before[..ROW].swap_with_slice(&mut after[..ROW]);
+    true
 }

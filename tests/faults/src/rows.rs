@@ -9,9 +9,11 @@ mod kill;
 mod memory;
 mod misplaced;
 mod object;
+mod points;
 mod power;
 mod pressure;
 mod promises;
+mod quota;
 mod space;
 mod torn;
 mod truncate;
@@ -56,6 +58,15 @@ pub const ROWS: &[Row] = &[
         full: 1200,
         tiers: &[Tier::Disk],
         inflict: power::inflict,
+    },
+    Row {
+        name: "points",
+        number: Some(2),
+        fault: "the process ends at a named point of publishing, reclaim, a pack",
+        sample: 11,
+        full: 220,
+        tiers: &[Tier::Store],
+        inflict: points::inflict,
     },
     Row {
         name: "torn",
@@ -110,6 +121,15 @@ pub const ROWS: &[Row] = &[
         full: 200,
         tiers: &[Tier::Host, Tier::Disk],
         inflict: space::inflict,
+    },
+    Row {
+        name: "quota",
+        number: Some(8),
+        fault: "a quota is used up: the system's, ours of the disk, a tenant's of memory",
+        sample: 8,
+        full: 200,
+        tiers: &[Tier::Host, Tier::Disk],
+        inflict: quota::inflict,
     },
     Row {
         name: "eio",

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rand::{SeedableRng, rngs::StdRng};
 use serde::Serialize;
 
@@ -160,6 +160,28 @@ impl Run {
     /// Whether more faults are to come.
     pub(crate) fn wants_more(&self) -> bool {
         self.tally.faults < self.plan.count
+    }
+
+    /// One round after the other, by its number, until there were as many faults as were asked for.
+    pub(crate) fn rounds(&mut self, mut one: impl FnMut(&mut Self, u64) -> Result<()>) -> Result<()> {
+        let mut round = 0;
+        while self.wants_more() {
+            one(self, round).with_context(|| format!("round {round}"))?;
+            round += 1;
+            // A row that meets nothing would go on for ever.
+            ensure!(
+                round < 20 * self.plan.count + 20,
+                "{round} rounds inflicted only {} faults: {:?}",
+                self.tally.faults,
+                self.tally.notes
+            );
+        }
+        Ok(())
+    }
+
+    /// Seed of what one round is made of.
+    pub(crate) fn seed_of(&self, round: u64) -> u64 {
+        self.plan.seed ^ round << 32
     }
 
     /// Keeps the longest of a row's times, in milliseconds.

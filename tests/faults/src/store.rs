@@ -46,6 +46,27 @@ impl Launch {
         }
     }
 
+    /// Bytes that the disk of [`Self::with_bucket`] may have.
+    pub(crate) const DISK_WITH_BUCKET: usize = 8 << 20;
+
+    /// A store with a disk of 8 MiB in segments of 1 and a bucket, a folder beside, so that it reclaims and demotes all the time.
+    pub(crate) fn with_bucket(folder: &Path) -> Self {
+        let mut launch = Self::in_folder(folder);
+        let more = [
+            "store.host_bytes_max=4MiB".to_owned(),
+            format!("store.disk_bytes_max={}", Self::DISK_WITH_BUCKET),
+            "store.segment_bytes=1MiB".to_owned(),
+            "store.flush_queue_bytes_max=4MiB".to_owned(),
+            "store.object_pack_bytes=512KiB".to_owned(),
+            "store.object_pack_age_max=50ms".to_owned(),
+            format!("store.object_url=file://{}", folder.join("bucket").display()),
+        ];
+        let key = |set: &str| set.split('=').next().map(str::to_owned);
+        launch.set.retain(|set| more.iter().all(|other| key(other) != key(set)));
+        launch.set.extend(more);
+        launch
+    }
+
     /// Starts it and waits until it is ready; says how long that took.
     pub(crate) fn start(&self) -> Result<StoreProcess> {
         let mut child = self.spawn()?;

@@ -18,6 +18,9 @@ pub enum Tier {
     Store,
 }
 
+/// What a note's name begins with that is no sum.
+const LONGEST: &str = "longest";
+
 /// Counts of one run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
@@ -53,7 +56,7 @@ impl Tally {
         *self.notes.entry(name).or_default() += count;
     }
 
-    /// Keeps the larger: for the longest time and the like.
+    /// Keeps the larger: for times, whose names begin with `longest`.
     pub fn note_max(&mut self, name: &'static str, value: u64) {
         let held = self.notes.entry(name).or_default();
         *held = value.max(*held);
@@ -71,7 +74,11 @@ impl Tally {
         self.wrong += other.wrong;
         self.deaths += other.deaths;
         for (name, count) in other.notes {
-            self.note(name, count);
+            if name.starts_with(LONGEST) {
+                self.note_max(name, count);
+            } else {
+                self.note(name, count);
+            }
         }
         if let Some(first) = other.first_wrong {
             self.first_wrong.get_or_insert(first);

@@ -13,9 +13,8 @@ use crate::{Tally, Tier, corpus::Corpus, data::Read};
 struct FreeWatch;
 
 impl DiskWatch for FreeWatch {
-    fn reclaim(&self, _: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
-        forget();
-        true
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
+        blocks.iter().for_each(forget);
     }
 }
 

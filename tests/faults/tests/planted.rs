@@ -25,7 +25,8 @@ fn every_bug_is_found_and_without_one_nothing_is() {
     for row in ROWS {
         let outcome = row.run(Plan {
             seed: SEED,
-            count: row.sample,
+            // Nowhere else are there points to abort at, so all of it is done here.
+            count: if row.name == "points" { row.full } else { row.sample },
         });
         assert_eq!(outcome.failure, None, "{} without a bug", row.name);
     }

@@ -36,6 +36,6 @@ macro_rules! samples {
 }
 
 samples!(
-    identity, promises, kill, power, torn, flips, misplaced, memory, wire, space, eio, slow, truncate, index, object,
-    clock, pressure
+    identity, promises, kill, power, points, torn, flips, misplaced, memory, wire, space, quota, eio, slow, truncate,
+    index, object, clock, pressure
 );

@@ -76,6 +76,9 @@ impl StoreConfig {
         object.path_style = object.endpoint.is_some();
         object.region.clone_from(&self.object_region);
         object.allow_http = self.object_allow_http;
+        object.object_bytes = self.object_pack_bytes.as_u64();
+        object.queue_bytes_max = object.queue_bytes_max.max(object.object_bytes.saturating_mul(2));
+        object.open_age_max = self.object_pack_age_max.into();
         if !self.object_credentials_file.as_os_str().is_empty() {
             let path = self.object_credentials_file.display();
             let text = std::fs::read_to_string(&self.object_credentials_file)

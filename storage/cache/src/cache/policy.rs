@@ -7,8 +7,8 @@
 //!   block that nobody asks for twice costs no disk write.
 //! - *Demotion*: eviction from memory costs nothing, since the disk has what was admitted. What it does not have although it was
 //!   to (a failing disk) is offered again at each hit.
-//! - *Reclaim*: leased blocks and those that matches asked for twice of late are written again; others go to the object tier
-//!   where there is one, and are forgotten where there is none.
+//! - *Reclaim*: leased blocks and those that matches asked for twice of late are written again, the most asked for first while
+//!   there is room; others go to the object tier where there is one, and are forgotten where there is none.
 
 use std::{
     sync::{Arc, Weak},
@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use kvasir_block::{BlockKey, Checksum, LayerBlockKey};
-use kvasir_tier::{DiskWatch, Fate, Offer};
+use kvasir_tier::{DiskWatch, Fate, Heat, Offer};
 
 use super::{Shared, State, Tier};
 
@@ -100,41 +100,39 @@ impl ReclaimWatch {
 }
 
 impl DiskWatch for ReclaimWatch {
-    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
-        let Some(shared) = self.0.upgrade() else { return false };
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
+        let Some(shared) = self.0.upgrade() else { return };
         let mut state = shared.state.lock();
         state.leases.expire(Instant::now());
-        if blocks.iter().any(|block| state.leases.must_stay(block)) {
-            return false;
-        }
-        forget();
         for block in blocks {
-            shared.refresh(&mut state, *block, Tier::Disk);
+            if !state.leases.must_stay(block) {
+                forget(block);
+                shared.refresh(&mut state, *block, Tier::Disk);
+            }
         }
-        true
     }
 
     fn fate(&self, block: &BlockKey) -> Fate {
         let Some(shared) = self.0.upgrade() else {
-            return Fate::Forget;
+            return Fate::default();
         };
         let state = shared.state.lock();
-        if state.leases.must_stay(block) || state.reuse.asked(block) >= REUSED_ASKED {
-            return Fate::Readmit;
-        }
-        if shared.object.is_some() {
-            Fate::Demote
-        } else {
-            Fate::Forget
+        let heat = match state.reuse.asked(block) {
+            _ if state.leases.must_stay(block) => Heat::Leased,
+            asked @ REUSED_ASKED.. => Heat::Warm(asked),
+            _ => Heat::Cold,
+        };
+        Fate {
+            heat,
+            demote: shared.object.is_some(),
         }
     }
 
-    fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) {
-        let Some(shared) = self.0.upgrade() else { return };
-        if let Some(object) = &shared.object
-            && object.offer(key, payload, checksum) == Offer::Queued
-        {
-            shared.counters.demoted.add(1);
-        }
+    fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> bool {
+        let Some(shared) = self.0.upgrade() else { return false };
+        let Some(object) = &shared.object else { return false };
+        let offer = object.offer(key, payload, checksum);
+        shared.counters.demoted.add(u64::from(offer == Offer::Queued));
+        matches!(offer, Offer::Queued | Offer::Present)
     }
 }

@@ -20,6 +20,9 @@ use super::{
 
 /// Longest single operation: the kernel counts bytes in 31 bits; what is longer comes back short and is finished in parts.
 const OPERATION_BYTES_MAX: usize = 1 << 30;
+/// Writes of a batch that are in flight at a time: enough to keep a disk busy, and few enough that a read beside them does not
+/// wait for a batch. Of 1 MiB each, beside reads of 48 KiB on a virtual disk: with 16 the median read took 1.8 ms, with 4 0.14.
+const WRITES_IN_FLIGHT: u32 = 4;
 /// Between looks at a ring that the kernel refuses to be asked about.
 const PATIENCE: Duration = Duration::from_micros(200);
 
@@ -204,7 +207,8 @@ impl FileIo for Uring {
                 );
             }
             next += 1;
-            while flight.in_flight == self.depth || (next == pieces.len() && flight.in_flight > 0) {
+            while flight.in_flight == self.depth.min(WRITES_IN_FLIGHT) || (next == pieces.len() && flight.in_flight > 0)
+            {
                 flight.wait(|index, result| {
                     let write = WriteAt {
                         offset: place(index),

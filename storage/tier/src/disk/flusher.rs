@@ -13,7 +13,7 @@ use std::{
 
 use kvasir_block::{
     LayerBlockKey,
-    planted::{Bug, planted},
+    planted::{Bug, planted, point},
 };
 use kvasir_device::Buffer;
 
@@ -22,7 +22,7 @@ use super::{
     format::{Identity, PAGE, SegmentId},
     recovery::Start,
     segment::{Record, SegmentWriter, segment_path},
-    table::{Batch, Location, SegmentRef, SegmentState},
+    table::{Batch, Location, SegmentRef, SegmentState, Spare},
     volume::Volume,
 };
 
@@ -276,7 +276,9 @@ impl Flusher {
             }
         };
         let published: Vec<_> = records.iter().map(|(key, ..)| *key).zip(locations).collect();
+        point("publish: synced");
         volume.index.publish(writer.identity, writer.end, published.iter())?;
+        point("publish: index told");
         if planted(Bug::PublishBeforeSync) {
             writer.sync(&*volume.io)?;
         }
@@ -351,17 +353,35 @@ impl Flusher {
     fn begin_segment(&mut self, first: u64) -> Result<(), WriteError> {
         let bytes = self.shared.config.segment_bytes.max(PAGE + first);
         self.make_room(bytes)?;
+        let spare = self.shared.state.lock().table.spares.remove(&self.volume().number);
+        match (self.begin_in(bytes, spare.as_ref()), spare) {
+            (Err(error), Some(spare)) => {
+                // What it has of space may be what is missing.
+                let _ = std::fs::remove_file(spare.path);
+                if error.is_disk_full() {
+                    self.begin_in(bytes, None)
+                } else {
+                    Err(error)
+                }
+            }
+            (begun, _) => begun,
+        }
+    }
+
+    fn begin_in(&mut self, bytes: u64, spare: Option<&Spare>) -> Result<(), WriteError> {
         let volume = &self.shared.volumes[self.number];
         let floor = self.shared.config.free_bytes_min;
         if floor > 0 {
             let free = volume.io.free_bytes(&volume.dir)?;
-            if free < floor.saturating_add(bytes) {
+            let wanted = bytes.saturating_sub(spare.map_or(0, |spare| spare.bytes));
+            if free < floor.saturating_add(wanted) {
                 return Err(WriteError::Floor { free, floor });
             }
         }
         let id = self.next_segment;
         let at = SegmentRef::new(volume.number, id).ok_or(WriteError::NoIds)?;
         volume.index.use_up(id + 1)?;
+        point("segment: id used up");
         self.next_segment = id + 1;
         // Time, so that it also differs from that of a folder this one was copied from; and rising, should time go back.
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
@@ -371,7 +391,7 @@ impl Flusher {
             id,
             generation: self.last_generation,
         };
-        let writer = match SegmentWriter::create(volume, at, identity, bytes) {
+        let writer = match SegmentWriter::create(volume, at, identity, bytes, spare.map(|spare| spare.path.as_path())) {
             Ok(writer) => writer,
             Err(error) => {
                 let error = WriteError::from(error);
@@ -382,6 +402,7 @@ impl Flusher {
                 return Err(error);
             }
         };
+        point("segment: begun");
         let segment = SegmentState::new(Arc::clone(&writer.file), identity, bytes);
         self.shared.state.lock().table.segments.insert(at, segment);
         self.writer = Some(writer);

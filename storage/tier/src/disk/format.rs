@@ -129,6 +129,16 @@ impl RecordHeader {
         let here = here && version == version_of(generation);
         (here && header.payload_bytes as usize <= PAYLOAD_BYTES_MAX).then_some(header)
     }
+
+    /// Bytes of the record that a file has at `offset` from when it was an older segment than `id`; `None` where there is none.
+    pub(crate) fn left_over(bytes: &[u8; RECORD_HEADER_BYTES], id: SegmentId, offset: u64) -> Option<u64> {
+        let older = u64_at(bytes, 8);
+        if bytes[..4] != RECORD_MAGIC || older >= id {
+            return None;
+        }
+        let header = Self::decode(bytes, older, offset)?;
+        Some(record_bytes(header.payload_bytes as usize))
+    }
 }
 
 const fn version_of(generation: u64) -> u16 {

@@ -2,7 +2,8 @@
 //! only of synced records; what it lost is found again by reading segments.
 //!
 //! Keys: `r` + layer-block key -> location (16 bytes); `s` + segment id -> how far this segment has been indexed, and its
-//! generation (8 bytes each; format 1 had no generation); `n` -> the next free segment id (8 bytes).
+//! generation (8 bytes each; format 1 had no generation); `n` -> the next free segment id (8 bytes); `v` -> the last segment that
+//! the scrub has verified (8 bytes).
 //! The write-ahead log is not synced: both kinds go into one atomic batch, so a lost batch only means a longer scan.
 
 use std::path::Path;
@@ -18,6 +19,7 @@ use super::{
 const RECORD: u8 = b'r';
 const SEGMENT: u8 = b's';
 const NEXT: &[u8] = b"n";
+const VERIFIED: &[u8] = b"v";
 
 pub(crate) struct Index {
     db: DB,
@@ -31,6 +33,8 @@ pub(crate) struct Contents {
     pub(crate) segments: Vec<(Identity, u64)>,
     /// No segment from here on was ever begun; 0 where that is not known.
     pub(crate) next_segment: SegmentId,
+    /// Up to which segment the scrub had come; 0 where it is to begin.
+    pub(crate) scrubbed_to: SegmentId,
     /// Entries that could not be understood.
     pub(crate) broken: u64,
 }
@@ -92,6 +96,11 @@ impl Index {
         self.db.put(NEXT, next.to_le_bytes())
     }
 
+    /// Notes that the scrub has verified everything up to a segment; 0 when it begins anew.
+    pub(crate) fn scrubbed(&self, to: SegmentId) -> Result<(), rocksdb::Error> {
+        self.db.put(VERIFIED, to.to_le_bytes())
+    }
+
     fn read_all(&self, disk: u8) -> Result<Contents, rocksdb::Error> {
         let mut contents = Contents::default();
         for entry in self.db.iterator(IteratorMode::Start) {
@@ -110,6 +119,10 @@ impl Index {
                 },
                 _ if key.as_ref() == NEXT => match value.as_ref().try_into() {
                     Ok(next) => contents.next_segment = u64::from_le_bytes(next),
+                    Err(_) => contents.broken += 1,
+                },
+                _ if key.as_ref() == VERIFIED => match value.as_ref().try_into() {
+                    Ok(to) => contents.scrubbed_to = u64::from_le_bytes(to),
                     Err(_) => contents.broken += 1,
                 },
                 _ => contents.broken += 1,

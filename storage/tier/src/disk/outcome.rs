@@ -47,33 +47,45 @@ pub enum DiskRead {
     TooLate,
 }
 
+/// How much a block wants to stay where it is; rises.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Heat {
+    /// Nobody asks for it.
+    #[default]
+    Cold,
+    /// It was asked for so often, of late.
+    Warm(u32),
+    /// It is promised to someone and must not go.
+    Leased,
+}
+
 /// What becomes of a block whose segment is reclaimed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// It goes.
-    Forget,
-    /// It stays on disk: leased, or read often. What is not leased may go nevertheless when too much wants to stay.
-    Readmit,
-    /// It goes from here to a slower tier: its layers are handed to [`DiskWatch::demote`] first.
-    Demote,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fate {
+    /// The hottest are written again first, as many as there is room for; cold ones never are.
+    pub heat: Heat,
+    /// Where it does not stay, its layers are handed to [`DiskWatch::demote`] before they are forgotten.
+    pub demote: bool,
 }
 
 /// Has a say in what the tier forgets to make room. Called by the threads that write, never under a lock of the tier but
 /// where it says so.
 pub trait DiskWatch: Send + Sync {
-    /// The tier wants to forget what one segment holds of `blocks`. Answer false if one of them must stay; else call
-    /// `forget` once, under the lock that guards the decision, and answer true. After a no the tier asks for each block
-    /// alone, and writes again what must stay: a lease does not stop reclaim.
-    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut()) -> bool;
+    /// The tier wants to forget what one segment holds of `blocks`, a few at a time. Calls `forget` once for each of them that may
+    /// go, under the lock that guards the decision; those that it is not called for stay, and are written again: a lease does
+    /// not stop reclaim.
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey));
 
     /// What should become of `block` when its segment goes.
     fn fate(&self, block: &BlockKey) -> Fate {
         let _ = block;
-        Fate::Forget
+        Fate::default()
     }
 
-    /// Takes a verified layer block that the tier is about to forget. Should not block for long: the disk's writer waits.
-    fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) {
+    /// Takes a verified layer block that the tier is about to forget; false if it is not taken. Should not block for long: the
+    /// disk's writer waits.
+    fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> bool {
         let _ = (key, payload, checksum);
+        false
     }
 }

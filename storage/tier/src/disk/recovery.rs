@@ -17,7 +17,7 @@ use super::{
     DiskConfig, OpenError,
     format::{Identity, PAGE, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentId},
     index::{Contents, Index},
-    segment::{SegmentWriter, scan, segment_id, segment_path, sync_dir},
+    segment::{SegmentWriter, is_spare, scan, segment_id, segment_path, sync_dir},
     table::{SegmentRef, SegmentState, Table},
     volume::{Folder, Pace, Volume},
 };
@@ -35,7 +35,7 @@ pub struct Recovery {
     pub corrupt: u64,
     /// Index entries that pointed at nothing; dropped.
     pub dangling: u64,
-    /// Bytes cut off the ends of segments.
+    /// Bytes cut off the ends of segments; where a file was another segment before, also what was left of one of its records.
     pub torn_bytes: u64,
     /// The index could not be opened and was made anew from the segments.
     pub index_rebuilt: bool,
@@ -73,6 +73,7 @@ pub(crate) fn recover(
         direct: folder.direct,
         index,
         pace: Pace::default(),
+        scrubbed_to: contents.scrubbed_to,
         _lock: folder.lock,
     };
     let known: HashMap<SegmentId, (Identity, u64)> = contents
@@ -208,6 +209,8 @@ fn segment_files(dir: &Path) -> Result<BTreeMap<SegmentId, PathBuf>, OpenError> 
         let path = entry.map_err(failed)?.path();
         if let Some(id) = segment_id(&path) {
             files.insert(id, path);
+        } else if is_spare(&path) {
+            fs::remove_file(&path).map_err(|source| OpenError::io("remove the spare file", &path, source))?;
         }
     }
     Ok(files)

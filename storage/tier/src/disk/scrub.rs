@@ -1,5 +1,6 @@
 //! The scrub: reads what lies on the disks, oldest first, at a bounded rate, and drops what has gone wrong before someone
-//! asks for it. It begins anew when it has seen everything, and stands aside while callers read.
+//! asks for it. It begins anew when it has seen everything, and stands aside while callers read. How far it has come is kept in the
+//! index, segment by segment: a store that is restarted more often than a round takes still sees everything.
 
 use std::{
     collections::BTreeMap,
@@ -7,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Shared, read::RecordOutcome, table::SegmentRef};
+use super::{Shared, format::SegmentId, read::RecordOutcome, table::SegmentRef};
 
 /// Between looks whether callers still read, and between rounds over everything.
 const STAND_ASIDE: Duration = Duration::from_millis(5);
@@ -18,7 +19,11 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Until the tier stops.
 pub(super) fn run(shared: &Shared) {
     // The newest segment that was seen whole, of each disk: a round goes on behind it.
-    let mut seen: BTreeMap<u8, SegmentRef> = BTreeMap::new();
+    let mut seen: BTreeMap<u8, SegmentRef> = shared
+        .volumes
+        .iter()
+        .filter_map(|volume| Some((volume.number, SegmentRef::new(volume.number, volume.scrubbed_to)?)))
+        .collect();
     loop {
         let next = {
             let state = shared.state.lock();
@@ -32,14 +37,24 @@ pub(super) fn run(shared: &Shared) {
                     return;
                 }
                 seen.insert(at.disk(), at);
+                note(shared, at.disk(), at.id());
             }
             None => {
-                seen.clear();
                 if !sleep(shared, BETWEEN_ROUNDS) {
                     return;
                 }
+                seen.clear();
+                shared.volumes.iter().for_each(|volume| note(shared, volume.number, 0));
             }
         }
+    }
+}
+
+/// Remembers for the next life how far this one has come.
+fn note(shared: &Shared, disk: u8, to: SegmentId) {
+    let volume = &shared.volumes[usize::from(disk)];
+    if let Err(error) = volume.index.scrubbed(to) {
+        tracing::warn!(dir = %volume.dir.display(), %error, "the scrub will verify the same again after a restart");
     }
 }
 

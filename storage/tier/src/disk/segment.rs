@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use kvasir_block::{
     Checksum, LayerBlockKey,
-    planted::{Bug, planted},
+    planted::{Bug, planted, point},
 };
 use kvasir_device::{BlockFile, Buffer, FileIo, ReadAt, ReadOutcome, WriteAt};
 
@@ -23,11 +23,23 @@ use super::{
 /// A layer block on its way to disk.
 pub(crate) type Record = (LayerBlockKey, Bytes, Checksum);
 
+/// Ending of the names of spare files.
+const SPARE: &str = "spare";
 /// Bytes that a scan reads at a time, where records are smaller.
 const SCAN_BYTES: u64 = 4 << 20;
 
 pub(crate) fn segment_path(dir: &Path, id: SegmentId) -> PathBuf {
     dir.join(format!("{id:016x}.seg"))
+}
+
+/// Where a segment's file waits to become another one. What lies there at the start is of no use and removed.
+pub(crate) fn spare_path(segment: &Path) -> PathBuf {
+    segment.with_extension(SPARE)
+}
+
+/// Whether a file is such a one.
+pub(crate) fn is_spare(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == SPARE)
 }
 
 /// The id in a segment's file name.
@@ -58,11 +70,27 @@ pub(crate) struct SegmentWriter {
 }
 
 impl SegmentWriter {
-    /// A new segment file of `bytes` bytes, its space allocated and its name durable.
-    pub(crate) fn create(volume: &Volume, at: SegmentRef, identity: Identity, bytes: u64) -> io::Result<Self> {
+    /// A new segment file of `bytes` bytes, its space allocated and its name durable; made of a spare file where there is one. What
+    /// that has in it names another segment, and so counts for nothing here.
+    pub(crate) fn create(
+        volume: &Volume,
+        at: SegmentRef,
+        identity: Identity,
+        bytes: u64,
+        spare: Option<&Path>,
+    ) -> io::Result<Self> {
         let dir = volume.segments_dir();
         let path = segment_path(&dir, identity.id);
-        let file = BlockFile::create(&path, volume.direct)?;
+        let file = match spare {
+            Some(spare) => {
+                std::fs::rename(spare, &path)?;
+                point("segment: made of a spare");
+                BlockFile::open(&path, volume.direct).inspect_err(|_| {
+                    let _ = std::fs::remove_file(&path);
+                })?
+            }
+            None => BlockFile::create(&path, volume.direct)?,
+        };
         let made = Self::begin(&*volume.io, &file, identity, bytes).and_then(|()| sync_dir(&dir));
         if let Err(error) = made {
             // A half-made segment would only be tidied up at the next start.
@@ -133,6 +161,7 @@ impl SegmentWriter {
         };
         let staged = &mut staging.as_mut_slice()[..bytes as usize];
         io.write_filled(&self.file, self.end, staged, &mut |piece| packer.fill(piece))?;
+        point("publish: written");
         if !planted(Bug::PublishBeforeSync) {
             self.sync(io)?;
         }
@@ -209,7 +238,7 @@ pub(crate) struct Scan {
     pub(crate) records: Vec<(LayerBlockKey, Location)>,
     /// Where the last whole record ends; what lies behind it is torn, or was never written.
     pub(crate) end: u64,
-    /// Behind the last byte that is not zero.
+    /// Behind the last byte that is not zero, nor of a whole record of the segment that the file was before.
     pub(crate) written_end: u64,
     /// Whole headers whose payload did not verify, before `end`, and a place where the disk could not be read.
     pub(crate) corrupt: u64,
@@ -217,9 +246,9 @@ pub(crate) struct Scan {
     pub(crate) generation: Option<u64>,
 }
 
-/// Verifies every record from `from` to the end of the file. Behind a broken header it goes on at the next aligned place
-/// that holds a header made for that place, so that one flipped bit does not cost the rest of the segment. A place that
-/// cannot be read ends the scan. Where the `generation` is not known, the first record tells it.
+/// Verifies every record from `from` to the end of the file. Behind a broken header, and behind the header of a payload that
+/// does not verify, it goes on at the next aligned place that holds a header made for that place: neither a flipped bit nor a
+/// record that was left over costs those behind it. A place that cannot be read ends the scan. Where the `generation` is not known, the first record tells it.
 pub(crate) fn scan(
     io: &dyn FileIo,
     file: &BlockFile,
@@ -237,6 +266,8 @@ pub(crate) fn scan(
     let mut window = Window::new(io, file, file_bytes);
     let (mut offset, mut corrupt) = (from, 0);
     let mut looked_to = from;
+    // Of a file that was another segment before: whole records of that one are no part of this one.
+    let mut left_over_to = from;
     while offset + RECORD_HEADER_BYTES as u64 <= file_bytes {
         // Once for each stretch that a window holds: whether anything was ever written here.
         if offset >= looked_to {
@@ -265,7 +296,14 @@ pub(crate) fn scan(
             });
         let Some(record) = header else {
             let step = &bytes[..RECORD_ALIGN as usize];
-            if let Some(last) = step.iter().rposition(|&byte| byte != 0) {
+            if let Some(bytes) = bytes
+                .first_chunk()
+                .and_then(|header| RecordHeader::left_over(header, at.id(), offset))
+            {
+                left_over_to = offset + bytes;
+            } else if offset >= left_over_to
+                && let Some(last) = step.iter().rposition(|&byte| byte != 0)
+            {
                 scan.written_end = offset + last as u64 + 1;
             }
             offset += RECORD_ALIGN;
@@ -296,11 +334,14 @@ pub(crate) fn scan(
             scan.written_end = next;
             scan.corrupt = corrupt;
             scan.generation = Some(record.segment.generation);
+            offset = next;
         } else {
             corrupt += 1;
             scan.written_end = payload_end;
+            // Its length is not to be believed either: a header left over from a lost write lies where it says it does, and whole
+            // records may begin inside what it claims.
+            offset += RECORD_ALIGN;
         }
-        offset = next;
     }
     // A rest too short for a header, in a file that was cut.
     if offset + RECORD_HEADER_BYTES as u64 > file_bytes

@@ -33,8 +33,11 @@ pub struct DiskStats {
     pub reclaimed_layer_blocks: u64,
     /// Layer blocks of them that were written again, because they were leased or hot.
     pub readmitted_layer_blocks: u64,
-    /// Layer blocks of them that were handed to a slower tier.
+    /// Layer blocks of them that a slower tier took.
     pub demoted_layer_blocks: u64,
+    /// Layer blocks that were forgotten although they were asked for of late: more of them wanted to stay than half a segment
+    /// holds, and no slower tier took them. The disk is too small for what is hot.
+    pub forgotten_warm_layer_blocks: u64,
     /// Segments that take nothing more because a write, a sync or three reads of them failed.
     pub retired_segments: u64,
     /// Batches synced.
@@ -119,6 +122,7 @@ pub(super) fn of(shared: &super::Shared, state: &super::State) -> DiskStats {
         reclaimed_layer_blocks: counts.reclaimed_layer_blocks,
         readmitted_layer_blocks: counts.readmitted_layer_blocks,
         demoted_layer_blocks: counts.demoted_layer_blocks,
+        forgotten_warm_layer_blocks: counts.forgotten_warm_layer_blocks,
         retired_segments: counts.retired_segments,
         syncs: counts.syncs,
         failures: counts.failures,

@@ -8,6 +8,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -95,10 +96,20 @@ impl SegmentState {
     }
 }
 
-/// A file that has no name any more and whose space is being given back.
+/// A file that is no segment any more and still takes space.
 #[derive(Clone, Debug)]
 pub(crate) struct Doomed {
     pub(crate) file: Arc<BlockFile>,
+    pub(crate) bytes: u64,
+    /// Where it waits to become a segment again; `None` if it has no name any more and its space is given back.
+    pub(crate) spare: Option<PathBuf>,
+}
+
+/// A file that was a segment and is read by nobody, to become one again: its space is there, and a file system is quicker with
+/// space that was written before.
+#[derive(Debug)]
+pub(crate) struct Spare {
+    pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
 }
 
@@ -115,6 +126,8 @@ pub(crate) struct Table {
     pub(crate) segments: BTreeMap<SegmentRef, SegmentState>,
     /// Removed segments that still take space.
     pub(crate) doomed: BTreeMap<SegmentRef, Doomed>,
+    /// At most one for each disk. Not counted: the next segment takes its place.
+    pub(crate) spares: BTreeMap<u8, Spare>,
     queue: BTreeMap<u64, LayerBlockKey>,
     in_flight: BTreeSet<u64>,
     pub(crate) queue_bytes: u64,
@@ -240,6 +253,13 @@ impl Table {
         here.collect()
     }
 
+    /// Blocks that have records in `segment`, with these.
+    pub(crate) fn blocks_in(&self, segment: SegmentRef) -> Vec<(BlockKey, Vec<(LayerBlockKey, Location)>)> {
+        let blocks = self.segments.get(&segment).into_iter().flat_map(|state| &state.blocks);
+        let here = blocks.map(|block| (*block, self.layers_in(block, segment)));
+        here.filter(|(_, records)| !records.is_empty()).collect()
+    }
+
     /// All records of a segment, in the order in which they lie.
     pub(crate) fn records_of(&self, segment: SegmentRef) -> Vec<(LayerBlockKey, Location)> {
         let blocks = self.segments.get(&segment).into_iter().flat_map(|state| &state.blocks);
@@ -307,6 +327,21 @@ impl Table {
     pub(crate) fn doomed_bytes(&self, disk: u8) -> u64 {
         let doomed = self.doomed.range(SegmentRef::of_disk(disk));
         doomed.map(|(_, doomed)| doomed.bytes).sum()
+    }
+
+    /// Whether a segment that goes should be kept as a spare: of the usual length, sound, of this format, and the only one.
+    pub(crate) fn wants_spare(&self, at: SegmentRef, segment_bytes: u64) -> bool {
+        let disk = at.disk();
+        let mut doomed = self.doomed.range(SegmentRef::of_disk(disk));
+        let usual = |segment: &SegmentState| {
+            !segment.retired
+                && segment.read_errors == 0
+                && segment.identity.generation != 0
+                && (segment_bytes / 2..=segment_bytes).contains(&segment.bytes)
+        };
+        self.segments.get(&at).is_some_and(usual)
+            && !self.spares.contains_key(&disk)
+            && doomed.all(|(_, doomed)| doomed.spare.is_none())
     }
 
     /// The newest segment of a disk.

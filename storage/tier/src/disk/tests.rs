@@ -26,9 +26,8 @@ use super::*;
 struct FreeWatch;
 
 impl DiskWatch for FreeWatch {
-    fn reclaim(&self, _: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
-        forget();
-        true
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
+        blocks.iter().for_each(forget);
     }
 }
 
@@ -120,7 +119,8 @@ fn segment_file(dir: &Path) -> PathBuf {
 /// Segment files, oldest first.
 fn segment_files(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir.join("segments")).unwrap();
-    let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = paths.filter(|path| path.extension() == Some("seg".as_ref())).collect();
     files.sort();
     files
 }

@@ -12,7 +12,7 @@ use std::{
 
 use kvasir_device::{FileIo, takes_direct_io};
 
-use super::{DiskPath, OpenError, index::Index, lock::FolderLock};
+use super::{DiskPath, OpenError, format::SegmentId, index::Index, lock::FolderLock};
 
 /// An open disk.
 pub(crate) struct Volume {
@@ -23,6 +23,8 @@ pub(crate) struct Volume {
     pub(crate) direct: bool,
     pub(crate) index: Index,
     pub(crate) pace: Pace,
+    /// Up to which segment the scrub of an earlier life had come; 0 for none.
+    pub(crate) scrubbed_to: SegmentId,
     pub(crate) _lock: FolderLock,
 }
 

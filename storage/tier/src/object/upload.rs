@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use kvasir_block::planted::point;
 use tokio::{sync::watch, task::JoinSet, time::sleep};
 
 use super::{
@@ -103,12 +104,17 @@ async fn write(shared: Arc<Shared>, pack: Arc<ClosedPack>) {
     let (mut attempts, mut pause) = (0, BACKOFF.0);
     loop {
         let outcome = match make_room(&shared).await {
-            Ok(()) => shared.bucket.put(pack.namespace, &encoded.name, &encoded.pieces).await,
+            Ok(()) => {
+                point("pack: to be written");
+                shared.bucket.put(pack.namespace, &encoded.name, &encoded.pieces).await
+            }
             Err(error) => Err(error),
         };
         match outcome {
             Ok(()) => {
+                point("pack: written");
                 published(&shared, &pack, &encoded);
+                point("pack: listed");
                 settle.is_done = true;
                 return;
             }

@@ -51,12 +51,7 @@ impl Device {
 
 /// Row 9.
 pub(super) fn fail(run: &mut Run) -> Result<()> {
-    let mut round = 0;
-    while run.wants_more() {
-        one_failing_disk(run, run.plan.seed ^ round << 32)?;
-        round += 1;
-    }
-    Ok(())
+    run.rounds(|run, round| one_failing_disk(run, run.seed_of(round)))
 }
 
 fn one_failing_disk(run: &mut Run, seed: u64) -> Result<()> {

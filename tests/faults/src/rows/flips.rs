@@ -15,17 +15,12 @@ const BLOCKS: usize = 128;
 const LAYERS: u16 = 4;
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    let mut round = 0;
-    while run.wants_more() {
-        one_round(run, round)?;
-        round += 1;
-    }
-    Ok(())
+    run.rounds(one_round)
 }
 
 fn one_round(run: &mut Run, round: u64) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let corpus = Corpus::new("flips", &schema(LAYERS, 8192), run.plan.seed ^ round << 32, BLOCKS);
+    let corpus = Corpus::new("flips", &schema(LAYERS, 8192), run.seed_of(round), BLOCKS);
     let cache = data::open(data::config(dir.path()), &[&corpus])?;
     data::put(&cache, &corpus, corpus.keys())?;
     cache.close()?;

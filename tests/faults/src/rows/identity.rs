@@ -14,12 +14,7 @@ const BLOCKS: usize = 10;
 const LAYERS: u16 = 4;
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    let mut round = 0;
-    while run.wants_more() {
-        one_round(run, run.plan.seed ^ round << 32)?;
-        round += 1;
-    }
-    Ok(())
+    run.rounds(|run, round| one_round(run, run.seed_of(round)))
 }
 
 fn one_round(run: &mut Run, seed: u64) -> Result<()> {

@@ -44,20 +44,13 @@ const WEATHERS: [Weather; 8] = [
 ];
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    block_on(async {
-        let mut round = 0;
-        while run.wants_more() {
-            one_bucket(run, round).await?;
-            round += 1;
-        }
-        Ok(())
-    })
+    run.rounds(|run, round| block_on(one_bucket(run, round)))
 }
 
 async fn one_bucket(run: &mut Run, round: u64) -> Result<()> {
     let bucket = Bucket::start().await?;
     let proxy = Proxy::start(bucket.addr, run.plan.seed ^ round).await?;
-    let corpus = Corpus::new("object", &schema(LAYERS, 16 << 10), run.plan.seed ^ round << 32, BLOCKS);
+    let corpus = Corpus::new("object", &schema(LAYERS, 16 << 10), run.seed_of(round), BLOCKS);
     let writer = ObjectTier::open(config(bucket.addr, 1)).context("past the proxy")?;
     let reader = ObjectTier::open(config(proxy.addr, 2)).context("through the proxy")?;
     let before = run.tally.faults;
@@ -81,12 +74,7 @@ async fn one_bucket(run: &mut Run, round: u64) -> Result<()> {
             proxy.set(*weather);
             read(run, reader, &corpus)?;
             // What is written in such weather is whole, or not there.
-            let extra = Corpus::new(
-                "object",
-                &corpus.schema,
-                run.plan.seed ^ round << 32 ^ (1 + i as u64),
-                4,
-            );
+            let extra = Corpus::new("object", &corpus.schema, run.seed_of(round) ^ (1 + i as u64), 4);
             for key in extra.keys() {
                 let payload = extra.payload(key);
                 let checksum = Checksum::of(&payload);

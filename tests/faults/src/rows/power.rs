@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use kvasir_block::LayerBlockKey;
 use kvasir_device::Psync;
 use rand::Rng;
@@ -25,18 +25,13 @@ const OPERATIONS: u64 = 9;
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
     let mut points: BTreeMap<&'static str, u64> = BTreeMap::new();
-    let mut round = 0;
-    while run.wants_more() {
-        if let Some(point) = one_loss(run, round).with_context(|| format!("loss {round}"))? {
+    run.rounds(|run, round| {
+        if let Some(point) = one_loss(run, round)? {
             *points.entry(point).or_default() += 1;
             run.tally.note(point, 1);
         }
-        round += 1;
-        ensure!(
-            round < 20 * run.plan.count + 20,
-            "the writer was hardly ever met: {points:?}"
-        );
-    }
+        Ok(())
+    })?;
     for point in ["write", "sync", "index"] {
         ensure!(
             run.plan.count < 30 || points.contains_key(point),
@@ -48,7 +43,7 @@ pub(super) fn inflict(run: &mut Run) -> Result<()> {
 
 fn one_loss(run: &mut Run, round: u64) -> Result<Option<&'static str>> {
     let (dir, image) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let seed = run.plan.seed ^ round << 32;
+    let seed = run.seed_of(round);
     let corpus = Corpus::new("power", &schema(LAYERS, 16 << 10), seed, BLOCKS);
     let keys: Vec<LayerBlockKey> = corpus.keys().collect();
     let witness = Witness::new(Arc::new(Psync));

@@ -27,12 +27,7 @@ const ENOUGH_MIB: u64 = 256;
 const TOO_LITTLE_MIB: u64 = 20;
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    block_on(async {
-        while run.wants_more() {
-            one_folder(run).await?;
-        }
-        Ok(())
-    })
+    run.rounds(|run, _| block_on(one_folder(run)))
 }
 
 async fn one_folder(run: &mut Run) -> Result<()> {

@@ -23,11 +23,7 @@ const CROWD: usize = 128;
 const BUDGET: u64 = 256 << 10;
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
-    while run.wants_more() {
-        let dir = tempfile::tempdir()?;
-        one_store(run, dir.path())?;
-    }
-    Ok(())
+    run.rounds(|run, _| one_store(run, tempfile::tempdir()?.path()))
 }
 
 fn one_store(run: &mut Run, dir: &std::path::Path) -> Result<()> {

@@ -29,15 +29,12 @@ const BACK_WITHIN: Duration = Duration::from_secs(10);
 
 pub(super) fn inflict(run: &mut Run) -> Result<()> {
     let disk = LoopDisk::mount()?;
-    let mut round = 0;
-    while run.wants_more() {
+    run.rounds(|run, round| {
         let dir = disk.path().join(format!("store-{round}"));
         let folder_rounds = run.plan.count.saturating_sub(run.tally.faults).min(10);
         one_store(run, &dir, disk.path(), folder_rounds)?;
-        fs::remove_dir_all(&dir)?;
-        round += 1;
-    }
-    Ok(())
+        Ok(fs::remove_dir_all(&dir)?)
+    })
 }
 
 fn one_store(run: &mut Run, dir: &Path, mount: &Path, rounds: u64) -> Result<()> {

@@ -127,3 +127,28 @@ fn without_a_bucket_cold_blocks_are_forgotten_and_the_others_stay() {
         vec![Err(GetOutcome::Miss); 4]
     );
 }
+
+/// More is hot than half of each segment holds: what does not fit goes to the bucket, or is forgotten and counted as what it was.
+#[test]
+fn hot_blocks_that_do_not_fit_go_to_the_bucket_or_are_counted() {
+    for has_bucket in [true, false] {
+        let (dir, bucket) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let object = has_bucket.then(|| folder(bucket.path()));
+        let (cache, namespace) = open_with(small_disk(dir.path(), object));
+        let hot = 0..200;
+        for block in hot.clone() {
+            put_blocks(&cache, namespace, block..block + 1);
+            for _ in 0..2 {
+                ask(&cache, namespace, block..block + 1, None);
+            }
+            cache.flush().unwrap();
+        }
+        churn(&cache, namespace);
+        let is_here = |block: &u32| ask(&cache, namespace, *block..*block + 1, None).hit_blocks == 1;
+        let here = hot.clone().filter(is_here).count();
+        let stats = cache.stats().disk;
+        assert!(stats.readmitted_layer_blocks > 0, "{stats:?}");
+        assert_eq!(here == hot.len(), has_bucket, "{here} of {} are here", hot.len());
+        assert_eq!(stats.forgotten_warm_layer_blocks == 0, has_bucket, "{stats:?}");
+    }
+}

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::disk::{
-    format::{PAGE, RECORD_HEADER_BYTES},
+    format::{Identity, PAGE, RECORD_HEADER_BYTES, RecordHeader},
     segment::scan,
     table::{Location, SegmentRef},
 };
@@ -16,6 +16,36 @@ fn records(tier: &DiskTier) -> (SegmentRef, u64, Vec<(LayerBlockKey, Location)>)
 
 fn payload_end(location: Location) -> u64 {
     u64::from(location.offset) + RECORD_HEADER_BYTES as u64 + u64::from(location.payload_bytes)
+}
+
+/// A write that was lost leaves what was there before: a header that is whole, of this segment and in its place, before other
+/// bytes. Records begin inside what it claims.
+#[test]
+fn a_header_that_was_left_over_costs_no_record_behind_it() {
+    let dir = TempDir::new().unwrap();
+    let tier = open(dir.path());
+    (0..20).for_each(|i| assert_eq!(offer_512(&tier, i), Offer::Queued));
+    tier.flush().unwrap();
+    let (at, generation, mut records) = records(&tier);
+    drop(tier);
+    let (key, location) = records.remove(3);
+    let offset = u64::from(location.offset) + 64;
+    let id = at.id();
+    let header = RecordHeader {
+        segment: Identity { id, generation },
+        offset,
+        key,
+        payload_bytes: 3000,
+        payload_checksum: Checksum::from_u32(1),
+    };
+    let path = segment_file(dir.path());
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[location.offset as usize] ^= 1;
+    bytes[offset as usize..][..RECORD_HEADER_BYTES].copy_from_slice(&header.encode());
+    fs::write(&path, &bytes).unwrap();
+    let file = kvasir_device::BlockFile::open(&path, false).unwrap();
+    let found = scan(&Psync, &file, at, Some(generation), PAGE, bytes.len() as u64);
+    assert_eq!((found.records, found.corrupt), (records, 1));
 }
 
 /// Every sector of a full segment of 4 MiB, once with nothing behind it and once with zeros.

@@ -1,5 +1,7 @@
 //! Several disks, reads of many, fates, and the scrub.
 
+use std::collections::HashSet;
+
 use super::*;
 use crate::disk::format::{PAGE, RECORD_HEADER_BYTES};
 
@@ -107,21 +109,27 @@ struct Fates {
 }
 
 impl DiskWatch for Fates {
-    fn reclaim(&self, _: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
-        forget();
-        true
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
+        blocks.iter().for_each(forget);
     }
 
     fn fate(&self, block: &BlockKey) -> Fate {
         match block.hash.as_bytes()[0] % 8 {
-            0 => Fate::Readmit,
-            1 => Fate::Demote,
-            _ => Fate::Forget,
+            0 => Fate {
+                heat: Heat::Warm(1),
+                demote: false,
+            },
+            1 => Fate {
+                heat: Heat::Cold,
+                demote: true,
+            },
+            _ => Fate::default(),
         }
     }
 
-    fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) {
+    fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> bool {
         self.demoted.lock().push((key, payload, checksum));
+        true
     }
 }
 
@@ -164,6 +172,74 @@ fn what_goes_is_forgotten_written_again_or_demoted() {
     assert_hits(&open_as(config), [0, 1, 499], "after a restart");
 }
 
+/// Everything is warm, the lower its number the warmer; a slower tier takes every other layer block, or none.
+struct AllWarm {
+    takes: bool,
+    demoted: Mutex<HashSet<LayerBlockKey>>,
+}
+
+impl DiskWatch for AllWarm {
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
+        blocks.iter().for_each(forget);
+    }
+
+    fn fate(&self, block: &BlockKey) -> Fate {
+        let number = block
+            .hash
+            .as_bytes()
+            .first_chunk()
+            .map_or(0, |name| u32::from_le_bytes(*name));
+        Fate {
+            heat: Heat::Warm(1000 - number),
+            demote: self.takes,
+        }
+    }
+
+    fn demote(&self, key: LayerBlockKey, payload: Bytes, checksum: Checksum) -> bool {
+        assert!(checksum.verifies(&payload));
+        key.layer == 0 && self.demoted.lock().insert(key)
+    }
+}
+
+/// Half a segment is written again for one that goes, of the warmest; the others are demoted, or forgotten and counted.
+#[test]
+fn of_what_is_warm_the_coldest_goes_first_and_is_demoted_or_counted() {
+    for takes in [true, false] {
+        let dir = TempDir::new().unwrap();
+        let config = DiskConfig {
+            segment_bytes: 64 << 10,
+            ..DiskConfig::in_dir(dir.path(), 256 << 10)
+        };
+        let tier = DiskTier::open(config).unwrap();
+        let watch = Arc::new(AllWarm {
+            takes,
+            demoted: Mutex::default(),
+        });
+        tier.start(Arc::clone(&watch) as Arc<dyn DiskWatch>).unwrap();
+        for i in (0..600).step_by(2) {
+            put(&tier, [i, i + 1]);
+        }
+        let stats = tier.stats();
+        let demoted = watch.demoted.lock();
+        assert!(
+            stats.reclaimed_segments > 5 && stats.readmitted_layer_blocks > 10,
+            "{stats:?}"
+        );
+        assert_eq!(stats.demoted_layer_blocks, demoted.len() as u64, "{stats:?}");
+        assert_eq!(stats.bytes.max(256 << 10), 256 << 10, "{stats:?}");
+        // What a slower tier took is not lost; the rest is said to be.
+        assert_eq!(
+            stats.reclaimed_layer_blocks - stats.demoted_layer_blocks,
+            stats.forgotten_warm_layer_blocks,
+            "{stats:?}"
+        );
+        assert_eq!(takes, !demoted.is_empty());
+        let gone: Vec<u32> = (0..600).filter(|&i| !tier.contains(key(i))).collect();
+        assert_eq!(gone.len() as u64, stats.reclaimed_layer_blocks);
+        assert_hits(&tier, 0..8, "the warmest stay, however often their segment goes");
+    }
+}
+
 #[test]
 fn the_scrub_finds_what_nobody_asked_for() {
     let dir = TempDir::new().unwrap();
@@ -180,6 +256,46 @@ fn the_scrub_finds_what_nobody_asked_for() {
         std::thread::yield_now();
     }
     assert_eq!((0..20).filter(|&i| !tier.contains(key(i))).count(), 1);
+}
+
+/// A round of the scrub goes on in the next life where the last one was stopped.
+#[test]
+fn the_scrub_goes_on_after_a_restart() {
+    let dir = TempDir::new().unwrap();
+    let with_rate = |scrub_bytes_per_second| DiskConfig {
+        segment_bytes: 64 << 10,
+        scrub_bytes_per_second,
+        ..config(dir.path())
+    };
+    let records = |range: std::ops::Range<u32>| -> u64 {
+        range.map(|i| crate::disk::format::record_bytes(payload(i).len())).sum()
+    };
+    let verified = |bytes: u64| {
+        let tier = open_as(with_rate(u64::MAX));
+        while tier.stats().scrubbed_bytes < bytes {
+            std::thread::yield_now();
+        }
+        // Between rounds it sleeps: what it has read by now is all that it wanted to read.
+        std::thread::sleep(Duration::from_millis(50));
+        tier.stats().scrubbed_bytes
+    };
+    put(&open_as(with_rate(0)), 0..30);
+    assert_eq!(verified(records(0..30)), records(0..30), "a first round");
+    // The first segment is full, and others follow.
+    let tier = open_as(with_rate(0));
+    for i in 30..200 {
+        put(&tier, [i]);
+    }
+    let first = segment_files(dir.path()).len();
+    assert!(first > 3, "{first} segments");
+    let in_first: u64 = {
+        let state = tier.shared.state.lock();
+        let at = *state.table.segments.keys().next().unwrap();
+        state.table.records_of(at).iter().map(|(_, at)| at.record_bytes()).sum()
+    };
+    drop(tier);
+    let rest = records(0..200) - in_first;
+    assert_eq!(verified(rest), rest, "only what no life before has verified");
 }
 
 /// The newest segment went just before a restart: its id is not used again.

@@ -46,13 +46,9 @@ impl Pinned {
 }
 
 impl DiskWatch for Pinned {
-    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut()) -> bool {
+    fn reclaim(&self, blocks: &[BlockKey], forget: &mut dyn FnMut(&BlockKey)) {
         let pinned = self.0.lock();
-        let free = blocks.iter().all(|block| !pinned.contains(block));
-        if free {
-            forget();
-        }
-        free
+        blocks.iter().filter(|block| !pinned.contains(*block)).for_each(forget);
     }
 }
 
@@ -86,6 +82,59 @@ fn room_is_made_by_dropping_the_oldest_segment_whole() {
     let tier = open_as(small(dir.path()));
     assert_eq!(held(&tier, 0..60), before, "what went stays gone, what stayed is there");
     assert_eq!((tier.recovery().dangling, tier.recovery().found_by_scan), (0, 0));
+}
+
+/// A segment's file becomes the next one: what it has in it counts for nothing, after a kill either, and is not called torn.
+#[test]
+fn files_of_dropped_segments_are_used_again() {
+    let dir = TempDir::new().unwrap();
+    let config = DiskConfig {
+        segment_bytes: 64 << 10,
+        ..DiskConfig::in_dir(dir.path(), 256 << 10)
+    };
+    let tier = open_as(config);
+    let inode = |path: &PathBuf| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
+    let mut seen: Vec<HashSet<u64>> = Vec::new();
+    for i in 0..400 {
+        put(&tier, [i]);
+        let names = fs::read_dir(dir.path().join("segments")).unwrap().count();
+        let bytes: u64 = fs::read_dir(dir.path().join("segments"))
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .sum();
+        assert!(names <= 5 && bytes <= 256 << 10, "{names} files of {bytes} bytes");
+        seen.push(segment_files(dir.path()).iter().map(inode).collect());
+    }
+    let stats = tier.stats();
+    assert!(stats.reclaimed_segments > 10 && stats.corrupt == 0, "{stats:?}");
+    let inodes: HashSet<u64> = seen.into_iter().flatten().collect();
+    assert!(
+        inodes.len() <= 8,
+        "{} files for {} segments",
+        inodes.len(),
+        stats.reclaimed_segments
+    );
+    let here: Vec<u32> = (0..400).filter(|&i| tier.contains(key(i))).collect();
+
+    // As a kill leaves it, with an index and without.
+    for index in [true, false] {
+        let image = TempDir::new().unwrap();
+        copy_dir(dir.path(), image.path());
+        if !index {
+            fs::remove_dir_all(image.path().join("index")).unwrap();
+        }
+        let tier = open_as(DiskConfig {
+            segment_bytes: 64 << 10,
+            ..DiskConfig::in_dir(image.path(), 256 << 10)
+        });
+        let recovery = tier.recovery();
+        assert_hits(&tier, here.iter().copied(), "after a kill");
+        assert_eq!(tier.stats().layer_blocks, here.len() as u64, "{recovery:?}");
+        assert_eq!((recovery.corrupt, recovery.dangling), (0, 0), "index {index}");
+        assert!(recovery.torn_bytes <= 4096, "index {index}: {recovery:?}");
+        put(&tier, 1000..1100);
+        assert_hits(&tier, 1090..1100, "and it writes on");
+    }
 }
 
 #[test]
