@@ -164,7 +164,7 @@ impl Default for StoreConfig {
             host_bytes_max: ByteSize::gib(1),
             host_policy: HostPolicy::default(),
             huge_pages: true,
-            host_ready_bytes: ByteSize::bytes(0),
+            host_ready_bytes: ByteSize::mib(64),
             tenant_host_bytes_max: BTreeMap::new(),
             tenant_host_bytes_max_default: ByteSize::bytes(0),
             disk_bytes_max: ByteSize::gib(16),
