@@ -61,8 +61,9 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
                  : "memory");
 }
 
-// Barriers by number, among `threads` threads; one warp's threads count together.
+// Barriers by number, among `threads` threads; one warp's threads count together, and so must come together.
 __device__ __forceinline__ void named_sync(u32 number, u32 threads) {
+    __syncwarp();
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 

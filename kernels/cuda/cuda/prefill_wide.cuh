@@ -176,6 +176,12 @@ struct Copier {
 
     // Steps of which not all are tensor copies. Two rounds of copies are on their way at any time; a round is said to be
     // there once the next one was given.
+    //
+    // Who waits for a stage to be free: those that are about to write it, nobody else. A barrier tells one round from the
+    // next by a single bit, so who looks late must not be able to miss two. Rows are copied by all threads, and the
+    // round after theirs cannot end without them. A tensor copy needs the first thread alone: were the others to look as
+    // well, that stage could be filled, read and free again before the slowest has looked, and it would wait forever. They
+    // learn from the named barrier in `say`, which every step passes, that the first thread has seen the round.
     __device__ __forceinline__ void row_steps(u32 begin, u32 thread) const {
         const View& view = params.base.view;
         u64 found = NOWHERE;
@@ -196,9 +202,8 @@ struct Copier {
                                                                  (step - task.tile_steps) * STEP + thread);
                     if (thread < 2) shared.first[stage][thread] = gathered ? GATHERED : task.first(step, thread);
                     copy_rows(view.k, shared.k(stage), next, thread);
-                } else {
-                    wait_free(shared.k_free(stage), step);
-                    if (thread == 0) tile_step(step, true);
+                } else if (thread == 0) {
+                    tile_step(step, true);
                 }
                 commit_copies();
                 if (step > begin + 1) say<1>(shared.v_there(earlier), rows_before, thread);
@@ -206,8 +211,8 @@ struct Copier {
                 say<0>(shared.v_there(earlier), rows_before, thread);
             }
             if (step > begin) {
-                wait_free(shared.v_free(before), step - 1);
                 if (rows) {
+                    wait_free(shared.v_free(before), step - 1);
                     copy_rows(view.v, shared.v(before), found, thread);
                 } else if (thread == 0) {
                     tile_step(step - 1, false);
