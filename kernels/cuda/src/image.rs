@@ -22,6 +22,7 @@ pub struct Kernels {
     compiler: Compiler,
     arch: String,
     folder: Option<PathBuf>,
+    delays: bool,
 }
 
 impl Kernels {
@@ -31,7 +32,14 @@ impl Kernels {
             compiler,
             arch: arch.to_owned(),
             folder,
+            delays: false,
         }
+    }
+
+    /// The same kernels with random delays where their threads wait for each other: slow, and a race that is there shows.
+    #[must_use]
+    pub fn with_delays(self, delays: bool) -> Self {
+        Self { delays, ..self }
     }
 
     /// Name of the architecture that a compute capability is compiled for: Hopper has instructions of its own under
@@ -56,7 +64,7 @@ impl Kernels {
         Family::ALL
             .iter()
             .map(|&family| {
-                let (cubin, log) = self.compiler.compile(family, &self.arch)?;
+                let (cubin, log) = self.compiler.compile(family, &self.arch, self.delays)?;
                 self.keep(family, &cubin);
                 Ok((family, Resources::parse(&log)))
             })
@@ -71,7 +79,7 @@ impl Kernels {
         if let Some(cubin) = self.path(family).and_then(|path| read(&path)) {
             return Ok(cubin);
         }
-        let (cubin, _) = self.compiler.compile(family, &self.arch)?;
+        let (cubin, _) = self.compiler.compile(family, &self.arch, self.delays)?;
         self.keep(family, &cubin);
         Ok(cubin)
     }
@@ -80,9 +88,10 @@ impl Kernels {
     pub fn path(&self, family: Family) -> Option<PathBuf> {
         let (major, minor) = self.compiler.version();
         let name = format!(
-            "{}-{}-nvrtc{major}.{minor}-{}.cubin",
+            "{}-{}{}-nvrtc{major}.{minor}-{}.cubin",
             family.name(),
             self.arch,
+            if self.delays { "-delays" } else { "" },
             family.digest()
         );
         Some(self.folder.as_ref()?.join(name))

@@ -53,6 +53,7 @@ impl GpuDevice {
         let found = Options {
             nvrtc: options.nvrtc.clone(),
             cache: options.cache.clone(),
+            delays: false,
         };
         Gpu::open(options.index, &found)
             .map(Self)

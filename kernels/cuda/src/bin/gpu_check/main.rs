@@ -17,8 +17,9 @@ use std::{path::PathBuf, process::ExitCode, time::SystemTime};
 use kvasir_cuda::{Gpu, Options};
 
 const USAGE: &str =
-    "usage: kvasir-gpu-check [bench | bench-prefill | bench-forward] [--seed N] [--cases N] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
-  without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60)
+    "usage: kvasir-gpu-check [bench | bench-prefill | bench-forward] [--seed N] [--cases N] [--only NAME] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
+  without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60),
+  --only NAME checks one kernel alone
   bench, bench-prefill, bench-forward: measure, and print JSON";
 
 struct Arguments {
@@ -27,6 +28,7 @@ struct Arguments {
     forward: bool,
     seed: u64,
     cases: usize,
+    only: Option<String>,
     gpu: usize,
     options: Options,
 }
@@ -41,6 +43,7 @@ fn arguments() -> Result<Arguments, String> {
         forward: false,
         seed: u64::from(now.subsec_nanos()) ^ now.as_secs(),
         cases: 60,
+        only: None,
         gpu: 0,
         options: Options::default(),
     };
@@ -54,6 +57,7 @@ fn arguments() -> Result<Arguments, String> {
             "bench-forward" => out.forward = true,
             "--seed" => out.seed = number(value()?)?,
             "--cases" => out.cases = number(value()?)? as usize,
+            "--only" => out.only = Some(value()?),
             "--gpu" => out.gpu = number(value()?)? as usize,
             "--nvrtc" => out.options.nvrtc = Some(PathBuf::from(value()?)),
             "--cache" => out.options.cache = Some(PathBuf::from(value()?)),
@@ -97,7 +101,12 @@ fn main() -> ExitCode {
         })
     } else {
         println!("{}, seed {}", gpu.name(), arguments.seed);
-        check::run(&gpu, arguments.seed, arguments.cases)
+        let slow = Options {
+            delays: true,
+            ..arguments.options
+        };
+        let slow = || Gpu::open(arguments.gpu, &slow).map_err(|error| error.to_string());
+        check::run(&gpu, &slow, arguments.seed, arguments.cases, arguments.only.as_deref())
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -5,12 +5,12 @@ use kvasir_cuda::{
     Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, PageTable, Prefill, Products,
     Query, TileList, VerticalSlash, VerticalSlashTiles, reference,
 };
-use rand::{Rng, rngs::StdRng, seq::SliceRandom};
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Value, json};
 
 use crate::{
     cases::{Form, Held, numbers},
-    check::{Tally, distance, furthest},
+    check::{Slow, Tally, distance, furthest},
 };
 
 /// Queries in the keys' type: the numbers after rounding, and the device's copy.
@@ -150,6 +150,69 @@ pub(crate) fn prefilled(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut T
                 products,
             };
             compare(gpu, &held, &q, prefill, &tiles, &expected, tally)?;
+        }
+    }
+    Ok(())
+}
+
+/// Kernels whose threads dawdle wherever they wait for each other give the same bits as kernels that do not, time and again:
+/// nothing hangs on who comes first.
+pub(crate) fn delayed(
+    gpu: &Gpu,
+    slow: Slow<'_>,
+    rng: &mut StdRng,
+    cases: usize,
+    tally: &mut Tally,
+) -> Result<(), GpuError> {
+    if Products::best(gpu) != Products::Wgmma {
+        println!("the kernels of this GPU have no barriers of their own to dawdle at");
+        return Ok(());
+    }
+    let slow = match slow() {
+        Ok(slow) => slow,
+        Err(why) => {
+            tally.count(1.0, 0.0, || format!("the GPU cannot be opened twice: {why}"));
+            return Ok(());
+        }
+    };
+    for _ in 0..cases {
+        // Each open GPU has buffers of its own, so both draw the same numbers.
+        let seed: u64 = rng.random();
+        let bits = |gpu: &Gpu, times: usize| {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let (held, rows, q_heads) = any_case(gpu, &mut rng)?;
+            let offset = held.rows.tokens - rows;
+            let heads = (0..q_heads).map(|_| any_head(&mut rng, offset, rows)).collect();
+            let list = TileList::new(heads).expect("in order");
+            let q = Queries::new(gpu, &mut rng, held.shape.dtype, rows * q_heads * held.shape.head_dim)?;
+            let tiles = DeviceTiles::upload(gpu, &list)?;
+            let prefill = Prefill {
+                rows,
+                q_heads,
+                scale: 0.1,
+                products: Products::Wgmma,
+            };
+            let mut out = gpu.zeros::<u16>(q.numbers.len())?;
+            let mut lse = gpu.zeros::<f32>(q_heads * rows)?;
+            let mut all = Vec::new();
+            for _ in 0..times {
+                out.fill(0xff)?;
+                lse.fill(0xff)?;
+                prefill.attend(gpu, q.query(), &held.view()?, &tiles, &mut out, &mut lse)?;
+                let lse = lse.download()?.into_iter().map(f32::to_bits);
+                all.push((out.download()?, lse.collect::<Vec<_>>()));
+            }
+            Ok::<_, GpuError>((
+                all,
+                format!("{prefill:?} of {} {:?} {:?}", held.rows.tokens, held.shape, held.form),
+            ))
+        };
+        let (quick, case) = bits(gpu, 1)?;
+        for dawdled in bits(&slow, 3)?.0 {
+            let wrong = u8::from(dawdled != quick[0]);
+            tally.count(f64::from(wrong), 0.0, || {
+                format!("other bits when threads dawdle: {case}")
+            });
         }
     }
     Ok(())
