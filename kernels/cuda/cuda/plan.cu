@@ -256,11 +256,11 @@ extern "C" __global__ void favour(const __grid_constant__ EstimateParams params)
 }
 
 #define ESTIMATE(NAME, IS_BF16, D)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS, D == 128 ? 4 : 5) estimate_stats_##NAME(                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) estimate_stats_##NAME(                                    \
         const __grid_constant__ EstimateParams params) {                                                               \
         estimate_stats<IS_BF16, D>(params);                                                                            \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, D == 128 ? 4 : 5) estimate_sums_##NAME(                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) estimate_sums_##NAME(                                    \
         const __grid_constant__ EstimateParams params) {                                                               \
         estimate_sums<IS_BF16, D>(params);                                                                             \
     }
