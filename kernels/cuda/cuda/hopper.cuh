@@ -62,6 +62,12 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// As `count` threads.
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 count) {
+    dawdle();
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
 // Arrives; the barrier's round ends when `bytes` have come as well.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     dawdle();

@@ -61,7 +61,7 @@ pub use prefill::{DeviceTiles, Prefill, Products};
 pub use resources::Resources;
 pub use rows::{Pairs, Rope, embed, rms_norm, round, silu_mul};
 pub use scores::{key_scores, top_k};
-pub use source::Family;
+pub use source::{Family, Variant};
 pub use step::{StepLimits, StepRow, StepRows};
 pub use transfer::{Inbound, Outbound, Sent};
 pub use vertical_slash::{DENSE_UP_TO, Estimate, VerticalSlash, VerticalSlashTiles};

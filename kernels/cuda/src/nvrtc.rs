@@ -11,7 +11,7 @@ use std::{
 
 use libloading::{Library, Symbol};
 
-use crate::{BuildError, Family, source::HEADERS};
+use crate::{BuildError, Family, Variant, source::HEADERS};
 
 /// Compiler flags besides the architecture. They are part of a compiled family's name in the cache. Line numbers cost no
 /// speed, and tools that look at kernels name the line then.
@@ -92,12 +92,11 @@ impl Compiler {
         self.version
     }
 
-    /// Compiles a family for an architecture (`sm_90a`): machine code, and the compiler's report on its resources. With
-    /// `delays` its waits take random times (`cuda/hopper.cuh`).
+    /// Compiles a family for an architecture (`sm_90a`): machine code, and the compiler's report on its resources.
     ///
     /// # Errors
     /// If the source is rejected; the error holds the compiler's own words.
-    pub fn compile(&self, family: Family, arch: &str, delays: bool) -> Result<(Vec<u8>, String), BuildError> {
+    pub fn compile(&self, family: Family, arch: &str, variant: Variant) -> Result<(Vec<u8>, String), BuildError> {
         let rejected = |log: String| BuildError::Rejected {
             family: family.name(),
             arch: arch.to_owned(),
@@ -116,7 +115,7 @@ impl Compiler {
             .collect::<Result<Vec<_>, _>>()?;
         let flags = std::iter::once(format!("--gpu-architecture={arch}"))
             .chain(FLAGS.iter().map(|&flag| flag.to_owned()))
-            .chain(delays.then(|| "--define-macro=DELAYS".to_owned()))
+            .chain(variant.define().map(|name| format!("--define-macro={name}")))
             .map(|flag| text(&flag))
             .collect::<Result<Vec<_>, _>>()?;
         let (names, headers, flags) = (pointers(&names), pointers(&headers), pointers(&flags));

@@ -25,6 +25,29 @@ pub enum Family {
     Plan,
 }
 
+/// How the kernels are compiled. All variants give the same bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Variant {
+    /// For use.
+    #[default]
+    Plain,
+    /// With random delays where threads wait for each other: slow, and a race that is there shows in the result.
+    Delays,
+    /// Every thread says itself that it has read or written, for tools that follow a barrier no further than one step.
+    Direct,
+}
+
+impl Variant {
+    /// The macro that the sources look at.
+    pub(crate) const fn define(self) -> Option<&'static str> {
+        match self {
+            Self::Plain => None,
+            Self::Delays => Some("DELAYS"),
+            Self::Direct => Some("DIRECT"),
+        }
+    }
+}
+
 /// Headers that the families share.
 pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("types.cuh", include_str!("../cuda/types.cuh")),

@@ -53,7 +53,7 @@ impl GpuDevice {
         let found = Options {
             nvrtc: options.nvrtc.clone(),
             cache: options.cache.clone(),
-            delays: false,
+            ..Options::default()
         };
         Gpu::open(options.index, &found)
             .map(Self)

@@ -14,12 +14,12 @@ mod prefill;
 
 use std::{path::PathBuf, process::ExitCode, time::SystemTime};
 
-use kvasir_cuda::{Gpu, Options};
+use kvasir_cuda::{Gpu, Options, Variant};
 
 const USAGE: &str =
-    "usage: kvasir-gpu-check [bench | bench-prefill | bench-forward] [--seed N] [--cases N] [--only NAME] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
+    "usage: kvasir-gpu-check [bench | bench-prefill | bench-forward] [--seed N] [--cases N] [--only NAME] [--direct] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
   without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60),
-  --only NAME checks one kernel alone
+  --only NAME checks one kernel alone, --direct compiles kernels so that compute-sanitizer's racecheck can follow them
   bench, bench-prefill, bench-forward: measure, and print JSON";
 
 struct Arguments {
@@ -57,6 +57,7 @@ fn arguments() -> Result<Arguments, String> {
             "bench-forward" => out.forward = true,
             "--seed" => out.seed = number(value()?)?,
             "--cases" => out.cases = number(value()?)? as usize,
+            "--direct" => out.options.variant = Variant::Direct,
             "--only" => out.only = Some(value()?),
             "--gpu" => out.gpu = number(value()?)? as usize,
             "--nvrtc" => out.options.nvrtc = Some(PathBuf::from(value()?)),
@@ -102,7 +103,7 @@ fn main() -> ExitCode {
     } else {
         println!("{}, seed {}", gpu.name(), arguments.seed);
         let slow = Options {
-            delays: true,
+            variant: Variant::Delays,
             ..arguments.options
         };
         let slow = || Gpu::open(arguments.gpu, &slow).map_err(|error| error.to_string());
