@@ -91,7 +91,9 @@ impl Kernels {
             "{}-{}{}-nvrtc{major}.{minor}-{}.cubin",
             family.name(),
             self.arch,
-            self.variant.define().map_or(String::new(), |name| format!("-{}", name.to_lowercase())),
+            self.variant
+                .define()
+                .map_or(String::new(), |name| format!("-{}", name.to_lowercase())),
             family.digest()
         );
         Some(self.folder.as_ref()?.join(name))

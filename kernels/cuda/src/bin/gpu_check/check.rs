@@ -77,7 +77,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
     type Check = fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     type Checked<'a> = &'a dyn Fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     let delayed: Checked<'_> = &|gpu, rng, cases, tally| crate::prefill::delayed(gpu, slow, rng, cases, tally);
-    let checks: [(&str, Check); 12] = [
+    let checks: [(&str, Check); 14] = [
         ("decode", decode),
         ("decode in a graph", recorded),
         ("merge", merged),
@@ -89,6 +89,8 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
         ("linear", crate::forward::products),
         ("rows", crate::forward::rows),
         ("steps", crate::forward::steps),
+        ("noise", crate::transfer::noises),
+        ("pages sent", crate::transfer::sent),
         ("refusals", refused),
     ];
     let (mut passed, mut failed) = (0, 0);

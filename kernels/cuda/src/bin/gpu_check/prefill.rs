@@ -2,11 +2,10 @@
 
 use half::{bf16, f16};
 use kvasir_cuda::{
-    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, PageTable, Prefill, Products,
-    Query, TileList, VerticalSlash, VerticalSlashTiles, reference,
+    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, Prefill, Products, Query, TileList,
+    VerticalSlash, VerticalSlashTiles, reference,
 };
-use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
-use serde_json::{Value, json};
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
     cases::{Form, Held, numbers},
@@ -102,7 +101,7 @@ fn any_case(gpu: &Gpu, rng: &mut StdRng) -> Result<(Held, usize, usize), GpuErro
     Ok((Held::new(gpu, rng, shape, form, tokens, false)?, rows, q_heads))
 }
 
-fn products(gpu: &Gpu) -> &'static [Products] {
+pub(crate) fn products(gpu: &Gpu) -> &'static [Products] {
     match Products::best(gpu) {
         Products::Mma => &[Products::Mma],
         Products::Wgmma => &[Products::Mma, Products::Wgmma],
@@ -279,121 +278,4 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
         compare(gpu, &held, &q, prefill, tiles, &expected, tally)?;
     }
     Ok(())
-}
-
-const Q_HEADS: usize = 32;
-const KV_HEADS: usize = 8;
-const HEAD_DIM: usize = 128;
-
-/// Milliseconds of the kernels at the shape of a layer of Llama-3-8B, medians of five.
-pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
-    let shape = KvShape {
-        dtype: Dtype::Bf16,
-        kv_heads: KV_HEADS,
-        head_dim: HEAD_DIM,
-    };
-    let mut figures = serde_json::Map::new();
-    for tokens in [4096usize, 8192, 16 * 1024, 32 * 1024, 128 * 1024] {
-        let random = |rng: &mut StdRng, len: usize| {
-            let some: Vec<u16> = (0..1 << 20)
-                .map(|_| bf16::from_f32(rng.random_range(-1.0..1.0)).to_bits())
-                .collect();
-            let all: Vec<u16> = some.iter().copied().cycle().take(len).collect();
-            gpu.upload(&all)
-        };
-        let q = random(rng, tokens * Q_HEADS * HEAD_DIM)?;
-        let k = random(rng, tokens * KV_HEADS * HEAD_DIM + 8)?;
-        let v = random(rng, tokens * KV_HEADS * HEAD_DIM + 8)?;
-        let view = KvView::fresh(shape, &k, &v, tokens)?;
-        let pool = random(rng, 2 * tokens * KV_HEADS * HEAD_DIM)?;
-        let mut pages: Vec<u32> = (0..(tokens / 64) as u32).collect();
-        pages.shuffle(rng);
-        let table = PageTable::upload(gpu, &pages)?;
-        let paged = KvView::paged(shape, &pool, 64, &table, tokens)?;
-        let mut out = gpu.zeros::<u16>(q.len())?;
-        let mut lse = gpu.zeros::<f32>(Q_HEADS * tokens)?;
-        let query = Query::bits(&q, Dtype::Bf16);
-        let dense_flops = 2.0 * (tokens * tokens * HEAD_DIM * Q_HEADS) as f64;
-        let mut entry = serde_json::Map::new();
-        let mut measure = |name: &str, view: &KvView<'_>, head: HeadTiles, products: Products| {
-            let work = TileList::new(vec![head.clone()]).expect("in order").work(0, 0, tokens);
-            let list = TileList::new(vec![head; Q_HEADS]).expect("in order");
-            let tiles = DeviceTiles::upload(gpu, &list)?;
-            let prefill = Prefill {
-                rows: tokens,
-                q_heads: Q_HEADS,
-                scale: 0.088,
-                products,
-            };
-            let ms = median(gpu, || prefill.attend(gpu, query, view, &tiles, &mut out, &mut lse))?;
-            // Of tiles, each 128 rows by 64 keys; for dense of the causal half.
-            let flops = if name.starts_with("dense") {
-                dense_flops
-            } else {
-                (work * 4 * 128 * 64 * HEAD_DIM * Q_HEADS) as f64
-            };
-            entry.insert(
-                format!("{name}_{products:?}").to_lowercase(),
-                json!({ "ms": ms, "tflop_s": (flops / ms / 1e9).round(), "tiles": work }),
-            );
-            Ok::<(), GpuError>(())
-        };
-        // 1,000 columns at random; 6,096 diagonals: side by side, or as 95 runs of 64.
-        let columns: Vec<u32> = (0..1000).map(|_| rng.random_range(0..tokens as u32)).collect();
-        let near: Vec<u32> = (0..6096).collect();
-        let runs: Vec<u32> = (0..95u32)
-            .map(|run| {
-                if run == 0 {
-                    0
-                } else {
-                    rng.random_range(0..tokens as u32)
-                }
-            })
-            .flat_map(|start| start..start + 64)
-            .collect();
-        for &products in products(gpu) {
-            measure("dense", &view, HeadTiles::dense(tokens), products)?;
-            measure("dense_in_pages_of_64", &paged, HeadTiles::dense(tokens), products)?;
-            measure("a_shape_1024_4096", &view, HeadTiles::a_shape(1024, 4096), products)?;
-            measure(
-                "vertical_slash_1000_6096_near",
-                &view,
-                HeadTiles::vertical_slash(&columns, &near),
-                products,
-            )?;
-            measure(
-                "vertical_slash_1000_6096_in_95_runs",
-                &view,
-                HeadTiles::vertical_slash(&columns, &runs),
-                products,
-            )?;
-        }
-        let plan = VerticalSlash::new(1000, 6096);
-        let mut estimate = Estimate::new(gpu, Q_HEADS, tokens)?;
-        let mut built = VerticalSlashTiles::new(gpu, plan, Q_HEADS, tokens)?;
-        let estimated = median(gpu, || estimate.run(gpu, query, tokens, &view, 0.088, plan))?;
-        let chosen = median(gpu, || built.build(gpu, &estimate).map(|_| ()))?;
-        entry.insert("vs_estimate_ms".into(), estimated.into());
-        entry.insert("top_k_and_vs_build_ms".into(), chosen.into());
-        figures.insert(tokens.to_string(), entry.into());
-    }
-    Ok(json!({
-        "gpu": gpu.name(),
-        "shape": format!("{Q_HEADS} query heads, {KV_HEADS} KV heads, d {HEAD_DIM}, bf16, batch 1"),
-        "by_tokens": figures,
-    }))
-}
-
-fn median(gpu: &Gpu, mut work: impl FnMut() -> Result<(), GpuError>) -> Result<f64, GpuError> {
-    let mut times = Vec::new();
-    for i in 0..6 {
-        let watch = gpu.stopwatch()?;
-        work()?;
-        let time = watch.stop()?;
-        if i > 0 {
-            times.push(time);
-        }
-    }
-    times.sort_by(f64::total_cmp);
-    Ok((times[2] * 1e-3 * 1e4).round() / 1e4)
 }
