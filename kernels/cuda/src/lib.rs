@@ -25,6 +25,7 @@
     reason = "the driver and NVRTC are foreign code: each use names the fact that makes it sound"
 )]
 
+mod block_sparse;
 mod buffer;
 mod decode;
 mod error;
@@ -47,6 +48,7 @@ mod transfer;
 mod vertical_slash;
 mod view;
 
+pub use block_sparse::{BlockSparse, BlockSparseTiles};
 pub use buffer::{Buffer, PinnedBuffer, Plain};
 pub use decode::{Decode, DecodeRows, MAX_VIEWS, Partials, RowsOut, merge};
 pub use error::{BuildError, GpuError, OpenError};

@@ -72,11 +72,11 @@ pub fn key_scores(
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct TopKSet {
-    scores: u64,
-    out: u64,
-    n: u32,
-    k: u32,
+pub(crate) struct TopKSet {
+    pub(crate) scores: u64,
+    pub(crate) out: u64,
+    pub(crate) n: u32,
+    pub(crate) k: u32,
 }
 
 #[repr(C)]
@@ -92,7 +92,7 @@ struct TopKParams {
 /// If the lengths do not fit or `k` is more than a row has; nothing is launched then.
 pub fn top_k(gpu: &Gpu, scores: &Buffer<f32>, rows: usize, k: usize, out: &mut Buffer<u32>) -> Result<(), GpuError> {
     let sets = [set(scores, rows, k, out)?, TopKSet::default()];
-    launch(gpu, sets, rows, rows)
+    launch_top_k(gpu, sets, rows, rows)
 }
 
 /// The same of two sets of as many rows in one launch: one row occupies one multiprocessor, so a few of them more take no
@@ -110,7 +110,7 @@ pub(crate) fn top_k_of_two(
         set(first.0, rows, first.1, first.2)?,
         set(second.0, rows, second.1, second.2)?,
     ];
-    launch(gpu, sets, rows, 2 * rows)
+    launch_top_k(gpu, sets, rows, 2 * rows)
 }
 
 fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result<TopKSet, GpuError> {
@@ -131,7 +131,8 @@ fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result
     })
 }
 
-fn launch(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, ctas: usize) -> Result<(), GpuError> {
+/// `ctas` rows, of which the first `rows` are the first set's; addresses and lengths are the caller's to check.
+pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, ctas: usize) -> Result<(), GpuError> {
     if ctas == 0 || sets.iter().all(|set| set.k == 0) {
         return Ok(());
     }
@@ -139,6 +140,6 @@ fn launch(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, ctas: usize) -> Result<(),
         sets,
         rows: rows as u32,
     };
-    // SAFETY: `TopKParams` is top_k.cu's, `set` checked the lengths, and there are no more CTAs than rows.
+    // SAFETY: `TopKParams` is top_k.cu's; this crate's callers checked the lengths, and there are no more CTAs than rows.
     unsafe { gpu.launch(Family::TopK, "top_k", (ctas as u32, 1, 1), 1024, &params) }
 }

@@ -23,6 +23,8 @@ pub enum Family {
     Rows,
     /// `vs_estimate` and `vs_build`: a Vertical-Slash list from the prompt itself.
     Plan,
+    /// `block_scores` and `blocks_build`: a Block-Sparse list from the prompt itself.
+    Blocks,
 }
 
 /// How the kernels are compiled. All variants give the same bits.
@@ -72,6 +74,7 @@ impl Family {
         Self::Linear,
         Self::Rows,
         Self::Plan,
+        Self::Blocks,
     ];
 
     /// Name of the family and of its source file, without the ending.
@@ -86,6 +89,7 @@ impl Family {
             Self::Linear => "linear",
             Self::Rows => "rows",
             Self::Plan => "plan",
+            Self::Blocks => "blocks",
         }
     }
 
@@ -101,6 +105,7 @@ impl Family {
             Self::Linear => include_str!("../cuda/linear.cu"),
             Self::Rows => include_str!("../cuda/rows.cu"),
             Self::Plan => include_str!("../cuda/plan.cu"),
+            Self::Blocks => include_str!("../cuda/blocks.cu"),
         }
     }
 

@@ -1,8 +1,8 @@
 //! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it.
 
 use kvasir_cuda::{
-    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, PageTable, Prefill, Products,
-    Query, TileList, VerticalSlash, VerticalSlashTiles, noise,
+    BlockSparse, BlockSparseTiles, Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView,
+    PageTable, Prefill, Products, Query, TileList, VerticalSlash, VerticalSlashTiles, noise,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Map, Value, json};
@@ -111,8 +111,7 @@ impl Inputs {
         };
         let one = TileList::new(vec![head.clone()]).expect("in order");
         let work = one.work(0, 0, self.tokens);
-        let list =
-            TileList::new(vec![head.clone(); q_heads]).expect("in order");
+        let list = TileList::new(vec![head.clone(); q_heads]).expect("in order");
         let tiles = DeviceTiles::upload(gpu, &list)?;
         let prefill = Prefill {
             rows: self.tokens,
@@ -130,6 +129,31 @@ impl Inputs {
             (work * 4 * 128 * 64 * head_dim * q_heads) as f64
         };
         Ok(json!({ "ms": ms, "tflop_s": (flops / ms / 1e9).round(), "tiles": work }))
+    }
+
+    /// Milliseconds of a Block-Sparse list's making, and of attention over it.
+    fn block_sparse(&mut self, gpu: &Gpu, plan: BlockSparse) -> Result<[f64; 2], GpuError> {
+        let Layer {
+            dtype,
+            q_heads,
+            head_dim,
+            ..
+        } = self.layer;
+        let (shape, tokens) = (self.layer.shape(), self.tokens);
+        let view = KvView::fresh(shape, &self.k, &self.v, tokens)?;
+        let query = Query::bits(&self.q, dtype);
+        let mut built = BlockSparseTiles::new(gpu, plan, shape, q_heads, tokens, tokens)?;
+        let planned = median(gpu, 0, || built.build(gpu, query, &view).map(|_| ()))?;
+        let tiles = built.build(gpu, query, &view)?;
+        let prefill = Prefill {
+            rows: tokens,
+            q_heads,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            products: Products::best(gpu),
+        };
+        let (out, lse) = (&mut self.out, &mut self.lse);
+        let attended = median(gpu, 0, || prefill.attend(gpu, query, &view, tiles, out, lse))?;
+        Ok([planned, attended])
     }
 
     /// Milliseconds of the parts of a Vertical-Slash index.
@@ -193,6 +217,9 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         let [estimated, chosen] = inputs.index(gpu, VerticalSlash::new(1000, 6096))?;
         entry.insert("vs_estimate_ms".into(), estimated.into());
         entry.insert("top_k_and_vs_build_ms".into(), chosen.into());
+        let [planned, attended] = inputs.block_sparse(gpu, BlockSparse::new(100))?;
+        entry.insert("block_sparse_100_plan_ms".into(), planned.into());
+        entry.insert("block_sparse_100_ms".into(), attended.into());
         figures.insert(tokens.to_string(), entry.into());
     }
     let mut others = Map::new();
@@ -227,6 +254,7 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     let near = inputs.attend(gpu, None, &near, best)?;
     let runs = inputs.attend(gpu, None, &runs, best)?;
     let [estimated, chosen] = inputs.index(gpu, VerticalSlash::new(1000, 6096))?;
+    let [planned, attended] = inputs.block_sparse(gpu, BlockSparse::new(100))?;
     let dense = inputs.attend(gpu, None, &HeadTiles::dense(tokens), best)?;
     Ok(json!({
         "gpu": gpu.name(),
@@ -237,6 +265,8 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         "vertical_slash_1000_6096_in_95_runs": runs,
         "vs_estimate_ms": estimated,
         "top_k_and_vs_build_ms": chosen,
+        "block_sparse_100_plan_ms": planned,
+        "block_sparse_100_ms": attended,
     }))
 }
 

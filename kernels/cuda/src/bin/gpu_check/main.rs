@@ -8,6 +8,7 @@
 mod bench;
 mod bench_forward;
 mod bench_prefill;
+mod blocks;
 mod cases;
 mod check;
 mod forward;

@@ -13,14 +13,14 @@ use crate::{
 };
 
 /// Queries in the keys' type: the numbers after rounding, and the device's copy.
-struct Queries {
-    numbers: Vec<f32>,
+pub(crate) struct Queries {
+    pub(crate) numbers: Vec<f32>,
     bits: Buffer<u16>,
     dtype: Dtype,
 }
 
 impl Queries {
-    fn new(gpu: &Gpu, rng: &mut StdRng, dtype: Dtype, len: usize) -> Result<Self, GpuError> {
+    pub(crate) fn new(gpu: &Gpu, rng: &mut StdRng, dtype: Dtype, len: usize) -> Result<Self, GpuError> {
         let bits: Vec<u16> = numbers(rng, len)
             .into_iter()
             .map(|x| match dtype {
@@ -35,7 +35,7 @@ impl Queries {
         })
     }
 
-    fn query(&self) -> Query<'_> {
+    pub(crate) fn query(&self) -> Query<'_> {
         Query::bits(&self.bits, self.dtype)
     }
 }
@@ -83,7 +83,7 @@ fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
     }
 }
 
-fn any_case(gpu: &Gpu, rng: &mut StdRng) -> Result<(Held, usize, usize), GpuError> {
+pub(crate) fn any_case(gpu: &Gpu, rng: &mut StdRng) -> Result<(Held, usize, usize), GpuError> {
     let shape = KvShape {
         dtype: [Dtype::Bf16, Dtype::F16][rng.random_range(0..2)],
         kv_heads: rng.random_range(1..4),
@@ -108,7 +108,7 @@ pub(crate) fn products(gpu: &Gpu) -> &'static [Products] {
     }
 }
 
-fn compare(
+pub(crate) fn compare(
     gpu: &Gpu,
     held: &Held,
     q: &Queries,
