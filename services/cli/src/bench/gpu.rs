@@ -5,12 +5,15 @@
 
 mod compare;
 mod forward;
+mod made_up;
+mod remote;
 
 use anyhow::{Context, Result, ensure};
 use kvasir_model::Device;
 use kvasir_worker::{DeviceKind, WorkerConfig};
 use serde::Serialize;
 
+pub(crate) use self::made_up::made_up;
 use self::{
     compare::{Agreement, compare},
     forward::Forward,
