@@ -1,6 +1,9 @@
 //! To the host: pages are gathered on the device, leave it in one copy, and stay where they land until nobody reads them.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use cudarc::driver::{CudaEvent, CudaStream, sys};
 use parking_lot::Mutex;
@@ -163,6 +166,7 @@ impl Outbound {
         stage.free = Some(event(&self.stream)?);
         Ok(Some(Sent {
             done: event(&self.stream)?,
+            seen: AtomicBool::new(false),
             landing: Arc::new(landing),
             page_bytes: self.page_bytes,
             bytes,
@@ -175,6 +179,8 @@ impl Outbound {
 pub struct Sent {
     landing: Arc<Landing>,
     done: CudaEvent,
+    /// Whether `done` was seen, so that the driver is asked once and not for every page.
+    seen: AtomicBool,
     page_bytes: usize,
     bytes: usize,
 }
@@ -182,7 +188,10 @@ pub struct Sent {
 impl Sent {
     /// Whether it is there.
     pub fn is_there(&self) -> bool {
-        self.done.is_complete()
+        if !self.seen.load(Ordering::Acquire) && self.done.is_complete() {
+            self.seen.store(true, Ordering::Release);
+        }
+        self.seen.load(Ordering::Acquire)
     }
 
     /// The `place`th of the pages that were named; waits for it.
@@ -195,10 +204,13 @@ impl Sent {
             let why = format!("place {place} of {}", self.bytes / self.page_bytes);
             return Err(GpuError::shape("sent", why));
         }
-        self.landing.home.gpu.shared.bind("waiting for a copy to the host")?;
-        self.done
-            .synchronize()
-            .map_err(GpuError::driver("waiting for a copy to the host"))?;
+        if !self.seen.load(Ordering::Acquire) {
+            self.landing.home.gpu.shared.bind("waiting for a copy to the host")?;
+            self.done
+                .synchronize()
+                .map_err(GpuError::driver("waiting for a copy to the host"))?;
+            self.seen.store(true, Ordering::Release);
+        }
         Ok(Landed {
             landing: Arc::clone(&self.landing),
             at,

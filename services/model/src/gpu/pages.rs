@@ -95,7 +95,11 @@ impl DevicePages {
         let words = self.layers[layer]
             .download_range(elements.start / 2..elements.end / 2)
             .map_err(pool_error)?;
-        Ok(words.into_iter().flat_map(u16::to_le_bytes).collect::<Vec<u8>>().into())
+        let mut bytes = vec![0; 2 * words.len()];
+        for (bytes, word) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+        }
+        Ok(bytes.into())
     }
 
     /// Prepares to send `pages` of every layer; whether there is anything to send.

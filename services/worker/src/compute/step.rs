@@ -2,15 +2,14 @@
 
 use std::{collections::HashMap, time::Instant};
 
-use kvasir_block::{BlockHash, Checksum};
-use kvasir_client::LayerBlock;
+use kvasir_block::BlockHash;
 use kvasir_model::{Attention, Logits, PageId, PagePool, StepAborted, StepError, StepHooks, StepOutput, StepSequence};
 use kvasir_simd::Partial;
 use tokio::runtime::Handle;
 
 use super::{Compute, SequenceId, Settings, Store};
 use crate::{
-    offload::{Offer, Offload},
+    offload::{Offer, Offload, Pushed},
     onboard::Onboard,
     retrieval::Link,
     scheduler::{Candidate, Share, Stage, plan},
@@ -270,10 +269,9 @@ fn push(offload: &Offload, pool: &PagePool, layer: usize, hash: BlockHash, page:
             return offload.abandon(hash);
         }
     };
-    offload.push(LayerBlock {
+    offload.push(Pushed {
         hash,
         layer: layer as u16,
-        checksum: Checksum::of(&payload),
         payload,
     });
 }
