@@ -19,7 +19,7 @@ impl Matrix {
     /// # Errors
     /// As [`Matrix::upload`] and [`noise`].
     pub fn noise(gpu: &Gpu, dtype: Dtype, rows: usize, columns: usize, seed: u64, most: f32) -> Result<Self, GpuError> {
-        let len = rows.checked_mul(columns).unwrap_or(usize::MAX);
+        let len = rows.saturating_mul(columns);
         Self::check(dtype, rows, columns, len)?;
         let mut bits = gpu.zeros(len)?;
         noise(gpu, dtype, &mut bits, seed, most)?;

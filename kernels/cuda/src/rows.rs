@@ -337,7 +337,8 @@ struct NoiseParams {
 /// If the length is odd or `most` is no positive number of f16's range; nothing is launched then.
 pub fn noise(gpu: &Gpu, dtype: Dtype, to: &mut Buffer<u16>, seed: u64, most: f32) -> Result<(), GpuError> {
     let is_bf16 = sixteen_bits("noise", dtype)?;
-    if !to.len().is_multiple_of(2) || !(most > 0.0 && most <= 65_504.0) {
+    let fits = to.len().is_multiple_of(2) && most > 0.0 && most <= 65_504.0;
+    if !fits {
         let why = format!("{} numbers up to {most}; an even number is needed", to.len());
         return Err(GpuError::shape("noise", why));
     }

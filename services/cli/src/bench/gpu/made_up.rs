@@ -198,7 +198,10 @@ fn attend(
         objects: false,
     };
     let host = runtime.block_on(Host::start(wanted, config))?;
-    let client = StoreClient::new(ClientConfig::to(host.url()))?;
+    let client = {
+        let _inside = runtime.enter();
+        StoreClient::new(ClientConfig::to(host.url()))?
+    };
     let namespace = runtime.block_on(client.open_namespace(&host.tenant()?, forward.schema()))?;
     let run = host.next_run();
     let chain: Vec<BlockHash> = (0..blocks as u64).map(|at| hash(run, 0, at)).collect();
