@@ -3,6 +3,7 @@
 //!
 //! The kernels' own figures, beside the ceilings of the machine, are `kvasir-gpu-check bench`'s.
 
+mod basis;
 mod compare;
 mod forward;
 mod made_up;

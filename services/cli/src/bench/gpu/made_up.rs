@@ -3,7 +3,7 @@
 //! normal, of a spread that is chosen, and the same in every head. Real heads differ from each other, and their scores are
 //! no noise: how many keys must be read for a given mass is theirs to say, not this bench's.
 
-use std::time::Instant;
+use std::{ops::Range, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use kvasir_block::BlockHash;
@@ -16,6 +16,7 @@ use serde::Serialize;
 use tokio::runtime::Runtime;
 
 use super::{
+    basis::Gathered,
     forward::Forward,
     remote::{Asking, Remote, put},
 };
@@ -51,7 +52,8 @@ struct MadeUpReport {
     prefill: Vec<PushCost>,
     prefill_context_seconds: f64,
     decode_full: Steps,
-    decode_attend: Attended,
+    /// With the exact scan, and with sketches.
+    decode_attend: Vec<Attended>,
     kvasir: &'static str,
     machine: Machine,
 }
@@ -183,7 +185,7 @@ fn attend(
     runtime: &Runtime,
     forward: &mut Forward,
     context: usize,
-) -> Result<Attended> {
+) -> Result<Vec<Attended>> {
     let block_tokens = usize::from(worker.block_tokens);
     let blocks = context / block_tokens;
     let bytes = blocks * forward.schema().block_bytes();
@@ -192,10 +194,11 @@ fn attend(
         running: None,
         running_pid: None,
         out: &args.out,
-        // Indexes have half of it at most.
-        host_bytes: ByteSize::bytes(2 * bytes as u64 + (2 << 30)),
+        host_bytes: ByteSize::bytes(bytes as u64 + bytes as u64 / 2 + (2 << 30)),
         disk_bytes: Some(ByteSize::bytes(bytes as u64 + bytes as u64 / 2)),
         objects: false,
+        // A context that finds no room here is read and verified anew for every query.
+        context_bytes: Some(ByteSize::bytes(bytes as u64 + bytes as u64 / 2)),
     };
     let host = runtime.block_on(Host::start(wanted, config))?;
     let client = {
@@ -213,6 +216,7 @@ fn attend(
     let (sink, window) = (whole(asked.sink), whole(asked.window));
     ensure!(sink + window < context, "the static set is the whole context");
     let first = context - window;
+    let gathered = Gathered::keys(forward, blocks)?;
     forward.keep(
         blocks,
         |block| block * block_tokens < sink || block * block_tokens >= first,
@@ -232,20 +236,42 @@ fn attend(
         excluded: excluded.into_iter().filter(|range| !range.is_empty()).collect(),
         hint_from: asked.hint_from_layer as usize,
     };
-    say("decode, the context at the store");
+    let local = move |position: usize| [0..sink, first..position + 1];
+    say("decode, the context at the store, every key scanned");
+    let mut remote = Remote::open(runtime, &client, &namespace, forward, &chain, asking.clone())?;
+    let flat = attended(forward, &mut remote, context, put_seconds, local)?;
+    say("directions for sketches");
+    let basis = gathered.basis(forward, remote.queries())?;
+    drop(remote);
+    let opened = client.open_namespace_with(&host.tenant()?, forward.schema(), basis.encode().into());
+    let namespace = runtime.block_on(opened)?;
+    say("decode, the context at the store, through sketches");
     let mut remote = Remote::open(runtime, &client, &namespace, forward, &chain, asking)?;
+    let sketched = attended(forward, &mut remote, context, put_seconds, local)?;
+    drop(remote);
+    runtime.block_on(host.stop())?;
+    Ok(vec![flat, sketched])
+}
+
+/// Decodes over `local` positions and what a store answers.
+fn attended(
+    forward: &mut Forward,
+    remote: &mut Remote<'_>,
+    context: usize,
+    put_seconds: f64,
+    local: impl Fn(usize) -> [Range<usize>; 2],
+) -> Result<Attended> {
     let (index, index_reason) = remote.index();
     let (mut times, mut waits, mut reports) = (Vec::new(), Vec::new(), Vec::<Report>::new());
     let mut next = 0;
     for step in 0..WARM + DECODED {
         let position = context + step;
-        let local = [0..sink, first..position + 1];
         let begun = Instant::now();
         let logits = forward.next_local(
             next,
             position,
-            local.into_iter().filter(|range| !range.is_empty()).collect(),
-            &mut remote,
+            local(position).into_iter().filter(|range| !range.is_empty()).collect(),
+            remote,
         )?;
         next = largest(&logits);
         let time = 1e3 * begun.elapsed().as_secs_f64();
@@ -256,8 +282,6 @@ fn attend(
             reports.extend(some);
         }
     }
-    drop(remote);
-    runtime.block_on(host.stop())?;
     let shape = forward.shape();
     let total: u64 = reports.iter().map(|report| report.keys_total).sum();
     let attended: u64 = reports.iter().map(|report| report.keys_attended).sum();
@@ -320,17 +344,18 @@ fn show(report: &MadeUpReport) {
         "decode, everything on the GPU ({:.1} GiB): {:.2} ms a token",
         report.decode_full.kv_on_gpu_gib, report.decode_full.milliseconds_per_token
     ));
-    let attended = &report.decode_attend;
-    say(format_args!(
-        "decode, the context at a store ({:.2} GiB on the GPU): {:.1} ms a token, {:.1} ms of it waiting; index {}, {:.2} % of the keys \
+    for attended in &report.decode_attend {
+        say(format_args!(
+            "decode, the context at a store ({:.2} GiB on the GPU): {:.1} ms a token, {:.1} ms of it waiting; index {}, {:.2} % of the keys \
          attended, {:.2} % scored, mass covered {:.3} (least {:.3})",
-        attended.steps.kv_on_gpu_gib,
-        attended.steps.milliseconds_per_token,
-        attended.waited_milliseconds,
-        attended.index,
-        100.0 * attended.keys_attended,
-        100.0 * attended.keys_scored,
-        attended.mass_covered_mean,
-        attended.mass_covered_least
-    ));
+            attended.steps.kv_on_gpu_gib,
+            attended.steps.milliseconds_per_token,
+            attended.waited_milliseconds,
+            attended.index,
+            100.0 * attended.keys_attended,
+            100.0 * attended.keys_scored,
+            attended.mass_covered_mean,
+            attended.mass_covered_least
+        ));
+    }
 }

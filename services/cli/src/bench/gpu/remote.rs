@@ -85,6 +85,8 @@ pub(super) struct Remote<'a> {
     /// Since the last [`Remote::take`].
     waited: Duration,
     reports: Vec<Report>,
+    /// All that were asked, by layer.
+    queries: Vec<Vec<f32>>,
 }
 
 impl<'a> Remote<'a> {
@@ -114,6 +116,7 @@ impl<'a> Remote<'a> {
             layer: 0,
             waited: Duration::ZERO,
             reports: Vec::new(),
+            queries: vec![Vec::new(); forward.shape().layers],
         })
     }
 
@@ -121,6 +124,11 @@ impl<'a> Remote<'a> {
     pub(super) fn index(&self) -> (String, String) {
         let opened = self.stream.opened();
         (opened.index.clone(), opened.index_reason.clone())
+    }
+
+    /// The queries of each layer, `[n, q_heads, head_dim]`.
+    pub(super) fn queries(&self) -> &[Vec<f32>] {
+        &self.queries
     }
 
     /// Time that steps have waited for partials since this was asked last, and the store's reports.
@@ -137,6 +145,9 @@ impl StepHooks for Remote<'_> {
     fn remote_begin(&mut self, layer: usize, _: usize, q: &[f32]) -> Result<(), StepAborted> {
         self.layer = layer;
         self.sequence += 1;
+        if let Some(queries) = self.queries.get_mut(layer) {
+            queries.extend_from_slice(q);
+        }
         let query = Query {
             sequence: self.sequence,
             layer: layer as u16,
