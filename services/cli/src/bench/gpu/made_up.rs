@@ -243,7 +243,8 @@ fn attend(
     say("directions for sketches");
     let basis = gathered.basis(forward, remote.queries())?;
     drop(remote);
-    let opened = client.open_namespace_with(&host.tenant()?, forward.schema(), basis.encode().into());
+    let tenant = host.tenant()?;
+    let opened = client.open_namespace_with(&tenant, forward.schema(), basis.encode().into());
     let namespace = runtime.block_on(opened)?;
     say("decode, the context at the store, through sketches");
     let mut remote = Remote::open(runtime, &client, &namespace, forward, &chain, asking)?;
