@@ -37,6 +37,19 @@ __device__ __forceinline__ void copy_tensor(u32 to, const TensorMap& map, u32 ba
                  : "memory");
 }
 
+// With DELAYS a warp dawdles, some microseconds at most and seldom twice the same, wherever threads wait for each other or
+// say that they are done. What is right whoever comes first stays the same to the last bit; what only ever was quick enough
+// does not. `kvasir-gpu-check` compares the two.
+__device__ __forceinline__ void dawdle() {
+#ifdef DELAYS
+    u32 x;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(x)::"memory");
+    x = (x ^ (threadIdx.x / 32 * 0x9e3779b9u) ^ (blockIdx.x * 0x85ebca6bu)) * 0x2c1b3c6du;
+    x = (x ^ (x >> 15)) * 0x297a2d39u;
+    if ((x >> 29) < 3) __nanosleep((x >> 8) & 0x1fffu);
+#endif
+}
+
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -45,24 +58,36 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
 __device__ __forceinline__ void barrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    dawdle();
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// As `count` threads.
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 count) {
+    dawdle();
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
 // Arrives; the barrier's round ends when `bytes` have come as well.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    dawdle();
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // Waits for the end of the round that `parity` names: 0 for the first, the third and so on.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    dawdle();
     asm volatile("{\n.reg .pred done;\nagain:\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
                  : "memory");
+    dawdle();
 }
 
-// Barriers by number, among `threads` threads; one warp's threads count together.
+// Barriers by number, among `threads` threads; one warp's threads count together, and so must come together.
 __device__ __forceinline__ void named_sync(u32 number, u32 threads) {
+    dawdle();
+    __syncwarp();
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 

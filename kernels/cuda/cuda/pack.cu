@@ -107,3 +107,20 @@ COPY(e4m3_to_bf16_64, E4M3, BF16, 64)
 COPY(e4m3_to_bf16_128, E4M3, BF16, 128)
 COPY(e4m3_to_f16_64, E4M3, F16, 64)
 COPY(e4m3_to_f16_128, E4M3, F16, 128)
+
+struct GatherParams {
+    u64 from;  // pages
+    u64 to;    // [gridDim.y] pages, end to end
+    u64 pages; // u32 [gridDim.y]
+    u32 words; // of 16 bytes, of a page
+};
+
+// Pages as they are, one behind the other.
+extern "C" __global__ void __launch_bounds__(256) gather_pages(const __grid_constant__ GatherParams params) {
+    const u64 page = reinterpret_cast<const u32*>(params.pages)[blockIdx.y];
+    const Word4* from = reinterpret_cast<const Word4*>(params.from) + page * params.words;
+    Word4* to = reinterpret_cast<Word4*>(params.to) + u64(blockIdx.y) * params.words;
+    const u32 step = gridDim.x * 256;
+#pragma unroll 4
+    for (u32 i = blockIdx.x * 256 + threadIdx.x; i < params.words; i += step) to[i] = load_once(from + i);
+}

@@ -57,11 +57,16 @@ struct Estimate {
         commit_copies();
     }
 
-    // Scores of rows g and g + 8 with keys 8n + 2t, + 1, times the scale; -inf where a query does not see the key.
+    // Whether all of the 64 queries are there and see all keys of a tile; so it is for all but the last tiles of a prompt.
+    __device__ __forceinline__ static bool whole(const EstimateParams& params, u32 first) {
+        return params.rows >= QUERIES && first + TILE + QUERIES <= params.view.tokens + 1;
+    }
+
+    // Scores of rows g and g + 8 with keys 8n + 2t, + 1: as they are of a whole tile, otherwise -inf where a query does not
+    // see the key.
+    template <bool WHOLE>
     __device__ __forceinline__ void scores(float (&s)[8][4], const EstimateParams& params, u32 base, u32 first) const {
         const u32 lane = threadIdx.x & 31u, g = lane >> 2, t = lane & 3u;
-        const int position = int(params.view.tokens) - int(QUERIES) + int(threadIdx.x / 32 * 16 + g);
-        const int begin = int(params.view.tokens) - int(params.rows); // the first query's position
 #pragma unroll
         for (u32 n = 0; n < 8; ++n) {
             s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
@@ -72,11 +77,40 @@ struct Estimate {
                 mma<IS_BF16>(s[n], q[i][0], q[i][1], q[i][2], q[i][3], b[0], b[1]);
                 mma<IS_BF16>(s[n], q[i + 1][0], q[i + 1][1], q[i + 1][2], q[i + 1][3], b[2], b[3]);
             }
+            if constexpr (!WHOLE) {
+                const int position = int(params.view.tokens) - int(QUERIES) + int(threadIdx.x / 32 * 16 + g);
+                const int begin = int(params.view.tokens) - int(params.rows); // the first query's position
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const int at = position + int(8 * (i >> 1)), key = int(first + 8 * n + 2 * t + (i & 1u));
-                s[n][i] = at >= begin && key <= at ? s[n][i] * params.scale : NEGATIVE_INFINITY;
+                for (u32 i = 0; i < 4; ++i) {
+                    const int at = position + int(8 * (i >> 1)), key = int(first + 8 * n + 2 * t + (i & 1u));
+                    if (at < begin || key > at) s[n][i] = NEGATIVE_INFINITY;
+                }
             }
+        }
+    }
+
+    // Takes a tile into the rows' maxima (of scores times the scale) and sums.
+    template <bool WHOLE>
+    __device__ __forceinline__ void add(float (&m)[2], float (&l)[2], const EstimateParams& params, u32 base,
+                                        u32 first) const {
+        float s[8][4];
+        scores<WHOLE>(s, params, base, first);
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            float most = NEGATIVE_INFINITY;
+#pragma unroll
+            for (u32 n = 0; n < 8; ++n) most = fmaxf(most, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+            const float top = fmaxf(m[i], most * params.scale);
+            // A row that has seen nothing yet: whatever is taken from -inf is -inf.
+            const float shift = !WHOLE && top == NEGATIVE_INFINITY ? 0.0f : top;
+            float sum[2] = {l[i] * weight(m[i], top), 0.0f};
+#pragma unroll
+            for (u32 n = 0; n < 8; ++n) {
+                sum[0] += exp2_fast(s[n][2 * i] * params.scale - shift);
+                sum[1] += exp2_fast(s[n][2 * i + 1] * params.scale - shift);
+            }
+            m[i] = top;
+            l[i] = sum[0] + sum[1];
         }
     }
 };
@@ -106,18 +140,11 @@ __device__ __forceinline__ void estimate_stats(const EstimateParams& params) {
         }
         wait_copies<1>();
         __syncthreads();
-        float s[8][4];
-        body.scores(s, params, shared_address(tiles[tile & 1u]), tile * TILE);
-#pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            float top = m[i];
-#pragma unroll
-            for (u32 n = 0; n < 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-            float sum = l[i] * weight(m[i], top);
-#pragma unroll
-            for (u32 n = 0; n < 8; ++n) sum += weight(s[n][2 * i], top) + weight(s[n][2 * i + 1], top);
-            m[i] = top;
-            l[i] = sum;
+        const u32 base = shared_address(tiles[tile & 1u]);
+        if (body.whole(params, tile * TILE)) {
+            body.template add<true>(m, l, params, base, tile * TILE);
+        } else {
+            body.template add<false>(m, l, params, base, tile * TILE);
         }
         __syncthreads();
     }
@@ -167,6 +194,13 @@ __device__ __forceinline__ void estimate_sums(const EstimateParams& params) {
     if (begin < end) body.load(params, kv_head, begin * TILE, tiles + (begin & 1u) * TILE_BYTES);
     float* columns = reinterpret_cast<float*>(params.columns) + u64(head) * params.view.tokens;
     float* diagonals = reinterpret_cast<float*>(params.diagonals) + u64(head) * params.view.tokens;
+    // Of a tile, query r and key (r - 1 - i) mod 64: two diagonals, of which that of the queries up to i goes on in the next tile
+    // where the other one is in this.
+    const u32 own = threadIdx.x % TILE;
+    float carried = 0.0f;
+    const auto give = [&](int distance, float sum) {
+        if (sum > 0.0f && distance >= 0 && distance < int(params.view.tokens)) atomicAdd(diagonals + distance, sum);
+    };
     for (u32 tile = begin; tile < end; ++tile) {
         if (tile + 1 < end) {
             body.load(params, kv_head, (tile + 1) * TILE, tiles + ((tile + 1) & 1u) * TILE_BYTES);
@@ -175,36 +209,44 @@ __device__ __forceinline__ void estimate_sums(const EstimateParams& params) {
         }
         wait_copies<1>();
         __syncthreads();
+        const u32 first = tile * TILE;
         float s[8][4];
-        body.scores(s, params, tiles + (tile & 1u) * TILE_BYTES, tile * TILE);
+        if (body.whole(params, first)) {
+            body.template scores<true>(s, params, tiles + (tile & 1u) * TILE_BYTES, first);
+        } else {
+            body.template scores<false>(s, params, tiles + (tile & 1u) * TILE_BYTES, first);
+        }
         const float low = lse[row], high = lse[row + 8];
 #pragma unroll
         for (u32 n = 0; n < 8; ++n) {
-            float* at = weights + row * WEIGHT_STRIDE + 8 * n + 2 * t;
-            at[0] = exp2_fast(s[n][0] - low);
-            at[1] = exp2_fast(s[n][1] - low);
-            at[8 * WEIGHT_STRIDE] = exp2_fast(s[n][2] - high);
-            at[8 * WEIGHT_STRIDE + 1] = exp2_fast(s[n][3] - high);
+            float2* at = reinterpret_cast<float2*>(weights + row * WEIGHT_STRIDE + 8 * n + 2 * t);
+            at[0] = {exp2_fast(s[n][0] * params.scale - low), exp2_fast(s[n][1] * params.scale - low)};
+            at[8 * WEIGHT_STRIDE / 2] = {exp2_fast(s[n][2] * params.scale - high), exp2_fast(s[n][3] * params.scale - high)};
         }
         __syncthreads();
-        const u32 first = tile * TILE;
-        if (threadIdx.x < TILE && first + threadIdx.x < params.view.tokens) {
-            float sum = 0.0f;
-#pragma unroll 8
-            for (u32 r = 0; r < QUERIES; ++r) sum += weights[r * WEIGHT_STRIDE + threadIdx.x];
-            columns[first + threadIdx.x] = first + threadIdx.x < params.sink ? LARGEST : sum;
-        }
-        // Diagonal i of the tile has query r and key r + TILE - 1 - i: their distance is the same for all r.
-        const int shift = int(TILE - 1) - int(threadIdx.x);
-        const int distance = int(params.view.tokens) - int(QUERIES) - int(first) - shift;
-        if (threadIdx.x < QUERIES + TILE - 1 && distance >= 0 && distance < int(params.view.tokens)) {
-            float sum = 0.0f;
-            const int from = max(0, -shift), to = min(int(QUERIES), int(TILE) - shift);
-#pragma unroll 4
-            for (int r = from; r < to; ++r) sum += weights[r * int(WEIGHT_STRIDE) + r + shift];
-            if (sum > 0.0f) atomicAdd(diagonals + distance, sum);
+        // Half of the threads sum a column each, half two diagonals.
+        float near = 0.0f, far = 0.0f;
+        if (threadIdx.x < TILE) {
+#pragma unroll 16
+            for (u32 r = 0; r < QUERIES; r += 2) {
+                near += weights[r * WEIGHT_STRIDE + own];
+                far += weights[(r + 1) * WEIGHT_STRIDE + own];
+            }
+            if (first + own < params.view.tokens)
+                columns[first + own] = first + own < params.sink ? LARGEST : near + far;
+        } else {
+#pragma unroll 16
+            for (u32 r = 0; r < QUERIES; ++r) {
+                const float x = weights[r * WEIGHT_STRIDE + ((r - 1 - own) & (TILE - 1))];
+                near += r <= own ? x : 0.0f;
+                far += r <= own ? 0.0f : x;
+            }
+            give(int(params.view.tokens) - int(QUERIES) - int(first) + 1 + int(own), far + carried);
+            carried = near;
         }
     }
+    if (threadIdx.x >= TILE && begin < end)
+        give(int(params.view.tokens) - int(QUERIES) - int((end - 1) * TILE) - int(TILE - 1 - own), carried);
 }
 
 // The nearest diagonals are chosen whatever their sums are.
@@ -214,11 +256,11 @@ extern "C" __global__ void favour(const __grid_constant__ EstimateParams params)
 }
 
 #define ESTIMATE(NAME, IS_BF16, D)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS) estimate_stats_##NAME(                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) estimate_stats_##NAME(                                    \
         const __grid_constant__ EstimateParams params) {                                                               \
         estimate_stats<IS_BF16, D>(params);                                                                            \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) estimate_sums_##NAME(                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) estimate_sums_##NAME(                                    \
         const __grid_constant__ EstimateParams params) {                                                               \
         estimate_sums<IS_BF16, D>(params);                                                                             \
     }
@@ -241,11 +283,14 @@ struct BuildParams {
 
 constexpr u32 ROWS = 128;
 
-// One CTA per head. A slash covers (slash, slash + ROWS]; tiles cover the union from the near end on, which one thread
-// finds while the others bring the next slashes; then each tile marks what it covers.
+// One CTA per head. A slash covers (slash, slash + ROWS]; tiles cover the union from the near end on, in runs without gaps.
+// Only a slash that is more than ROWS away from the one before can begin a run, and such are few: all threads find them,
+// one thread walks through them and says where each run begins and ends, all write the tiles. Then each tile marks what it
+// covers.
 extern "C" __global__ void __launch_bounds__(1024) vs_build(const __grid_constant__ BuildParams params) {
-    constexpr u32 BATCH = 4096;
-    __shared__ u32 tile_count, batch[BATCH];
+    constexpr u32 BATCH = 2048, WARPS = 1024 / 32;
+    // Slashes that may begin a run, and those before them; then the runs: where they begin, and how many tiles were there.
+    __shared__ u32 openers[BATCH + 1], befores[BATCH + 1], found_by[WARPS + 1], run_count, tile_count;
     const u32 head = blockIdx.x;
     const u32 stride = params.tile_room + params.column_count + params.cover_words;
     u32* tiles = reinterpret_cast<u32*>(params.numbers) + u64(head) * stride;
@@ -255,24 +300,68 @@ extern "C" __global__ void __launch_bounds__(1024) vs_build(const __grid_constan
     const u32* chosen = reinterpret_cast<const u32*>(params.columns) + u64(head) * params.column_count;
     for (u32 i = threadIdx.x; i < params.column_count; i += blockDim.x) columns[i] = chosen[i];
     for (u32 i = threadIdx.x; i < params.cover_words; i += blockDim.x) cover[i] = 0;
-    u32 count = 0, covered = 0;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, below_lane = (1u << lane) - 1u;
+    u32 count = 0, start = params.slash_count > 0 ? slashes[0] : 0; // tiles of the runs that ended; begin of the open one
     for (u32 begin = 0; begin < params.slash_count; begin += BATCH) {
         const u32 here = min(BATCH, params.slash_count - begin);
-        for (u32 i = threadIdx.x; i < here; i += blockDim.x) batch[i] = slashes[begin + i];
+        u32 before[BATCH / 1024], slash[BATCH / 1024], mine[BATCH / 1024], total = 0;
+#pragma unroll
+        for (u32 i = 0; i < BATCH / 1024; ++i) {
+            const u32 at = warp * (BATCH / WARPS) + i * 32 + lane;
+            slash[i] = at < here ? slashes[begin + at] : 0;
+            before[i] = at < here && begin + at > 0 ? slashes[begin + at - 1] : slash[i];
+            const u32 ballot = __ballot_sync(FULL_WARP, slash[i] > before[i] + ROWS);
+            mine[i] = slash[i] > before[i] + ROWS ? total + __popc(ballot & below_lane) : ~0u;
+            total += __popc(ballot);
+        }
+        if (lane == 0) found_by[warp] = total;
+        __syncthreads();
+        u32 first = 0;
+        for (u32 i = 0; i < warp; ++i) first += found_by[i];
+#pragma unroll
+        for (u32 i = 0; i < BATCH / 1024; ++i) {
+            if (mine[i] == ~0u) continue;
+            openers[first + mine[i]] = slash[i];
+            befores[first + mine[i]] = before[i];
+        }
+        if (threadIdx.x == 1023) found_by[WARPS] = first + total;
         __syncthreads();
         if (threadIdx.x == 0) {
-            for (u32 i = 0; i < here; ++i) {
-                const u32 slash = batch[i];
-                covered = max(covered, slash);
-                while (covered < slash + ROWS && count < params.tile_room) {
-                    tiles[count++] = covered;
-                    covered += TILE;
+            const u32 found = found_by[WARPS];
+            const bool last = begin + here == params.slash_count;
+            u32 runs = 0;
+            for (u32 i = 0; i < found + u32(last); ++i) {
+                const u32 up_to = (i < found ? befores[i] : slashes[params.slash_count - 1]) + ROWS;
+                const u32 needed = (up_to - start + TILE - 1) / TILE;
+                if (i < found && openers[i] <= start + needed * TILE) continue; // the run's last tile reaches it
+                const u32 opener = i < found ? openers[i] : 0;
+                // Entry `runs` is at most `i`, which has been read.
+                openers[runs] = start;
+                befores[runs++] = count;
+                count += needed;
+                start = opener;
+            }
+            run_count = runs;
+            tile_count = count;
+        }
+        __syncthreads();
+        const u32 runs = run_count, from = runs > 0 ? befores[0] : 0, to = min(tile_count, params.tile_room);
+        for (u32 i = from + threadIdx.x; i < (runs > 0 ? to : from); i += blockDim.x) {
+            u32 low = 0, high = runs; // the last run that begins at or before tile i
+            while (high - low > 1) {
+                const u32 middle = (low + high) / 2;
+                if (befores[middle] <= i) {
+                    low = middle;
+                } else {
+                    high = middle;
                 }
             }
+            tiles[i] = openers[low] + (i - befores[low]) * TILE;
         }
         __syncthreads();
     }
     if (threadIdx.x == 0) {
+        count = min(count, params.tile_room);
         tile_count = count;
         const u32 first = u32(u64(head) * stride);
         u32* list = reinterpret_cast<u32*>(params.lists) + head * 7;

@@ -26,6 +26,14 @@ constexpr int ABSENT = 1 << 30;            // no tile: past every key
 constexpr u64 NOWHERE = ~0ull;
 constexpr int GATHERED = int(0x80000000u); // the step's keys are columns
 constexpr u32 COPYING = 1;                  // the copiers' named barrier
+// Who arrives at a stage's barriers: one thread for its warp, or for all copiers, once a barrier of these is passed. Racecheck
+// follows a barrier from who arrives to who waits and no further, and so takes the others' reads and writes of `keys` and
+// `first` for hazards. With DIRECT all of them arrive themselves; everything else is the same, and it finds nothing.
+#ifdef DIRECT
+constexpr u32 COPIERS_ARRIVE = COPIERS, ATTENDERS_ARRIVE = 2 * 128;
+#else
+constexpr u32 COPIERS_ARRIVE = 1, ATTENDERS_ARRIVE = 2 * 4;
+#endif
 
 template <u32 D, u32 STAGES>
 struct WideShared {
@@ -102,6 +110,7 @@ struct Copier {
 
     __device__ __forceinline__ void tensors(const TensorMap& map, u32 to, u32 barrier, const int (&first)[2]) const {
         const View& view = params.base.view;
+        if constexpr (COPIERS_ARRIVE > 1) barrier_arrive(barrier, COPIERS_ARRIVE - 1);
         barrier_expect(barrier, Shared::PLANE);
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
@@ -171,11 +180,17 @@ struct Copier {
         wait_copies<PENDING>();
         publish_shared();
         named_sync(COPYING, COPIERS);
-        if (by_rows && thread == 0) barrier_arrive(barrier);
+        if (by_rows && thread < COPIERS_ARRIVE) barrier_arrive(barrier);
     }
 
     // Steps of which not all are tensor copies. Two rounds of copies are on their way at any time; a round is said to be
     // there once the next one was given.
+    //
+    // Who waits for a stage to be free: those that are about to write it, nobody else. A barrier tells one round from the
+    // next by a single bit, so who looks late must not be able to miss two. Rows are copied by all threads, and the
+    // round after theirs cannot end without them. A tensor copy needs the first thread alone: were the others to look as
+    // well, that stage could be filled, read and free again before the slowest has looked, and it would wait forever. They
+    // learn from the named barrier in `say`, which every step passes, that the first thread has seen the round.
     __device__ __forceinline__ void row_steps(u32 begin, u32 thread) const {
         const View& view = params.base.view;
         u64 found = NOWHERE;
@@ -196,9 +211,8 @@ struct Copier {
                                                                  (step - task.tile_steps) * STEP + thread);
                     if (thread < 2) shared.first[stage][thread] = gathered ? GATHERED : task.first(step, thread);
                     copy_rows(view.k, shared.k(stage), next, thread);
-                } else {
-                    wait_free(shared.k_free(stage), step);
-                    if (thread == 0) tile_step(step, true);
+                } else if (thread == 0) {
+                    tile_step(step, true);
                 }
                 commit_copies();
                 if (step > begin + 1) say<1>(shared.v_there(earlier), rows_before, thread);
@@ -206,8 +220,8 @@ struct Copier {
                 say<0>(shared.v_there(earlier), rows_before, thread);
             }
             if (step > begin) {
-                wait_free(shared.v_free(before), step - 1);
                 if (rows) {
+                    wait_free(shared.v_free(before), step - 1);
                     copy_rows(view.v, shared.v(before), found, thread);
                 } else if (thread == 0) {
                     tile_step(step - 1, false);
@@ -335,7 +349,7 @@ struct Attender {
     // This warp reads a stage no more.
     __device__ __forceinline__ static void free(u32 barrier) {
         __syncwarp();
-        if ((threadIdx.x & 31u) == 0) barrier_arrive(barrier);
+        if (ATTENDERS_ARRIVE > 8 || (threadIdx.x & 31u) == 0) barrier_arrive(barrier);
     }
 
     __device__ __forceinline__ void run(const PrefillParams& params, const Task& task) const {
@@ -433,8 +447,13 @@ __device__ __forceinline__ void prefill_wide(const WideParams& params) {
     __shared__ int keys[STAGES][STEP], first[STAGES][2];
     const WideShared<D, STAGES> shared{(shared_address(dynamic) + 1023u) & ~1023u, shared_address(barriers), keys, first};
     if (threadIdx.x == 0) {
-        for (u32 i = 0; i < 1 + 4 * STAGES; ++i)
-            barrier_init(shared.barriers + 8 * i, i < 1 + 2 * STAGES ? 1 : 8); // free: once all eight warps say so
+        barrier_init(shared.q_there(), 1);
+        for (u32 i = 0; i < STAGES; ++i) {
+            barrier_init(shared.k_there(i), COPIERS_ARRIVE);
+            barrier_init(shared.v_there(i), COPIERS_ARRIVE);
+            barrier_init(shared.k_free(i), ATTENDERS_ARRIVE);
+            barrier_init(shared.v_free(i), ATTENDERS_ARRIVE);
+        }
         barrier_publish();
     }
     __syncthreads();

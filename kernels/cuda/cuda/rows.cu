@@ -160,6 +160,26 @@ __device__ __forceinline__ void round_all(const RoundParams& params) {
     reinterpret_cast<u32*>(params.to)[i] = round_pair<IS_BF16>(x.x, x.y);
 }
 
+struct NoiseParams {
+    u64 to; // 16 bits
+    u64 pairs;
+    u64 seed;
+    float most; // times 2^-31
+};
+
+// Numbers that look random and depend on nothing but the seed and their place; the mixing is splitmix64's.
+template <bool IS_BF16>
+__device__ __forceinline__ void noise(const NoiseParams& params) {
+    for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < params.pairs; i += u64(gridDim.x) * blockDim.x) {
+        u64 x = params.seed + (i + 1) * 0x9e3779b97f4a7c15ull;
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+        x ^= x >> 31;
+        reinterpret_cast<u32*>(params.to)[i] =
+            round_pair<IS_BF16>(float(int(u32(x))) * params.most, float(int(u32(x >> 32))) * params.most);
+    }
+}
+
 #define BOTH(NAME, PARAMS, WORK)                                                                                       \
     extern "C" __global__ void NAME##_bf16(const __grid_constant__ PARAMS params) { WORK<true>(params); }              \
     extern "C" __global__ void NAME##_f16(const __grid_constant__ PARAMS params) { WORK<false>(params); }
@@ -169,3 +189,4 @@ BOTH(norm, NormParams, norm)
 BOTH(gate, GateParams, gate)
 BOTH(rope, RopeParams, rope)
 BOTH(round, RoundParams, round_all)
+BOTH(noise, NoiseParams, noise)

@@ -1,14 +1,20 @@
-// top_k: indices of each row's k largest scores, in rising order; ties go to the lower index. One CTA per row.
+// top_k: indices of each row's k largest scores, in rising order; ties go to the lower index. One CTA per row, of one or two
+// sets of rows.
 //
 // Radix selection on keys that order as the numbers do: three passes of 11, 11 and 10 bits find the k-th largest key
 // exactly, then each warp counts and writes what its stretch of the row has above it, and as many equals as are left.
 #include "types.cuh"
 
-struct TopKParams {
+struct TopKSet {
     u64 scores; // f32 [rows, n]
     u64 out;    // u32 [rows, k]
     u32 n;
     u32 k; // at most n
+};
+
+struct TopKParams {
+    TopKSet sets[2];
+    u32 rows; // of the first set; the rest of the grid is the second's
 };
 
 constexpr u32 THREADS = 1024, BINS = 2048, COPIES = 4;
@@ -85,11 +91,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
     __shared__ u32 bins[COPIES][BINS];
     __shared__ Selected selected;
     __shared__ u32 above_of[THREADS / 32], equal_of[THREADS / 32];
-    const u32* scores = reinterpret_cast<const u32*>(params.scores) + u64(blockIdx.x) * params.n;
-    u32* out = reinterpret_cast<u32*>(params.out) + u64(blockIdx.x) * params.k;
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, n = params.n;
+    const bool second = blockIdx.x >= params.rows;
+    const TopKSet& set = params.sets[second];
+    const u64 row = blockIdx.x - (second ? params.rows : 0);
+    const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.n;
+    u32* out = reinterpret_cast<u32*>(set.out) + row * set.k;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, n = set.n;
+    if (set.k == 0) return;
 
-    u32 prefix = 0, wanted = params.k;
+    u32 prefix = 0, wanted = set.k;
     const u32 shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
 #pragma unroll
     for (u32 pass = 0; pass < 3; ++pass) {

@@ -8,7 +8,7 @@ use cudarc::{
 };
 use parking_lot::Mutex;
 
-use crate::{Buffer, Compiler, Family, GpuError, Kernels, OpenError, PinnedBuffer, Plain};
+use crate::{Buffer, Compiler, Family, GpuError, Kernels, OpenError, PinnedBuffer, Plain, Variant};
 
 /// Where to find the compiler and where to keep what it makes.
 #[derive(Clone, Debug, Default)]
@@ -17,6 +17,8 @@ pub struct Options {
     pub nvrtc: Option<PathBuf>,
     /// Folder for compiled kernels; without one they are compiled at each start (some seconds).
     pub cache: Option<PathBuf>,
+    /// How kernels are compiled; anything but plain is for tests.
+    pub variant: Variant,
 }
 
 /// An open GPU. All work goes to one stream and runs in the order in which it was given; the calls return before it has
@@ -91,7 +93,8 @@ impl Gpu {
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(driver)?;
         let compiler = Compiler::open(options.nvrtc.as_deref())?;
-        let kernels = Kernels::new(compiler, &Kernels::arch_of(major, minor), options.cache.clone());
+        let kernels =
+            Kernels::new(compiler, &Kernels::arch_of(major, minor), options.cache.clone()).variant(options.variant);
         let stream = context.new_stream().map_err(driver)?;
         Ok(Self {
             shared: Arc::new(Shared {

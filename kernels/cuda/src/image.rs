@@ -7,7 +7,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use crate::{BuildError, Compiler, Family, Resources, source::hex};
+use crate::{BuildError, Compiler, Family, Resources, Variant, source::hex};
 
 const MAGIC: &[u8; 8] = b"KVCUBIN1";
 const HEADER_BYTES: usize = 8 + 32;
@@ -22,6 +22,7 @@ pub struct Kernels {
     compiler: Compiler,
     arch: String,
     folder: Option<PathBuf>,
+    variant: Variant,
 }
 
 impl Kernels {
@@ -31,7 +32,14 @@ impl Kernels {
             compiler,
             arch: arch.to_owned(),
             folder,
+            variant: Variant::Plain,
         }
+    }
+
+    /// The same kernels in another variant.
+    #[must_use]
+    pub fn variant(self, variant: Variant) -> Self {
+        Self { variant, ..self }
     }
 
     /// Name of the architecture that a compute capability is compiled for: Hopper has instructions of its own under
@@ -56,7 +64,7 @@ impl Kernels {
         Family::ALL
             .iter()
             .map(|&family| {
-                let (cubin, log) = self.compiler.compile(family, &self.arch)?;
+                let (cubin, log) = self.compiler.compile(family, &self.arch, self.variant)?;
                 self.keep(family, &cubin);
                 Ok((family, Resources::parse(&log)))
             })
@@ -71,7 +79,7 @@ impl Kernels {
         if let Some(cubin) = self.path(family).and_then(|path| read(&path)) {
             return Ok(cubin);
         }
-        let (cubin, _) = self.compiler.compile(family, &self.arch)?;
+        let (cubin, _) = self.compiler.compile(family, &self.arch, self.variant)?;
         self.keep(family, &cubin);
         Ok(cubin)
     }
@@ -80,9 +88,12 @@ impl Kernels {
     pub fn path(&self, family: Family) -> Option<PathBuf> {
         let (major, minor) = self.compiler.version();
         let name = format!(
-            "{}-{}-nvrtc{major}.{minor}-{}.cubin",
+            "{}-{}{}-nvrtc{major}.{minor}-{}.cubin",
             family.name(),
             self.arch,
+            self.variant
+                .define()
+                .map_or(String::new(), |name| format!("-{}", name.to_lowercase())),
             family.digest()
         );
         Some(self.folder.as_ref()?.join(name))

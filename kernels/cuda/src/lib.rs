@@ -25,6 +25,7 @@
     reason = "the driver and NVRTC are foreign code: each use names the fact that makes it sound"
 )]
 
+mod block_sparse;
 mod buffer;
 mod decode;
 mod error;
@@ -47,6 +48,7 @@ mod transfer;
 mod vertical_slash;
 mod view;
 
+pub use block_sparse::{BlockSparse, BlockSparseTiles};
 pub use buffer::{Buffer, PinnedBuffer, Plain};
 pub use decode::{Decode, DecodeRows, MAX_VIEWS, Partials, RowsOut, merge};
 pub use error::{BuildError, GpuError, OpenError};
@@ -59,10 +61,10 @@ pub use pack::copy_rows;
 pub use plan::{HeadTiles, TileList};
 pub use prefill::{DeviceTiles, Prefill, Products};
 pub use resources::Resources;
-pub use rows::{Pairs, Rope, embed, rms_norm, round, silu_mul};
+pub use rows::{Pairs, Rope, embed, noise, rms_norm, round, silu_mul};
 pub use scores::{key_scores, top_k};
-pub use source::Family;
+pub use source::{Family, Variant};
 pub use step::{StepLimits, StepRow, StepRows};
-pub use transfer::{Inbound, Outbound, Sent};
+pub use transfer::{Inbound, Landed, Outbound, Sent};
 pub use vertical_slash::{DENSE_UP_TO, Estimate, VerticalSlash, VerticalSlashTiles};
 pub use view::{KvView, KvViewMut, PageTable, Query};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Buffer, Dtype, Family, Gpu, GpuError};
+use crate::{Buffer, Dtype, Family, Gpu, GpuError, noise};
 
 /// Weights on the device: `[rows, columns]` of bf16 or f16, a row for each element of the result.
 #[derive(Debug)]
@@ -14,25 +14,47 @@ pub struct Matrix {
 }
 
 impl Matrix {
+    /// Weights of [`noise`]: evenly spread between `-most` and `most`.
+    ///
+    /// # Errors
+    /// As [`Matrix::upload`] and [`noise`].
+    pub fn noise(gpu: &Gpu, dtype: Dtype, rows: usize, columns: usize, seed: u64, most: f32) -> Result<Self, GpuError> {
+        let len = rows.saturating_mul(columns);
+        Self::check(dtype, rows, columns, len)?;
+        let mut bits = gpu.zeros(len)?;
+        noise(gpu, dtype, &mut bits, seed, most)?;
+        Ok(Self {
+            bits,
+            dtype,
+            rows,
+            columns,
+        })
+    }
+
     /// Copies weights to the device as the bits of `dtype`.
     ///
     /// # Errors
     /// If the length is not `rows * columns`, `columns` no multiple of 32, `dtype` has not 16 bits, or the device no room.
     pub fn upload(gpu: &Gpu, dtype: Dtype, rows: usize, columns: usize, bits: &[u16]) -> Result<Self, GpuError> {
-        let fits = rows.checked_mul(columns) == Some(bits.len()) && rows > 0 && rows < 1 << 31;
-        if !fits || columns == 0 || !columns.is_multiple_of(32) || columns >= 1 << 31 || dtype == Dtype::E4m3 {
-            let why = format!(
-                "{} numbers of {dtype:?} for {rows} rows of {columns}; columns must be a multiple of 32, numbers bf16 or f16",
-                bits.len()
-            );
-            return Err(GpuError::shape("matrix", why));
-        }
+        Self::check(dtype, rows, columns, bits.len())?;
         Ok(Self {
             bits: gpu.upload(bits)?,
             dtype,
             rows,
             columns,
         })
+    }
+
+    fn check(dtype: Dtype, rows: usize, columns: usize, len: usize) -> Result<(), GpuError> {
+        let fits = rows.checked_mul(columns) == Some(len) && rows > 0 && rows < 1 << 31;
+        if !fits || columns == 0 || !columns.is_multiple_of(32) || columns >= 1 << 31 || dtype == Dtype::E4m3 {
+            let why = format!(
+                "{} numbers of {dtype:?} for {rows} rows of {columns}; columns must be a multiple of 32, numbers bf16 or f16",
+                len
+            );
+            return Err(GpuError::shape("matrix", why));
+        }
+        Ok(())
     }
 
     /// Rows: elements of a result.

@@ -11,10 +11,11 @@ use std::{
 
 use libloading::{Library, Symbol};
 
-use crate::{BuildError, Family, source::HEADERS};
+use crate::{BuildError, Family, Variant, source::HEADERS};
 
-/// Compiler flags besides the architecture. They are part of a compiled family's name in the cache.
-pub(crate) const FLAGS: &[&str] = &["--std=c++17", "--ptxas-options=-v"];
+/// Compiler flags besides the architecture. They are part of a compiled family's name in the cache. Line numbers cost no
+/// speed, and tools that look at kernels name the line then.
+pub(crate) const FLAGS: &[&str] = &["--std=c++17", "--ptxas-options=-v", "--generate-line-info"];
 
 const NAMES: &[&str] = &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 const FOLDERS: &[&str] = &["/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"];
@@ -95,7 +96,7 @@ impl Compiler {
     ///
     /// # Errors
     /// If the source is rejected; the error holds the compiler's own words.
-    pub fn compile(&self, family: Family, arch: &str) -> Result<(Vec<u8>, String), BuildError> {
+    pub fn compile(&self, family: Family, arch: &str, variant: Variant) -> Result<(Vec<u8>, String), BuildError> {
         let rejected = |log: String| BuildError::Rejected {
             family: family.name(),
             arch: arch.to_owned(),
@@ -114,6 +115,7 @@ impl Compiler {
             .collect::<Result<Vec<_>, _>>()?;
         let flags = std::iter::once(format!("--gpu-architecture={arch}"))
             .chain(FLAGS.iter().map(|&flag| flag.to_owned()))
+            .chain(variant.define().map(|name| format!("--define-macro={name}")))
             .map(|flag| text(&flag))
             .collect::<Result<Vec<_>, _>>()?;
         let (names, headers, flags) = (pointers(&names), pointers(&headers), pointers(&flags));

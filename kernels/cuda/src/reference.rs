@@ -10,8 +10,8 @@ mod prefill;
 use half::{bf16, f16};
 
 pub use self::e4m3::{dequantize, e4m3_from_f32, e4m3_to_f32, quantize};
-pub use self::forward::{linear, rms_norm, rope, silu_mul};
-pub use self::prefill::{prefill, vs_estimate};
+pub use self::forward::{linear, noise, rms_norm, rope, silu_mul};
+pub use self::prefill::{block_scores, prefill, vs_estimate};
 use crate::{Dtype, KvShape, Layout};
 
 /// Keys and values of `tokens` tokens, both `[kv_heads, tokens, head_dim]`.

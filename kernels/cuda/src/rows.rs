@@ -320,3 +320,42 @@ pub fn round(gpu: &Gpu, dtype: Dtype, from: &Buffer<f32>, to: &mut Buffer<u16>, 
     // SAFETY: `RoundParams` is rows.cu's, and the lengths were checked.
     unsafe { gpu.launch(Family::Rows, kernel, grid, 256, &params) }
 }
+
+#[repr(C)]
+struct NoiseParams {
+    to: u64,
+    pairs: u64,
+    seed: u64,
+    most: f32,
+}
+
+/// Fills a buffer with numbers of `dtype` that are spread evenly between `-most` and `most` and depend on nothing but the seed
+/// and their place: [`reference::noise`](crate::reference::noise), bit for bit. For measurements at shapes that no weights
+/// are at hand for.
+///
+/// # Errors
+/// If the length is odd or `most` is no positive number of f16's range; nothing is launched then.
+pub fn noise(gpu: &Gpu, dtype: Dtype, to: &mut Buffer<u16>, seed: u64, most: f32) -> Result<(), GpuError> {
+    let is_bf16 = sixteen_bits("noise", dtype)?;
+    let fits = to.len().is_multiple_of(2) && most > 0.0 && most <= 65_504.0;
+    if !fits {
+        let why = format!("{} numbers up to {most}; an even number is needed", to.len());
+        return Err(GpuError::shape("noise", why));
+    }
+    if to.is_empty() {
+        return Ok(());
+    }
+    let params = NoiseParams {
+        to: to.pointer,
+        pairs: (to.len() / 2) as u64,
+        seed,
+        most: most * NOISE_UNIT,
+    };
+    let kernel = if is_bf16 { "noise_bf16" } else { "noise_f16" };
+    let grid = params.pairs.div_ceil(256).min(16 * gpu.multiprocessors() as u64) as u32;
+    // SAFETY: `NoiseParams` is rows.cu's, and the buffer has this many pairs.
+    unsafe { gpu.launch(Family::Rows, kernel, (grid, 1, 1), 256, &params) }
+}
+
+/// 2^-31.
+pub(crate) const NOISE_UNIT: f32 = 1.0 / 2_147_483_648.0;

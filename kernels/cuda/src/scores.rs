@@ -71,11 +71,18 @@ pub fn key_scores(
 }
 
 #[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct TopKSet {
+    pub(crate) scores: u64,
+    pub(crate) out: u64,
+    pub(crate) n: u32,
+    pub(crate) k: u32,
+}
+
+#[repr(C)]
 struct TopKParams {
-    scores: u64,
-    out: u64,
-    n: u32,
-    k: u32,
+    sets: [TopKSet; 2],
+    rows: u32,
 }
 
 /// Indices of the `k` largest scores of each of `rows` rows, `[rows, k]`, in rising order of index; ties go to the lower
@@ -84,6 +91,29 @@ struct TopKParams {
 /// # Errors
 /// If the lengths do not fit or `k` is more than a row has; nothing is launched then.
 pub fn top_k(gpu: &Gpu, scores: &Buffer<f32>, rows: usize, k: usize, out: &mut Buffer<u32>) -> Result<(), GpuError> {
+    let sets = [set(scores, rows, k, out)?, TopKSet::default()];
+    launch_top_k(gpu, sets, rows, rows)
+}
+
+/// The same of two sets of as many rows in one launch: one row occupies one multiprocessor, so a few of them more take no
+/// longer.
+///
+/// # Errors
+/// As there, for either.
+pub(crate) fn top_k_of_two(
+    gpu: &Gpu,
+    rows: usize,
+    first: (&Buffer<f32>, usize, &mut Buffer<u32>),
+    second: (&Buffer<f32>, usize, &mut Buffer<u32>),
+) -> Result<(), GpuError> {
+    let sets = [
+        set(first.0, rows, first.1, first.2)?,
+        set(second.0, rows, second.1, second.2)?,
+    ];
+    launch_top_k(gpu, sets, rows, 2 * rows)
+}
+
+fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result<TopKSet, GpuError> {
     let n = scores.len().checked_div(rows).unwrap_or(0);
     if n * rows != scores.len() || k > n || n > 1 << 30 || rows > 1 << 20 || out.len() != rows * k {
         let why = format!(
@@ -93,15 +123,23 @@ pub fn top_k(gpu: &Gpu, scores: &Buffer<f32>, rows: usize, k: usize, out: &mut B
         );
         return Err(GpuError::shape("top_k", why));
     }
-    if k == 0 || rows == 0 {
-        return Ok(());
-    }
-    let params = TopKParams {
+    Ok(TopKSet {
         scores: scores.pointer,
         out: out.pointer,
         n: n as u32,
         k: k as u32,
+    })
+}
+
+/// `ctas` rows, of which the first `rows` are the first set's; addresses and lengths are the caller's to check.
+pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, ctas: usize) -> Result<(), GpuError> {
+    if ctas == 0 || sets.iter().all(|set| set.k == 0) {
+        return Ok(());
+    }
+    let params = TopKParams {
+        sets,
+        rows: rows as u32,
     };
-    // SAFETY: `TopKParams` is top_k.cu's, and the lengths were checked.
-    unsafe { gpu.launch(Family::TopK, "top_k", (rows as u32, 1, 1), 1024, &params) }
+    // SAFETY: `TopKParams` is top_k.cu's; this crate's callers checked the lengths, and there are no more CTAs than rows.
+    unsafe { gpu.launch(Family::TopK, "top_k", (ctas as u32, 1, 1), 1024, &params) }
 }

@@ -23,6 +23,31 @@ pub enum Family {
     Rows,
     /// `vs_estimate` and `vs_build`: a Vertical-Slash list from the prompt itself.
     Plan,
+    /// `block_scores` and `blocks_build`: a Block-Sparse list from the prompt itself.
+    Blocks,
+}
+
+/// How the kernels are compiled. All variants give the same bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Variant {
+    /// For use.
+    #[default]
+    Plain,
+    /// With random delays where threads wait for each other: slow, and a race that is there shows in the result.
+    Delays,
+    /// Every thread says itself that it has read or written, for tools that follow a barrier no further than one step.
+    Direct,
+}
+
+impl Variant {
+    /// The macro that the sources look at.
+    pub(crate) const fn define(self) -> Option<&'static str> {
+        match self {
+            Self::Plain => None,
+            Self::Delays => Some("DELAYS"),
+            Self::Direct => Some("DIRECT"),
+        }
+    }
 }
 
 /// Headers that the families share.
@@ -49,6 +74,7 @@ impl Family {
         Self::Linear,
         Self::Rows,
         Self::Plan,
+        Self::Blocks,
     ];
 
     /// Name of the family and of its source file, without the ending.
@@ -63,6 +89,7 @@ impl Family {
             Self::Linear => "linear",
             Self::Rows => "rows",
             Self::Plan => "plan",
+            Self::Blocks => "blocks",
         }
     }
 
@@ -78,6 +105,7 @@ impl Family {
             Self::Linear => include_str!("../cuda/linear.cu"),
             Self::Rows => include_str!("../cuda/rows.cu"),
             Self::Plan => include_str!("../cuda/plan.cu"),
+            Self::Blocks => include_str!("../cuda/blocks.cu"),
         }
     }
 

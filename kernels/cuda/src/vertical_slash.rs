@@ -3,7 +3,7 @@
 use crate::{
     Buffer, DeviceTiles, Dtype, Family, Gpu, GpuError, KvView, Query,
     plan::{ROWS, TILE},
-    top_k,
+    scores::top_k_of_two,
     view::RawView,
 };
 
@@ -236,8 +236,12 @@ impl VerticalSlashTiles {
     /// If the estimate is of another shape.
     pub fn build(&mut self, gpu: &Gpu, estimate: &Estimate) -> Result<&DeviceTiles, GpuError> {
         let (q_heads, plan) = (self.tiles.q_heads, self.plan);
-        top_k(gpu, &estimate.columns, q_heads, plan.verticals, &mut self.verticals)?;
-        top_k(gpu, &estimate.diagonals, q_heads, plan.slashes, &mut self.slashes)?;
+        top_k_of_two(
+            gpu,
+            q_heads,
+            (&estimate.columns, plan.verticals, &mut self.verticals),
+            (&estimate.diagonals, plan.slashes, &mut self.slashes),
+        )?;
         let params = BuildParams {
             columns: self.verticals.pointer,
             slashes: self.slashes.pointer,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kvasir_cuda::{BuildError, Compiler, Family, Kernels};
+use kvasir_cuda::{BuildError, Compiler, Family, Kernels, Variant};
 
 /// Where `deploy/bootstrap.sh nvrtc` put the compiler.
 fn nvrtc() -> PathBuf {
@@ -62,6 +62,6 @@ fn compiled_kernels_are_kept_and_found_again() {
 fn what_is_wrong_is_said() {
     let nowhere = Compiler::open(Some(Path::new("/nonexistent")));
     assert!(matches!(&nowhere, Err(BuildError::NoCompiler { tried }) if tried.contains("/nonexistent")));
-    let unknown = compiler().compile(Family::Merge, "sm_1").map(|_| ());
+    let unknown = compiler().compile(Family::Merge, "sm_1", Variant::Plain).map(|_| ());
     assert!(matches!(&unknown, Err(BuildError::Rejected { arch, log, .. }) if arch == "sm_1" && !log.is_empty()));
 }

@@ -72,6 +72,9 @@ fn run(args: Args) -> Result<()> {
             command: KernelsCommand::Build { arch },
         } => kernels::build(&configuration, &arch),
         Command::Bench { command } => match command {
+            BenchCommand::Gpu(options) if options.made_up => {
+                bench::gpu::made_up(&configuration, &args.config, &options, &runtime()?)
+            }
             BenchCommand::Gpu(options) => bench::gpu::run(&configuration, &options),
             BenchCommand::Engine(options) => bench::engine::run(&configuration, &options),
             BenchCommand::Store(options) => runtime()?.block_on(bench::store::run(&options, &args.config)),

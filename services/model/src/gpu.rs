@@ -22,7 +22,7 @@ use kvasir_block::KvSchema;
 use kvasir_cuda::{DeviceTiles, Dtype, Gpu, GpuError, HeadTiles, KvShape, Options, Pairs, Products, Rope, TileList};
 
 use self::{scratch::Scratch, weights::GpuWeights};
-use crate::{LoadError, ModelFile, ModelShape, PagePool, PoolError, StepError, file::FORWARD};
+use crate::{LoadError, MadeUp, ModelFile, ModelShape, PagePool, PoolError, StepError, file::FORWARD};
 
 pub(crate) use self::pages::DevicePages;
 
@@ -53,6 +53,7 @@ impl GpuDevice {
         let found = Options {
             nvrtc: options.nvrtc.clone(),
             cache: options.cache.clone(),
+            ..Options::default()
         };
         Gpu::open(options.index, &found)
             .map(Self)
@@ -110,13 +111,7 @@ pub(crate) struct GpuModel {
 
 impl GpuModel {
     pub(crate) fn load(file: &ModelFile, device: &GpuDevice, block_tokens: u16) -> Result<Self, LoadError> {
-        let gpu = device.0.clone();
         let schema = crate::Device::Gpu(device.clone()).schema(file, block_tokens);
-        schema.validate().map_err(|error| LoadError::Option {
-            option: "block_tokens",
-            found: error.found,
-            expected: error.expected,
-        })?;
         let shape = file.shape().clone();
         if shape.head_dim != 64 && shape.head_dim != 128 {
             return Err(LoadError::Unsupported {
@@ -125,6 +120,32 @@ impl GpuModel {
                 instead: "use a model with heads of 64 or 128, or the CPU".to_owned(),
             });
         }
+        let out = Self::new(device, shape, schema, |gpu| GpuWeights::load(file, gpu))?;
+        file.tensors().check_unchanged()?;
+        tracing::debug!(model = file.name(), gpu = out.gpu.name(), "loaded weights");
+        Ok(out)
+    }
+
+    /// With weights of noise.
+    pub(crate) fn made_up(made_up: &MadeUp, device: &GpuDevice, block_tokens: u16) -> Result<Self, LoadError> {
+        let schema = made_up.schema(block_tokens, device.numerics());
+        Self::new(device, made_up.shape.clone(), schema, |gpu| {
+            GpuWeights::made_up(made_up, gpu).map_err(load_error)
+        })
+    }
+
+    fn new(
+        device: &GpuDevice,
+        shape: ModelShape,
+        schema: KvSchema,
+        weights: impl FnOnce(&Gpu) -> Result<GpuWeights, LoadError>,
+    ) -> Result<Self, LoadError> {
+        let (gpu, block_tokens) = (device.0.clone(), schema.block_tokens);
+        schema.validate().map_err(|error| LoadError::Option {
+            option: "block_tokens",
+            found: error.found,
+            expected: error.expected,
+        })?;
         if !block_tokens.is_multiple_of(16) {
             return Err(LoadError::Option {
                 option: "block_tokens",
@@ -132,12 +153,10 @@ impl GpuModel {
                 expected: "a multiple of 16 on a GPU",
             });
         }
-        let weights = GpuWeights::load(file, &gpu)?;
-        file.tensors().check_unchanged()?;
+        let weights = weights(&gpu)?;
         let (context, dims) = (shape.context_tokens_max, shape.rope_dims);
         let tiles = TileList::new(vec![HeadTiles::dense(context); shape.q_heads])
             .map_err(|error| LoadError::Gpu(error.to_string()))?;
-        tracing::debug!(model = file.name(), gpu = gpu.name(), "loaded weights");
         Ok(Self {
             kv: KvShape {
                 dtype: Dtype::F16,

@@ -3,8 +3,8 @@
 use kvasir_block::KvSchema;
 
 use crate::{
-    GpuDevice, LoadError, LoadOptions, ModelFile, ModelShape, PagePool, PoolError, StepError, StepHooks, StepOutput,
-    StepSequence, forward::CpuModel, gpu::GpuModel,
+    GpuDevice, LoadError, LoadOptions, MadeUp, ModelFile, ModelShape, PagePool, PoolError, StepError, StepHooks,
+    StepOutput, StepSequence, forward::CpuModel, gpu::GpuModel,
 };
 
 /// What computes a forward.
@@ -66,6 +66,18 @@ impl Model {
             ),
             Device::Gpu(gpu) => Ok(Self(Backend::Gpu(Box::new(GpuModel::load(file, gpu, block_tokens)?)))),
         }
+    }
+
+    /// A model without a file: weights of noise, made on the GPU. What it says means nothing; how fast it says it does.
+    ///
+    /// # Errors
+    /// [`LoadError`] if the GPU has no room, or no kernel for the shape.
+    pub fn made_up(made_up: &MadeUp, gpu: &GpuDevice, block_tokens: u16) -> Result<Self, LoadError> {
+        Ok(Self(Backend::Gpu(Box::new(GpuModel::made_up(
+            made_up,
+            gpu,
+            block_tokens,
+        )?))))
     }
 
     /// Sizes and constants of the forward.

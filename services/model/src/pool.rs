@@ -1,5 +1,6 @@
 //! KV memory in pages.
 
+use bytes::Bytes;
 use half::{f16, vec::HalfBitsVecExt};
 use kvasir_block::{Dtype, LayerBlockLayout};
 
@@ -171,15 +172,15 @@ impl PagePool {
         }
     }
 
-    /// The same as little-endian bytes: a layer block's payload. A copy, since the page is written again while the
-    /// payload travels.
+    /// The same as little-endian bytes: a layer block's payload, apart from the page, which may be written again while the
+    /// payload travels. A copy; on a GPU, of wanted pages ([`crate::StepHooks::wanted_pages`]), the memory itself in which they landed.
     ///
     /// # Errors
     /// [`PoolError::Gpu`] if the pool lies on a GPU, and it failed.
     ///
     /// # Panics
     /// If there is no such layer or page.
-    pub fn page_bytes(&self, layer: usize, page: PageId) -> Result<Vec<u8>, PoolError> {
+    pub fn page_bytes(&self, layer: usize, page: PageId) -> Result<Bytes, PoolError> {
         if let Memory::Gpu(pages) = &self.memory {
             return pages.read(layer, page);
         }
@@ -187,7 +188,7 @@ impl PagePool {
         for (bytes, value) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(self.page(layer, page)) {
             *bytes = value.to_le_bytes();
         }
-        Ok(bytes)
+        Ok(bytes.into())
     }
 
     /// Fills a page of a layer from a payload.
@@ -244,7 +245,7 @@ mod tests {
             };
             assert_eq!(
                 pool.page_bytes(layer, PageId(page)),
-                Ok(expected),
+                Ok(Bytes::from(expected)),
                 "layer {layer}, page {page}"
             );
         }

@@ -10,7 +10,8 @@ mod known;
 
 use std::collections::{HashMap, VecDeque};
 
-use kvasir_block::BlockHash;
+use bytes::Bytes;
+use kvasir_block::{BlockHash, Checksum};
 use kvasir_client::{LayerBlock, PutOutcome};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, futures::Notified};
@@ -39,7 +40,7 @@ pub(crate) struct Offload {
 struct Inner {
     /// Bytes in the queue or promised to layers that are still to come.
     bytes: usize,
-    queue: VecDeque<LayerBlock>,
+    queue: VecDeque<Pushed>,
     /// Blocks on their way.
     under_way: HashMap<BlockHash, Progress>,
     known: Known,
@@ -50,6 +51,28 @@ struct Inner {
 struct Progress {
     pushed: usize,
     held: usize,
+}
+
+/// One layer of an accepted block, as the compute thread leaves it: without its checksum, which takes longer than all
+/// else that a push costs that thread.
+#[derive(Clone, Debug)]
+pub(crate) struct Pushed {
+    pub(crate) hash: BlockHash,
+    pub(crate) layer: u16,
+    /// Apart from the page it came from, so nothing writes to it any more.
+    pub(crate) payload: Bytes,
+}
+
+impl Pushed {
+    /// With its checksum: reads the whole payload.
+    pub(crate) fn summed(self) -> LayerBlock {
+        LayerBlock {
+            hash: self.hash,
+            layer: self.layer,
+            checksum: Checksum::of(&self.payload),
+            payload: self.payload,
+        }
+    }
 }
 
 /// What became of an offer.
@@ -113,7 +136,7 @@ impl Offload {
     }
 
     /// Takes one layer of an accepted block.
-    pub(crate) fn push(&self, block: LayerBlock) {
+    pub(crate) fn push(&self, block: Pushed) {
         let mut inner = self.inner.lock();
         if let Some(progress) = inner.under_way.get_mut(&block.hash) {
             progress.pushed += 1;
@@ -139,7 +162,7 @@ impl Offload {
     }
 
     /// The next layer block to send; `None` when the queue is closed and empty. One task takes.
-    pub(crate) async fn take(&self) -> Option<LayerBlock> {
+    pub(crate) async fn take(&self) -> Option<Pushed> {
         loop {
             let arrived = self.arrived.notified();
             {

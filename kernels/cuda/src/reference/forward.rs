@@ -1,6 +1,6 @@
 //! What a forward does besides attention, in f64 and without rounding the results.
 
-use crate::Pairs;
+use crate::{Pairs, rows::NOISE_UNIT};
 
 /// `x [m, k]` times every row of `w [n, k]`: `[m, n]`.
 pub fn linear(x: &[f32], w: &[f32], k: usize) -> Vec<f64> {
@@ -52,4 +52,18 @@ pub fn rope(head: &[f32], position: usize, dims: usize, theta: f32, pairs: Pairs
         out[second] = a * sin + b * cos;
     }
     out
+}
+
+/// Numbers spread evenly between `-most` and `most` that depend on the seed and their place alone, before they are rounded; `len`
+/// is even. Mixed as in splitmix64.
+pub fn noise(len: usize, seed: u64, most: f32) -> Vec<f32> {
+    (0..len as u64 / 2)
+        .flat_map(|i| {
+            let mut x = seed.wrapping_add((i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            x ^= x >> 31;
+            [x as u32, (x >> 32) as u32].map(|half| half.cast_signed() as f32 * (most * NOISE_UNIT))
+        })
+        .collect()
 }

@@ -1,7 +1,10 @@
 //! Attention of a prompt over a list of tiles, and the estimate that Vertical-Slash lists are made from; pair by pair.
 
-use super::Rows;
-use crate::{KvShape, TileList};
+use super::{Rows, round_query};
+use crate::{
+    KvShape, TileList,
+    plan::{ROWS, TILE},
+};
 
 /// Attention of `q [rows, q_heads, head_dim]`, the last `rows` positions of `kv`, under `tiles`: outputs
 /// `[rows, q_heads, head_dim]` and base-2 logs of the sums of weights `[q_heads, rows]`, zeros and `-inf` where nothing is
@@ -79,6 +82,46 @@ pub fn vs_estimate(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, scale: 
         }
     }
     (columns, diagonals)
+}
+
+/// Products of the mean query of each row block of [`ROWS`] of `q [rows, q_heads, head_dim]` with the mean key of each block of
+/// [`TILE`] keys, `[q_heads, row blocks, key blocks]`, times `scale`; means are rounded to the keys' type. `-inf` where no row of
+/// the block sees any key of the other.
+pub fn block_scores(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, scale: f32) -> Vec<f64> {
+    let d = shape.head_dim;
+    let rows = q.len() / d / q_heads;
+    let offset = kv.tokens - rows;
+    let mean = |rows: &mut dyn Iterator<Item = &[f32]>| -> Vec<f32> {
+        let (mut sum, mut count) = (vec![0.0f64; d], 0.0);
+        for row in rows {
+            count += 1.0;
+            sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
+        }
+        let mean: Vec<f32> = sum.into_iter().map(|sum| (sum / count) as f32).collect();
+        round_query(shape.dtype, &mean).into_iter().map(|x| x as f32).collect()
+    };
+    let keys: Vec<Vec<f32>> =
+        kv.k.chunks_exact(kv.tokens * d)
+            .flat_map(|head| head.chunks(TILE * d))
+            .map(|block| mean(&mut block.chunks_exact(d)))
+            .collect();
+    let key_blocks = kv.tokens.div_ceil(TILE);
+    let mut out = Vec::new();
+    for head in 0..q_heads {
+        let keys = &keys[head / (q_heads / shape.kv_heads) * key_blocks..][..key_blocks];
+        for first in (0..rows).step_by(ROWS) {
+            let last = rows.min(first + ROWS);
+            let query = mean(&mut (first..last).map(|row| &q[(row * q_heads + head) * d..][..d]));
+            out.extend(keys.iter().enumerate().map(|(block, key)| {
+                if block * TILE < offset + last {
+                    dot(&query, key) * f64::from(scale)
+                } else {
+                    f64::NEG_INFINITY
+                }
+            }));
+        }
+    }
+    out
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {

@@ -3,14 +3,18 @@
 //!
 //! The kernels' own figures, beside the ceilings of the machine, are `kvasir-gpu-check bench`'s.
 
+mod basis;
 mod compare;
 mod forward;
+mod made_up;
+mod remote;
 
 use anyhow::{Context, Result, ensure};
 use kvasir_model::Device;
 use kvasir_worker::{DeviceKind, WorkerConfig};
 use serde::Serialize;
 
+pub(crate) use self::made_up::made_up;
 use self::{
     compare::{Agreement, compare},
     forward::Forward,

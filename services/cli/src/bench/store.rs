@@ -171,6 +171,7 @@ fn wanted(args: &StoreBenchArgs, host_bytes: ByteSize, disk_bytes: Option<ByteSi
         host_bytes,
         disk_bytes,
         objects: false,
+        context_bytes: None,
     }
 }
 

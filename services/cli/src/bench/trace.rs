@@ -67,6 +67,7 @@ pub(crate) async fn run(args: &TraceArgs, config: &ConfigArgs) -> Result<()> {
         host_bytes: args.host,
         disk_bytes: args.disk,
         objects: false,
+        context_bytes: None,
     };
     let host = Host::start(wanted, config).await?;
     let client = StoreClient::new(ClientConfig::to(host.url()))?;

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
+use bytes::Bytes;
 use kvasir_block::LayerBlockLayout;
 use kvasir_cuda::{Buffer, Gpu, GpuError, Inbound, Outbound, Sent};
 
@@ -11,17 +12,16 @@ use crate::{PageId, PoolError};
 /// Layer blocks that may be on their way to the device.
 const INBOUND_PLACES: usize = 64;
 
-/// Page-locked memory for what a step sends to the host; steps that would need more read pages one by one.
+/// Page-locked memory for what was sent to the host and is still read; while it is full, pages are read one by one.
 const OUTBOUND_BYTES_MAX: usize = 1 << 30;
 
 /// All pages of a pool on a GPU.
 pub(crate) struct DevicePages {
-    gpu: Gpu,
     layout: LayerBlockLayout,
     pages: usize,
     layers: Vec<Buffer<u16>>,
     inbound: Inbound,
-    outbound: Option<Outbound>,
+    outbound: Outbound,
     /// Places of the pages that the present step sends, in what is sent of each layer.
     places: HashMap<PageId, usize>,
     /// What was sent of each layer in the present step.
@@ -43,12 +43,11 @@ impl DevicePages {
         };
         let memory = (0..layers).map(|_| gpu.zeros(elements));
         let out = Self {
-            gpu: gpu.clone(),
             layout,
             pages,
             layers: memory.collect::<Result<_, _>>().map_err(pool_error)?,
             inbound: Inbound::new(gpu, INBOUND_PLACES, layout.bytes()).map_err(pool_error)?,
-            outbound: None,
+            outbound: Outbound::new(gpu, OUTBOUND_BYTES_MAX).map_err(pool_error)?,
             places: HashMap::new(),
             sent: (0..layers).map(|_| None).collect(),
             identity: Arc::default(),
@@ -87,59 +86,48 @@ impl DevicePages {
         self.inbound.join()
     }
 
-    /// A page's bytes: those that were sent, or now, behind all work that was given so far.
-    pub(crate) fn read(&self, layer: usize, page: PageId) -> Result<Vec<u8>, PoolError> {
-        let bytes = self.layout.bytes();
-        if let (Some(&place), Some(sent), Some(outbound)) = (self.places.get(&page), &self.sent[layer], &self.outbound)
-        {
-            let all = outbound.read(sent).map_err(pool_error)?;
-            return Ok(all[place * bytes..][..bytes].to_vec());
+    /// A page's bytes: where they landed if they were sent, or a copy made now, behind all work that was given so far.
+    pub(crate) fn read(&self, layer: usize, page: PageId) -> Result<Bytes, PoolError> {
+        if let (Some(&place), Some(sent)) = (self.places.get(&page), &self.sent[layer]) {
+            return sent.page(place).map(Bytes::from_owner).map_err(pool_error);
         }
         let elements = self.range(page);
         let words = self.layers[layer]
             .download_range(elements.start / 2..elements.end / 2)
             .map_err(pool_error)?;
-        Ok(words.into_iter().flat_map(u16::to_le_bytes).collect())
+        let mut bytes = vec![0; 2 * words.len()];
+        for (bytes, word) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+        }
+        Ok(bytes.into())
     }
 
     /// Prepares to send `pages` of every layer; whether there is anything to send.
     pub(super) fn begin_sending(&mut self, pages: &[PageId]) -> Result<bool, GpuError> {
-        self.end_sending()?;
-        let needed = pages.len() * self.layout.bytes() * self.layers.len();
-        if pages.is_empty() || needed > OUTBOUND_BYTES_MAX {
+        self.end_sending();
+        let numbers: Vec<u32> = pages.iter().map(|page| page.0).collect();
+        if pages.is_empty() || !self.outbound.begin(&numbers, self.layout.bytes())? {
             return Ok(false);
-        }
-        if self.outbound.as_ref().is_none_or(|outbound| outbound.room() < needed) {
-            self.outbound = Some(Outbound::new(&self.gpu, needed.next_power_of_two())?);
         }
         self.places = pages.iter().enumerate().map(|(place, page)| (*page, place)).collect();
         Ok(true)
     }
 
-    /// Sends the pages of a layer once everything given so far has run.
+    /// Sends the pages of a layer, as everything given so far leaves them.
     pub(super) fn send(&mut self, layer: usize) -> Result<(), GpuError> {
-        let mut order: Vec<(usize, PageId)> = self.places.iter().map(|(page, place)| (*place, *page)).collect();
-        order.sort_unstable();
-        let ranges: Vec<Range<usize>> = order.into_iter().map(|(_, page)| self.range(page)).collect();
-        if let Some(outbound) = &mut self.outbound {
-            self.sent[layer] = Some(outbound.send(&self.layers[layer], &ranges)?);
-        }
+        self.sent[layer] = self.outbound.send(&self.layers[layer])?;
         Ok(())
     }
 
     /// Whether what was sent of a layer is there.
     pub(super) fn is_there(&self, layer: usize) -> bool {
-        match (&self.outbound, &self.sent[layer]) {
-            (Some(outbound), Some(sent)) => outbound.is_there(sent),
-            _ => false,
-        }
+        self.sent[layer].as_ref().is_some_and(Sent::is_there)
     }
 
-    /// Forgets what was sent.
-    pub(super) fn end_sending(&mut self) -> Result<(), GpuError> {
+    /// Forgets what was sent; who reads it keeps it.
+    pub(super) fn end_sending(&mut self) {
         self.places.clear();
         self.sent.iter_mut().for_each(|sent| *sent = None);
-        self.outbound.as_mut().map_or(Ok(()), Outbound::clear)
     }
 
     /// Bytes of a page in a layer.

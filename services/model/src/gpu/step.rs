@@ -41,10 +41,11 @@ impl GpuModel {
         }
         let mut scratch = self.scratch_for(&layout, pool.pages())?;
         let done = self.compute(&layout, pool, hooks, &mut scratch);
-        let ended = pool.device_mut().map_or(Ok(()), DevicePages::end_sending);
         let output = done.and_then(|()| self.logits(&layout, &mut scratch).map_err(step_error));
         self.scratch = Some(scratch);
-        ended.map_err(step_error)?;
+        if let Some(pages) = pool.device_mut() {
+            pages.end_sending();
+        }
         output
     }
 
@@ -112,7 +113,8 @@ impl GpuModel {
             hooks.before_layer(layer, pool)?;
             device(pool, &mut |pages| {
                 pages.join()?;
-                self.before_attention(layer, layout.prompt, layout.rows.len(), pages, scratch)
+                self.before_attention(layer, layout.prompt, layout.rows.len(), pages, scratch)?;
+                if sending { pages.send(layer) } else { Ok(()) }
             })?;
             self.watch(layout, layer, hooks, scratch)?;
             device(pool, &mut |pages| {
@@ -130,9 +132,6 @@ impl GpuModel {
             let prompt = if last { 0 } else { layout.prompt };
             self.after_attention(layer, layout.prompt, prompt, layout.rows.len(), scratch)
                 .map_err(step_error)?;
-            if sending {
-                device(pool, &mut |pages| pages.send(layer))?;
-            }
             // What was sent is told as it arrives; nobody waits for it but the step's end.
             let there = |pool: &mut PagePool, layer| pool.device_mut().is_some_and(|pages| pages.is_there(layer));
             while told <= layer && (!sending || there(pool, told)) {

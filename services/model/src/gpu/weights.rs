@@ -1,11 +1,11 @@
 //! Weights on the device, in f16.
 
 use half::{f16, slice::HalfFloatSliceExt};
-use kvasir_cuda::{Buffer, Dtype, Gpu, Matrix};
+use kvasir_cuda::{Buffer, Dtype, Gpu, GpuError, Matrix};
 
 use super::load_error;
 use crate::{
-    LoadError, ModelFile,
+    LoadError, MadeUp, ModelFile,
     file::{EMBEDDING, OUTPUT},
     gguf::Tensors,
 };
@@ -55,6 +55,48 @@ impl GpuWeights {
             layers: (0..file.shape().layers).map(layer).collect::<Result<_, LoadError>>()?,
             output_norm: vector("output_norm.weight")?,
             output: tensors.info(OUTPUT).map(|_| one(OUTPUT)).transpose()?,
+        })
+    }
+
+    /// Noise, so scaled that rows keep about the size they have through all layers and no number leaves f16's range.
+    pub(super) fn made_up(made_up: &MadeUp, gpu: &Gpu) -> Result<Self, GpuError> {
+        let shape = &made_up.shape;
+        let (hidden, inner) = (shape.hidden, shape.feed_forward);
+        let (q, kv) = (shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let mut seed = made_up.seed;
+        // Results of a row of ones and minus ones have the standard deviation `size`.
+        let mut noise = |rows: usize, columns: usize, size: f32| {
+            seed = seed.wrapping_add(0x5851_f42d_4c95_7f2d);
+            Matrix::noise(
+                gpu,
+                Dtype::F16,
+                rows,
+                columns,
+                seed,
+                size * (3.0 / columns as f32).sqrt(),
+            )
+        };
+        let ones = || gpu.upload(&vec![1.0f32; hidden]);
+        // What a layer adds twice must not grow with their number.
+        let added = (0.5 / shape.layers as f32).sqrt();
+        // Values have the queries' and keys' scale too, the three being one matrix; the output makes up for it.
+        let peaked = made_up.score_deviation.sqrt();
+        let mut layer = || {
+            Ok::<_, GpuError>(GpuLayer {
+                attention_norm: ones()?,
+                qkv: noise(q + 2 * kv, hidden, peaked)?,
+                attention_output: noise(hidden, q, added / peaked)?,
+                feed_forward_norm: ones()?,
+                gate_up: noise(2 * inner, hidden, 1.0)?,
+                down: noise(hidden, inner, added)?,
+            })
+        };
+        let layers = (0..shape.layers).map(|_| layer()).collect::<Result<_, _>>()?;
+        Ok(Self {
+            layers,
+            embedding: noise(shape.vocab, hidden, (hidden as f32).sqrt())?,
+            output_norm: ones()?,
+            output: Some(noise(shape.vocab, hidden, 1.0)?),
         })
     }
 

@@ -2,16 +2,14 @@
 
 use std::{collections::HashMap, time::Instant};
 
-use bytes::Bytes;
-use kvasir_block::{BlockHash, Checksum};
-use kvasir_client::LayerBlock;
+use kvasir_block::BlockHash;
 use kvasir_model::{Attention, Logits, PageId, PagePool, StepAborted, StepError, StepHooks, StepOutput, StepSequence};
 use kvasir_simd::Partial;
 use tokio::runtime::Handle;
 
 use super::{Compute, SequenceId, Settings, Store};
 use crate::{
-    offload::{Offer, Offload},
+    offload::{Offer, Offload, Pushed},
     onboard::Onboard,
     retrieval::Link,
     scheduler::{Candidate, Share, Stage, plan},
@@ -263,18 +261,17 @@ struct Offered {
 }
 
 fn push(offload: &Offload, pool: &PagePool, layer: usize, hash: BlockHash, page: PageId) {
-    // The one copy of the put path: the page may be evicted and written again before the store has taken the bytes.
+    // Apart from the page, which may be evicted and written again before the store has taken the bytes.
     let payload = match pool.page_bytes(layer, page) {
-        Ok(bytes) => Bytes::from(bytes),
+        Ok(bytes) => bytes,
         Err(error) => {
             tracing::error!(%error, "a page could not be read, its block is not pushed");
             return offload.abandon(hash);
         }
     };
-    offload.push(LayerBlock {
+    offload.push(Pushed {
         hash,
         layer: layer as u16,
-        checksum: Checksum::of(&payload),
         payload,
     });
 }

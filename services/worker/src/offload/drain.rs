@@ -3,11 +3,11 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use kvasir_block::BlockHash;
-use kvasir_client::{ClientError, LayerBlock, Namespace, PutOutcome, PutStream};
+use kvasir_client::{ClientError, Namespace, PutOutcome, PutStream};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::Offload;
+use super::{Offload, Pushed};
 use crate::store_session::StoreSession;
 
 /// How long a stream stays open for more blocks: longer than a layer of a step takes.
@@ -58,17 +58,12 @@ impl<'a> Burst<'a> {
         }
     }
 
-    async fn send(
-        &mut self,
-        first: LayerBlock,
-        namespace: &Namespace,
-        session: &StoreSession,
-    ) -> Result<(), ClientError> {
+    async fn send(&mut self, first: Pushed, namespace: &Namespace, session: &StoreSession) -> Result<(), ClientError> {
         let mut stream = session.client().put_blocks(namespace).await?;
         let mut next = Some(first);
         while let Some(block) = next {
             self.unanswered.insert(block.hash);
-            stream.put(block).await?;
+            stream.put(block.summed()).await?;
             self.note(stream.outcomes());
             next = self.wait_for_more(&mut stream).await?;
         }
@@ -77,7 +72,7 @@ impl<'a> Burst<'a> {
     }
 
     /// The next block, or `None` when none came for a while or ever will.
-    async fn wait_for_more(&mut self, stream: &mut PutStream) -> Result<Option<LayerBlock>, ClientError> {
+    async fn wait_for_more(&mut self, stream: &mut PutStream) -> Result<Option<Pushed>, ClientError> {
         if self.offload.queued() == 0 {
             // Nothing to batch with: what is batched leaves now rather than after the wait.
             stream.flush().await?;

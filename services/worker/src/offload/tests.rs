@@ -1,6 +1,3 @@
-use bytes::Bytes;
-use kvasir_block::Checksum;
-
 use super::*;
 
 const LAYERS: usize = 3;
@@ -10,13 +7,11 @@ fn hash(n: u8) -> BlockHash {
     BlockHash::from_bytes([n; 32])
 }
 
-fn layer_block(n: u8, layer: u16) -> LayerBlock {
-    let payload = Bytes::from(vec![n; BYTES]);
-    LayerBlock {
+fn layer_block(n: u8, layer: u16) -> Pushed {
+    Pushed {
         hash: hash(n),
         layer,
-        checksum: Checksum::of(&payload),
-        payload,
+        payload: Bytes::from(vec![n; BYTES]),
     }
 }
 

@@ -1,8 +1,8 @@
-//! The speed of products and of a step's attention, at the shapes of Llama-3-8B.
+//! The speed of products and of a step's attention, at the shapes of Llama-3-8B; inputs are noise.
 
 use kvasir_cuda::{
     Buffer, DecodeRows, Dtype, Gpu, GpuError, KvShape, Layout, Matrix, Rows, RowsOut, StepLimits, StepRow, StepRows,
-    Sums, linear,
+    Sums, linear, noise,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Value, json};
@@ -18,62 +18,49 @@ const MATRICES: [(&str, usize, usize); 4] = [
 ];
 const PAGE_TOKENS: usize = 64;
 
-/// Random f16 near 1 or -1 in a repeated mebibyte.
-fn random(gpu: &Gpu, rng: &mut StdRng, len: usize) -> Result<Buffer<u16>, GpuError> {
-    gpu.upload(&bits(rng, len))
-}
-
-fn bits(rng: &mut StdRng, len: usize) -> Vec<u16> {
-    let some: Vec<u16> = (0..1 << 19).map(|_| (rng.random::<u16>() & 0x83ff) | 0x3800).collect();
-    some.into_iter().cycle().take(len).collect()
+fn random(gpu: &Gpu, rng: &mut StdRng, dtype: Dtype, len: usize) -> Result<Buffer<u16>, GpuError> {
+    let mut out = gpu.zeros(len)?;
+    noise(gpu, dtype, &mut out, rng.random(), 1.0)?;
+    Ok(out)
 }
 
 pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     let (mut many, mut few) = (Vec::new(), Vec::new());
-    for (name, n, k) in MATRICES {
-        // Rotated past the L2 cache.
-        let copies = (200usize << 20).div_ceil(2 * n * k).max(2);
-        let matrices = (0..copies)
-            .map(|_| Matrix::upload(gpu, Dtype::F16, n, k, &bits(rng, n * k)))
-            .collect::<Result<Vec<_>, _>>()?;
-        for m in [512, 4096, 8192] {
-            let (x, mut out) = (random(gpu, rng, m * k)?, gpu.zeros::<u16>(m * n)?);
-            let time = median(gpu, |i| {
-                linear(
-                    gpu,
-                    Rows::Many,
-                    &matrices[i % copies],
-                    &x,
-                    0..m,
-                    Sums::Store(&mut out),
-                    0,
-                )
-            })?;
-            let rate = 2.0 * (m * n * k) as f64 / time / 1e6;
-            many.push(json!({"matrix": name, "rows": m, "us": round(time), "tflop_s": round(rate)}));
-        }
-        for m in [1, 8, 32] {
-            let (x, mut out) = (random(gpu, rng, m * k)?, gpu.zeros::<u16>(m * n)?);
-            let time = median(gpu, |i| {
-                linear(
-                    gpu,
-                    Rows::Few,
-                    &matrices[i % copies],
-                    &x,
-                    0..m,
-                    Sums::Store(&mut out),
-                    0,
-                )
-            })?;
-            let rate = (2 * n * k) as f64 / time / 1e6;
-            few.push(json!({"matrix": name, "rows": m, "us": round(time), "tb_s": round(rate)}));
+    for dtype in [Dtype::F16, Dtype::Bf16] {
+        for (name, n, k) in MATRICES {
+            // Rotated past the L2 cache.
+            let copies = (200usize << 20).div_ceil(2 * n * k).max(2);
+            let matrices = (0..copies)
+                .map(|_| Matrix::noise(gpu, dtype, n, k, rng.random(), 1.0))
+                .collect::<Result<Vec<_>, _>>()?;
+            let mut measure = |kind: Rows, m: usize| {
+                let (x, mut out) = (random(gpu, rng, dtype, m * k)?, gpu.zeros::<u16>(m * n)?);
+                median(gpu, |i| {
+                    let sums = Sums::Store(&mut out);
+                    linear(gpu, kind, &matrices[i % copies], &x, 0..m, sums, 0)
+                })
+            };
+            for m in [512, 4096, 8192] {
+                let time = measure(Rows::Many, m)?;
+                let rate = 2.0 * (m * n * k) as f64 / time / 1e6;
+                many.push(json!({
+                    "dtype": format!("{dtype:?}"), "matrix": name, "rows": m, "us": round(time), "tflop_s": round(rate),
+                }));
+            }
+            for m in [1, 8, 32] {
+                let time = measure(Rows::Few, m)?;
+                let rate = (2 * n * k) as f64 / time / 1e6;
+                few.push(json!({
+                    "dtype": format!("{dtype:?}"), "matrix": name, "rows": m, "us": round(time), "tb_s": round(rate),
+                }));
+            }
         }
     }
     let mut rows = Vec::new();
     for (count, sees) in [(1, 128 * 1024), (8, 16 * 1024), (32, 4096), (32, 16 * 1024)] {
         rows.push(step_rows(gpu, rng, count, sees)?);
     }
-    Ok(json!({"gpu": gpu.name(), "dtype": "f16", "many": many, "few": few, "decode_rows": rows}))
+    Ok(json!({"gpu": gpu.name(), "many": many, "few": few, "decode_rows": rows}))
 }
 
 fn step_rows(gpu: &Gpu, rng: &mut StdRng, count: usize, sees: usize) -> Result<Value, GpuError> {
@@ -103,7 +90,8 @@ fn step_rows(gpu: &Gpu, rng: &mut StdRng, count: usize, sees: usize) -> Result<V
     let mut step = StepRows::new(gpu, limits, count, count, blocks)?;
     step.set(gpu, &set, &tables)?;
     let bytes = pages * Layout::block(shape, PAGE_TOKENS).bytes;
-    let (pool, q) = (random(gpu, rng, bytes / 2)?, random(gpu, rng, count * 32 * 128)?);
+    let pool = random(gpu, rng, shape.dtype, bytes / 2)?;
+    let q = random(gpu, rng, shape.dtype, count * 32 * 128)?;
     let mut out = gpu.zeros::<u16>(count * 32 * 128)?;
     let mut decode = DecodeRows::new(gpu, shape, 32, count)?;
     let time = median(gpu, |_| {

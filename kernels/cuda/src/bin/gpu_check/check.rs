@@ -69,10 +69,15 @@ pub(crate) fn limit(dtype: Dtype) -> f64 {
     if dtype == Dtype::Bf16 { 5e-3 } else { 1e-3 }
 }
 
-/// Runs all checks; whether all passed.
-pub(crate) fn run(gpu: &Gpu, seed: u64, cases: usize) -> Result<bool, GpuError> {
+/// Opens the same GPU with kernels that dawdle.
+pub(crate) type Slow<'a> = &'a dyn Fn() -> Result<Gpu, String>;
+
+/// Runs all checks, or the one named `only`; whether all passed.
+pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Option<&str>) -> Result<bool, GpuError> {
     type Check = fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
-    let checks: [(&str, Check); 12] = [
+    type Checked<'a> = &'a dyn Fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
+    let delayed: Checked<'_> = &|gpu, rng, cases, tally| crate::prefill::delayed(gpu, slow, rng, cases, tally);
+    let checks: [(&str, Check); 15] = [
         ("decode", decode),
         ("decode in a graph", recorded),
         ("merge", merged),
@@ -81,13 +86,18 @@ pub(crate) fn run(gpu: &Gpu, seed: u64, cases: usize) -> Result<bool, GpuError> 
         ("top_k", selected),
         ("prefill", crate::prefill::prefilled),
         ("vertical-slash", crate::prefill::planned),
+        ("block-sparse", crate::blocks::planned),
         ("linear", crate::forward::products),
         ("rows", crate::forward::rows),
         ("steps", crate::forward::steps),
+        ("noise", crate::transfer::noises),
+        ("pages sent", crate::transfer::sent),
         ("refusals", refused),
     ];
     let (mut passed, mut failed) = (0, 0);
-    for (i, (name, check)) in checks.into_iter().enumerate() {
+    let checks = checks.iter().map(|(name, check)| (*name, check as Checked<'_>));
+    let all = checks.chain([("prefill, delayed", delayed)]).enumerate();
+    for (i, (name, check)) in all.filter(|(_, (name, _))| only.is_none_or(|only| only == *name)) {
         let mut rng = StdRng::seed_from_u64(seed.wrapping_add(i as u64));
         let mut tally = Tally::default();
         check(gpu, &mut rng, cases, &mut tally)?;
@@ -99,7 +109,10 @@ pub(crate) fn run(gpu: &Gpu, seed: u64, cases: usize) -> Result<bool, GpuError> 
         failed += tally.failed;
     }
     println!("{passed} passed, {failed} failed");
-    Ok(failed == 0)
+    if passed + failed == 0 {
+        println!("no check has that name");
+    }
+    Ok(failed == 0 && passed > 0)
 }
 
 fn decode(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally) -> Result<(), GpuError> {

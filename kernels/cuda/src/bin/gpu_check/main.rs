@@ -7,26 +7,37 @@
 
 mod bench;
 mod bench_forward;
+mod bench_prefill;
+mod blocks;
 mod cases;
 mod check;
 mod forward;
 mod prefill;
+mod transfer;
 
 use std::{path::PathBuf, process::ExitCode, time::SystemTime};
 
-use kvasir_cuda::{Gpu, Options};
+use kvasir_cuda::{Gpu, Options, Variant};
 
 const USAGE: &str =
-    "usage: kvasir-gpu-check [bench | bench-prefill | bench-forward] [--seed N] [--cases N] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
-  without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60)
-  bench, bench-prefill, bench-forward: measure, and print JSON";
+    "usage: kvasir-gpu-check [bench | bench-prefill | bench-long | bench-forward] [--seed N] [--cases N] [--only NAME] [--direct] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
+  without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60),
+  --only NAME checks one kernel alone, --direct compiles kernels so that compute-sanitizer's racecheck can follow them
+  bench, bench-prefill, bench-long (a million tokens; needs 22 GB), bench-forward: measure, and print JSON";
+
+enum Mode {
+    Check,
+    Bench,
+    Prefill,
+    Long,
+    Forward,
+}
 
 struct Arguments {
-    bench: bool,
-    prefill: bool,
-    forward: bool,
+    mode: Mode,
     seed: u64,
     cases: usize,
+    only: Option<String>,
     gpu: usize,
     options: Options,
 }
@@ -36,11 +47,10 @@ fn arguments() -> Result<Arguments, String> {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     let mut out = Arguments {
-        bench: false,
-        prefill: false,
-        forward: false,
+        mode: Mode::Check,
         seed: u64::from(now.subsec_nanos()) ^ now.as_secs(),
         cases: 60,
+        only: None,
         gpu: 0,
         options: Options::default(),
     };
@@ -49,11 +59,14 @@ fn arguments() -> Result<Arguments, String> {
         let mut value = || rest.next().ok_or(format!("{name} needs a value"));
         let number = |text: String| text.parse::<u64>().map_err(|_| format!("{text} is not a number"));
         match name.as_str() {
-            "bench" => out.bench = true,
-            "bench-prefill" => out.prefill = true,
-            "bench-forward" => out.forward = true,
+            "bench" => out.mode = Mode::Bench,
+            "bench-prefill" => out.mode = Mode::Prefill,
+            "bench-long" => out.mode = Mode::Long,
+            "bench-forward" => out.mode = Mode::Forward,
             "--seed" => out.seed = number(value()?)?,
             "--cases" => out.cases = number(value()?)? as usize,
+            "--direct" => out.options.variant = Variant::Direct,
+            "--only" => out.only = Some(value()?),
             "--gpu" => out.gpu = number(value()?)? as usize,
             "--nvrtc" => out.options.nvrtc = Some(PathBuf::from(value()?)),
             "--cache" => out.options.cache = Some(PathBuf::from(value()?)),
@@ -78,26 +91,27 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let outcome = if arguments.prefill {
-        let mut rng = rand::SeedableRng::seed_from_u64(arguments.seed);
-        prefill::bench(&gpu, &mut rng).map(|figures| {
-            println!("{figures:#}");
-            true
-        })
-    } else if arguments.forward {
-        let mut rng = rand::SeedableRng::seed_from_u64(arguments.seed);
-        bench_forward::run(&gpu, &mut rng).map(|figures| {
-            println!("{figures:#}");
-            true
-        })
-    } else if arguments.bench {
-        bench::run(&gpu, arguments.seed).map(|figures| {
+    let mut rng = rand::SeedableRng::seed_from_u64(arguments.seed);
+    let figures = match arguments.mode {
+        Mode::Check => None,
+        Mode::Bench => Some(bench::run(&gpu, arguments.seed)),
+        Mode::Prefill => Some(bench_prefill::run(&gpu, &mut rng)),
+        Mode::Long => Some(bench_prefill::long(&gpu, &mut rng)),
+        Mode::Forward => Some(bench_forward::run(&gpu, &mut rng)),
+    };
+    let outcome = if let Some(figures) = figures {
+        figures.map(|figures| {
             println!("{figures:#}");
             true
         })
     } else {
         println!("{}, seed {}", gpu.name(), arguments.seed);
-        check::run(&gpu, arguments.seed, arguments.cases)
+        let slow = Options {
+            variant: Variant::Delays,
+            ..arguments.options
+        };
+        let slow = || Gpu::open(arguments.gpu, &slow).map_err(|error| error.to_string());
+        check::run(&gpu, &slow, arguments.seed, arguments.cases, arguments.only.as_deref())
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

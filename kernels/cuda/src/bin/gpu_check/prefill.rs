@@ -2,26 +2,25 @@
 
 use half::{bf16, f16};
 use kvasir_cuda::{
-    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView, PageTable, Prefill, Products,
-    Query, TileList, VerticalSlash, VerticalSlashTiles, reference,
+    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, Prefill, Products, Query, TileList,
+    VerticalSlash, VerticalSlashTiles, reference,
 };
-use rand::{Rng, rngs::StdRng, seq::SliceRandom};
-use serde_json::{Value, json};
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
     cases::{Form, Held, numbers},
-    check::{Tally, distance, furthest},
+    check::{Slow, Tally, distance, furthest},
 };
 
 /// Queries in the keys' type: the numbers after rounding, and the device's copy.
-struct Queries {
-    numbers: Vec<f32>,
+pub(crate) struct Queries {
+    pub(crate) numbers: Vec<f32>,
     bits: Buffer<u16>,
     dtype: Dtype,
 }
 
 impl Queries {
-    fn new(gpu: &Gpu, rng: &mut StdRng, dtype: Dtype, len: usize) -> Result<Self, GpuError> {
+    pub(crate) fn new(gpu: &Gpu, rng: &mut StdRng, dtype: Dtype, len: usize) -> Result<Self, GpuError> {
         let bits: Vec<u16> = numbers(rng, len)
             .into_iter()
             .map(|x| match dtype {
@@ -36,7 +35,7 @@ impl Queries {
         })
     }
 
-    fn query(&self) -> Query<'_> {
+    pub(crate) fn query(&self) -> Query<'_> {
         Query::bits(&self.bits, self.dtype)
     }
 }
@@ -84,7 +83,7 @@ fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
     }
 }
 
-fn any_case(gpu: &Gpu, rng: &mut StdRng) -> Result<(Held, usize, usize), GpuError> {
+pub(crate) fn any_case(gpu: &Gpu, rng: &mut StdRng) -> Result<(Held, usize, usize), GpuError> {
     let shape = KvShape {
         dtype: [Dtype::Bf16, Dtype::F16][rng.random_range(0..2)],
         kv_heads: rng.random_range(1..4),
@@ -102,14 +101,14 @@ fn any_case(gpu: &Gpu, rng: &mut StdRng) -> Result<(Held, usize, usize), GpuErro
     Ok((Held::new(gpu, rng, shape, form, tokens, false)?, rows, q_heads))
 }
 
-fn products(gpu: &Gpu) -> &'static [Products] {
+pub(crate) fn products(gpu: &Gpu) -> &'static [Products] {
     match Products::best(gpu) {
         Products::Mma => &[Products::Mma],
         Products::Wgmma => &[Products::Mma, Products::Wgmma],
     }
 }
 
-fn compare(
+pub(crate) fn compare(
     gpu: &Gpu,
     held: &Held,
     q: &Queries,
@@ -150,6 +149,69 @@ pub(crate) fn prefilled(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut T
                 products,
             };
             compare(gpu, &held, &q, prefill, &tiles, &expected, tally)?;
+        }
+    }
+    Ok(())
+}
+
+/// Kernels whose threads dawdle wherever they wait for each other give the same bits as kernels that do not, time and again:
+/// nothing hangs on who comes first.
+pub(crate) fn delayed(
+    gpu: &Gpu,
+    slow: Slow<'_>,
+    rng: &mut StdRng,
+    cases: usize,
+    tally: &mut Tally,
+) -> Result<(), GpuError> {
+    if Products::best(gpu) != Products::Wgmma {
+        println!("the kernels of this GPU have no barriers of their own to dawdle at");
+        return Ok(());
+    }
+    let slow = match slow() {
+        Ok(slow) => slow,
+        Err(why) => {
+            tally.count(1.0, 0.0, || format!("the GPU cannot be opened twice: {why}"));
+            return Ok(());
+        }
+    };
+    for _ in 0..cases {
+        // Each open GPU has buffers of its own, so both draw the same numbers.
+        let seed: u64 = rng.random();
+        let bits = |gpu: &Gpu, times: usize| {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let (held, rows, q_heads) = any_case(gpu, &mut rng)?;
+            let offset = held.rows.tokens - rows;
+            let heads = (0..q_heads).map(|_| any_head(&mut rng, offset, rows)).collect();
+            let list = TileList::new(heads).expect("in order");
+            let q = Queries::new(gpu, &mut rng, held.shape.dtype, rows * q_heads * held.shape.head_dim)?;
+            let tiles = DeviceTiles::upload(gpu, &list)?;
+            let prefill = Prefill {
+                rows,
+                q_heads,
+                scale: 0.1,
+                products: Products::Wgmma,
+            };
+            let mut out = gpu.zeros::<u16>(q.numbers.len())?;
+            let mut lse = gpu.zeros::<f32>(q_heads * rows)?;
+            let mut all = Vec::new();
+            for _ in 0..times {
+                out.fill(0xff)?;
+                lse.fill(0xff)?;
+                prefill.attend(gpu, q.query(), &held.view()?, &tiles, &mut out, &mut lse)?;
+                let lse = lse.download()?.into_iter().map(f32::to_bits);
+                all.push((out.download()?, lse.collect::<Vec<_>>()));
+            }
+            Ok::<_, GpuError>((
+                all,
+                format!("{prefill:?} of {} {:?} {:?}", held.rows.tokens, held.shape, held.form),
+            ))
+        };
+        let (quick, case) = bits(gpu, 1)?;
+        for dawdled in bits(&slow, 3)?.0 {
+            let wrong = u8::from(dawdled != quick[0]);
+            tally.count(f64::from(wrong), 0.0, || {
+                format!("other bits when threads dawdle: {case}")
+            });
         }
     }
     Ok(())
@@ -216,121 +278,4 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
         compare(gpu, &held, &q, prefill, tiles, &expected, tally)?;
     }
     Ok(())
-}
-
-const Q_HEADS: usize = 32;
-const KV_HEADS: usize = 8;
-const HEAD_DIM: usize = 128;
-
-/// Milliseconds of the kernels at the shape of a layer of Llama-3-8B, medians of five.
-pub(crate) fn bench(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
-    let shape = KvShape {
-        dtype: Dtype::Bf16,
-        kv_heads: KV_HEADS,
-        head_dim: HEAD_DIM,
-    };
-    let mut figures = serde_json::Map::new();
-    for tokens in [4096usize, 8192, 16 * 1024, 32 * 1024, 128 * 1024] {
-        let random = |rng: &mut StdRng, len: usize| {
-            let some: Vec<u16> = (0..1 << 20)
-                .map(|_| bf16::from_f32(rng.random_range(-1.0..1.0)).to_bits())
-                .collect();
-            let all: Vec<u16> = some.iter().copied().cycle().take(len).collect();
-            gpu.upload(&all)
-        };
-        let q = random(rng, tokens * Q_HEADS * HEAD_DIM)?;
-        let k = random(rng, tokens * KV_HEADS * HEAD_DIM + 8)?;
-        let v = random(rng, tokens * KV_HEADS * HEAD_DIM + 8)?;
-        let view = KvView::fresh(shape, &k, &v, tokens)?;
-        let pool = random(rng, 2 * tokens * KV_HEADS * HEAD_DIM)?;
-        let mut pages: Vec<u32> = (0..(tokens / 64) as u32).collect();
-        pages.shuffle(rng);
-        let table = PageTable::upload(gpu, &pages)?;
-        let paged = KvView::paged(shape, &pool, 64, &table, tokens)?;
-        let mut out = gpu.zeros::<u16>(q.len())?;
-        let mut lse = gpu.zeros::<f32>(Q_HEADS * tokens)?;
-        let query = Query::bits(&q, Dtype::Bf16);
-        let dense_flops = 2.0 * (tokens * tokens * HEAD_DIM * Q_HEADS) as f64;
-        let mut entry = serde_json::Map::new();
-        let mut measure = |name: &str, view: &KvView<'_>, head: HeadTiles, products: Products| {
-            let work = TileList::new(vec![head.clone()]).expect("in order").work(0, 0, tokens);
-            let list = TileList::new(vec![head; Q_HEADS]).expect("in order");
-            let tiles = DeviceTiles::upload(gpu, &list)?;
-            let prefill = Prefill {
-                rows: tokens,
-                q_heads: Q_HEADS,
-                scale: 0.088,
-                products,
-            };
-            let ms = median(gpu, || prefill.attend(gpu, query, view, &tiles, &mut out, &mut lse))?;
-            // Of tiles, each 128 rows by 64 keys; for dense of the causal half.
-            let flops = if name.starts_with("dense") {
-                dense_flops
-            } else {
-                (work * 4 * 128 * 64 * HEAD_DIM * Q_HEADS) as f64
-            };
-            entry.insert(
-                format!("{name}_{products:?}").to_lowercase(),
-                json!({ "ms": ms, "tflop_s": (flops / ms / 1e9).round(), "tiles": work }),
-            );
-            Ok::<(), GpuError>(())
-        };
-        // 1,000 columns at random; 6,096 diagonals: side by side, or as 95 runs of 64.
-        let columns: Vec<u32> = (0..1000).map(|_| rng.random_range(0..tokens as u32)).collect();
-        let near: Vec<u32> = (0..6096).collect();
-        let runs: Vec<u32> = (0..95u32)
-            .map(|run| {
-                if run == 0 {
-                    0
-                } else {
-                    rng.random_range(0..tokens as u32)
-                }
-            })
-            .flat_map(|start| start..start + 64)
-            .collect();
-        for &products in products(gpu) {
-            measure("dense", &view, HeadTiles::dense(tokens), products)?;
-            measure("dense_in_pages_of_64", &paged, HeadTiles::dense(tokens), products)?;
-            measure("a_shape_1024_4096", &view, HeadTiles::a_shape(1024, 4096), products)?;
-            measure(
-                "vertical_slash_1000_6096_near",
-                &view,
-                HeadTiles::vertical_slash(&columns, &near),
-                products,
-            )?;
-            measure(
-                "vertical_slash_1000_6096_in_95_runs",
-                &view,
-                HeadTiles::vertical_slash(&columns, &runs),
-                products,
-            )?;
-        }
-        let plan = VerticalSlash::new(1000, 6096);
-        let mut estimate = Estimate::new(gpu, Q_HEADS, tokens)?;
-        let mut built = VerticalSlashTiles::new(gpu, plan, Q_HEADS, tokens)?;
-        let estimated = median(gpu, || estimate.run(gpu, query, tokens, &view, 0.088, plan))?;
-        let chosen = median(gpu, || built.build(gpu, &estimate).map(|_| ()))?;
-        entry.insert("vs_estimate_ms".into(), estimated.into());
-        entry.insert("top_k_and_vs_build_ms".into(), chosen.into());
-        figures.insert(tokens.to_string(), entry.into());
-    }
-    Ok(json!({
-        "gpu": gpu.name(),
-        "shape": format!("{Q_HEADS} query heads, {KV_HEADS} KV heads, d {HEAD_DIM}, bf16, batch 1"),
-        "by_tokens": figures,
-    }))
-}
-
-fn median(gpu: &Gpu, mut work: impl FnMut() -> Result<(), GpuError>) -> Result<f64, GpuError> {
-    let mut times = Vec::new();
-    for i in 0..6 {
-        let watch = gpu.stopwatch()?;
-        work()?;
-        let time = watch.stop()?;
-        if i > 0 {
-            times.push(time);
-        }
-    }
-    times.sort_by(f64::total_cmp);
-    Ok((times[2] * 1e-3 * 1e4).round() / 1e4)
 }

@@ -1,10 +1,13 @@
 //! The forward alone: no worker, no store.
 
-use std::time::Instant;
+use std::{ops::Range, time::Instant};
 
 use anyhow::{Context, Result};
+use bytes::Bytes;
+use kvasir_block::KvSchema;
 use kvasir_model::{
-    Attention, Device, Logits, Model, ModelFile, PageId, PagePool, Sampler, Sampling, StepHooks, StepSequence,
+    Attention, Device, Logits, Model, ModelFile, ModelShape, PageId, PagePool, Sampler, Sampling, StepHooks,
+    StepSequence,
 };
 
 pub(super) struct Forward {
@@ -42,8 +45,12 @@ impl Forward {
         tokens: usize,
         sequences: usize,
     ) -> Result<Self> {
-        let model = Model::load_on(file, device, block_tokens)?;
-        let block_tokens = usize::from(block_tokens);
+        Self::new(Model::load_on(file, device, block_tokens)?, tokens, sequences)
+    }
+
+    /// The same of a model that is there.
+    pub(super) fn new(model: Model, tokens: usize, sequences: usize) -> Result<Self> {
+        let block_tokens = usize::from(model.schema().block_tokens);
         let blocks = (tokens + block_tokens) / block_tokens + 1;
         let pool = model.pool(blocks * sequences)?;
         let pages = (0..sequences).map(|sequence| {
@@ -56,6 +63,72 @@ impl Forward {
             pool,
             block_tokens,
         })
+    }
+
+    pub(super) fn schema(&self) -> &KvSchema {
+        self.model.schema()
+    }
+
+    pub(super) fn shape(&self) -> &ModelShape {
+        self.model.shape()
+    }
+
+    pub(super) fn softmax_scale(&self) -> f32 {
+        self.model.softmax_scale()
+    }
+
+    /// Bytes of a block of the first sequence in one layer.
+    pub(super) fn block(&self, layer: usize, block: usize) -> Result<Bytes> {
+        let page = self.pages[0]
+            .get(block)
+            .copied()
+            .flatten()
+            .context("there is no such block")?;
+        Ok(self.pool.page_bytes(layer, page)?)
+    }
+
+    /// Keeps of the first sequence's `blocks` blocks those that `kept` names, and behind them room for `room` more; everything else
+    /// goes, so that what remains is what a worker holds whose context lies elsewhere.
+    pub(super) fn keep(&mut self, blocks: usize, kept: impl Fn(usize) -> bool, room: usize) -> Result<()> {
+        let names: Vec<usize> = (0..blocks).filter(|block| kept(*block)).collect();
+        let mut pool = self.model.pool(names.len() + room)?;
+        for layer in 0..self.model.shape().layers {
+            for (to, &block) in names.iter().enumerate() {
+                pool.fill(layer, PageId(to as u32), &self.block(layer, block)?)?;
+            }
+        }
+        let mut pages = vec![None; blocks];
+        for (to, &block) in names.iter().enumerate() {
+            pages[block] = Some(PageId(to as u32));
+        }
+        pages.extend((names.len()..names.len() + room).map(|page| Some(PageId(page as u32))));
+        self.pages = vec![pages];
+        self.pool = pool;
+        Ok(())
+    }
+
+    /// Logits of one more token of the first sequence, which attends to `local` and what `hooks` bring.
+    pub(super) fn next_local(
+        &mut self,
+        token: u32,
+        position: usize,
+        local: Vec<Range<usize>>,
+        hooks: &mut dyn StepHooks,
+    ) -> Result<Vec<f32>> {
+        let sequence = StepSequence {
+            tokens: &[token],
+            position,
+            pages: &self.pages[0],
+            attention: Attention::Local(local),
+            logits: Logits::Last,
+        };
+        let output = self.model.step(&[sequence], &mut self.pool, hooks)?;
+        output.rows.into_iter().next().context("no logits came")
+    }
+
+    /// Bytes of the pool.
+    pub(super) fn pool_bytes(&self) -> usize {
+        self.pool.bytes()
     }
 
     /// Seconds to prefill `tokens` as the first sequence, logits of the last one included.

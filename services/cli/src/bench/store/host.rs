@@ -35,6 +35,8 @@ pub(in crate::bench) struct Wanted<'a> {
     pub(in crate::bench) disk_bytes: Option<ByteSize>,
     /// Whether what the disk gives up goes to objects, in a folder beside it.
     pub(in crate::bench) objects: bool,
+    /// Its memory for contexts that are attended to; what is configured if `None`.
+    pub(in crate::bench) context_bytes: Option<ByteSize>,
 }
 
 /// A store and what is known of its process.
@@ -73,6 +75,9 @@ impl Host {
         );
         if let Some(disk_bytes) = wanted.disk_bytes {
             text += &format!("disk_bytes_max = \"{disk_bytes}\"\n");
+        }
+        if let Some(context_bytes) = wanted.context_bytes {
+            text += &format!("context_bytes_max = \"{context_bytes}\"\n");
         }
         if wanted.objects {
             let folder = data.join("objects");

@@ -1,0 +1,287 @@
+//! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it.
+
+use kvasir_cuda::{
+    BlockSparse, BlockSparseTiles, Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView,
+    PageTable, Prefill, Products, Query, TileList, VerticalSlash, VerticalSlashTiles, noise,
+};
+use rand::{Rng, rngs::StdRng, seq::SliceRandom};
+use serde_json::{Map, Value, json};
+
+use crate::prefill::products;
+
+/// Counted runs of a measurement; beyond [`LONG`] tokens one, and none before it.
+const REPEATS: usize = 5;
+const LONG: usize = 256 * 1024;
+const PAGE_TOKENS: usize = 64;
+
+/// Heads and row of a layer.
+#[derive(Clone, Copy)]
+struct Layer {
+    dtype: Dtype,
+    q_heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+const LLAMA: Layer = Layer {
+    dtype: Dtype::Bf16,
+    q_heads: 32,
+    kv_heads: 8,
+    head_dim: 128,
+};
+
+/// Shapes that are measured densely alone: other types, the smaller head, that of SmolLM2.
+const OTHERS: [Layer; 3] = [
+    Layer {
+        dtype: Dtype::F16,
+        ..LLAMA
+    },
+    Layer { head_dim: 64, ..LLAMA },
+    Layer {
+        dtype: Dtype::F16,
+        q_heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+    },
+];
+
+impl Layer {
+    const fn shape(&self) -> KvShape {
+        KvShape {
+            dtype: self.dtype,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+        }
+    }
+
+    fn text(&self) -> String {
+        let (q, kv, d) = (self.q_heads, self.kv_heads, self.head_dim);
+        format!("{q} query heads, {kv} KV heads, d {d}, {:?}", self.dtype).to_lowercase()
+    }
+}
+
+/// Queries, keys and values of a prompt, and room for the output.
+struct Inputs {
+    layer: Layer,
+    tokens: usize,
+    q: Buffer<u16>,
+    k: Buffer<u16>,
+    v: Buffer<u16>,
+    out: Buffer<u16>,
+    lse: Buffer<f32>,
+}
+
+impl Inputs {
+    fn new(gpu: &Gpu, rng: &mut StdRng, layer: Layer, tokens: usize) -> Result<Self, GpuError> {
+        let mut random = |len: usize| {
+            let mut to = gpu.zeros(len)?;
+            noise(gpu, layer.dtype, &mut to, rng.random(), 1.0)?;
+            Ok::<_, GpuError>(to)
+        };
+        let width = tokens * layer.head_dim;
+        Ok(Self {
+            q: random(layer.q_heads * width)?,
+            // A few numbers apart, so that rows of keys and of values do not meet in the same places of the cache.
+            k: random(layer.kv_heads * width + 8)?,
+            v: random(layer.kv_heads * width + 8)?,
+            out: gpu.zeros(layer.q_heads * width)?,
+            lse: gpu.zeros(layer.q_heads * tokens)?,
+            layer,
+            tokens,
+        })
+    }
+
+    /// Milliseconds and rate of attention where all heads have the same tiles.
+    fn attend(
+        &mut self,
+        gpu: &Gpu,
+        pages: Option<(&Buffer<u16>, &PageTable)>,
+        head: &HeadTiles,
+        products: Products,
+    ) -> Result<Value, GpuError> {
+        let Layer {
+            dtype,
+            q_heads,
+            head_dim,
+            ..
+        } = self.layer;
+        let view = match pages {
+            Some((pool, table)) => KvView::paged(self.layer.shape(), pool, PAGE_TOKENS, table, self.tokens)?,
+            None => KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?,
+        };
+        let one = TileList::new(vec![head.clone()]).expect("in order");
+        let work = one.work(0, 0, self.tokens);
+        let list = TileList::new(vec![head.clone(); q_heads]).expect("in order");
+        let tiles = DeviceTiles::upload(gpu, &list)?;
+        let prefill = Prefill {
+            rows: self.tokens,
+            q_heads,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            products,
+        };
+        let query = Query::bits(&self.q, dtype);
+        let (out, lse) = (&mut self.out, &mut self.lse);
+        let ms = median(gpu, self.tokens, || prefill.attend(gpu, query, &view, &tiles, out, lse))?;
+        // Of tiles, each 128 rows by 64 keys; for dense of the causal half.
+        let flops = if *head == HeadTiles::dense(self.tokens) {
+            2.0 * (self.tokens * self.tokens * head_dim * q_heads) as f64
+        } else {
+            (work * 4 * 128 * 64 * head_dim * q_heads) as f64
+        };
+        Ok(json!({ "ms": ms, "tflop_s": (flops / ms / 1e9).round(), "tiles": work }))
+    }
+
+    /// Milliseconds of a Block-Sparse list's making, and of attention over it.
+    fn block_sparse(&mut self, gpu: &Gpu, plan: BlockSparse) -> Result<[f64; 2], GpuError> {
+        let Layer {
+            dtype,
+            q_heads,
+            head_dim,
+            ..
+        } = self.layer;
+        let (shape, tokens) = (self.layer.shape(), self.tokens);
+        let view = KvView::fresh(shape, &self.k, &self.v, tokens)?;
+        let query = Query::bits(&self.q, dtype);
+        let mut built = BlockSparseTiles::new(gpu, plan, shape, q_heads, tokens, tokens)?;
+        let planned = median(gpu, 0, || built.build(gpu, query, &view).map(|_| ()))?;
+        let tiles = built.build(gpu, query, &view)?;
+        let prefill = Prefill {
+            rows: tokens,
+            q_heads,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            products: Products::best(gpu),
+        };
+        let (out, lse) = (&mut self.out, &mut self.lse);
+        let attended = median(gpu, 0, || prefill.attend(gpu, query, &view, tiles, out, lse))?;
+        Ok([planned, attended])
+    }
+
+    /// Milliseconds of the parts of a Vertical-Slash index.
+    fn index(&self, gpu: &Gpu, plan: VerticalSlash) -> Result<[f64; 2], GpuError> {
+        let (layer, tokens) = (self.layer, self.tokens);
+        let view = KvView::fresh(layer.shape(), &self.k, &self.v, tokens)?;
+        let mut estimate = Estimate::new(gpu, layer.q_heads, tokens)?;
+        let mut built = VerticalSlashTiles::new(gpu, plan, layer.q_heads, tokens)?;
+        let query = Query::bits(&self.q, layer.dtype);
+        let scale = 1.0 / (layer.head_dim as f32).sqrt();
+        let estimated = median(gpu, 0, || estimate.run(gpu, query, tokens, &view, scale, plan))?;
+        let chosen = median(gpu, 0, || built.build(gpu, &estimate).map(|_| ()))?;
+        Ok([estimated, chosen])
+    }
+}
+
+/// 1,000 columns at random; 6,096 diagonals: side by side, or as 95 runs of 64.
+fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadTiles; 2] {
+    let columns: Vec<u32> = (0..1000).map(|_| rng.random_range(0..tokens as u32)).collect();
+    let near: Vec<u32> = (0..6096).collect();
+    let mut start = |run| {
+        if run == 0 {
+            0
+        } else {
+            rng.random_range(0..tokens as u32)
+        }
+    };
+    let runs: Vec<u32> = (0..95).map(&mut start).flat_map(|start| start..start + 64).collect();
+    [
+        HeadTiles::vertical_slash(&columns, &near),
+        HeadTiles::vertical_slash(&columns, &runs),
+    ]
+}
+
+pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
+    let mut figures = Map::new();
+    for tokens in [4096usize, 8192, 16 * 1024, 32 * 1024, 128 * 1024] {
+        let mut inputs = Inputs::new(gpu, rng, LLAMA, tokens)?;
+        let mut pool = gpu.zeros(2 * tokens * LLAMA.kv_heads * LLAMA.head_dim)?;
+        noise(gpu, LLAMA.dtype, &mut pool, rng.random(), 1.0)?;
+        let mut pages: Vec<u32> = (0..(tokens / PAGE_TOKENS) as u32).collect();
+        pages.shuffle(rng);
+        let table = PageTable::upload(gpu, &pages)?;
+        let [near, runs] = vertical_slash(rng, tokens);
+        let dense = HeadTiles::dense(tokens);
+        let mut entry = Map::new();
+        for &products in products(gpu) {
+            let a_shape = HeadTiles::a_shape(1024, 4096);
+            let cases = [
+                ("dense", None, &dense),
+                ("dense_in_pages_of_64", Some((&pool, &table)), &dense),
+                ("a_shape_1024_4096", None, &a_shape),
+                ("vertical_slash_1000_6096_near", None, &near),
+                ("vertical_slash_1000_6096_in_95_runs", None, &runs),
+            ];
+            for (name, pages, head) in cases {
+                let name = format!("{name}_{products:?}").to_lowercase();
+                entry.insert(name, inputs.attend(gpu, pages, head, products)?);
+            }
+        }
+        let [estimated, chosen] = inputs.index(gpu, VerticalSlash::new(1000, 6096))?;
+        entry.insert("vs_estimate_ms".into(), estimated.into());
+        entry.insert("top_k_and_vs_build_ms".into(), chosen.into());
+        let [planned, attended] = inputs.block_sparse(gpu, BlockSparse::new(100))?;
+        entry.insert("block_sparse_100_plan_ms".into(), planned.into());
+        entry.insert("block_sparse_100_ms".into(), attended.into());
+        figures.insert(tokens.to_string(), entry.into());
+    }
+    let mut others = Map::new();
+    for layer in OTHERS {
+        let mut entry = Map::new();
+        for tokens in [8192usize, 32 * 1024, 128 * 1024] {
+            let mut inputs = Inputs::new(gpu, rng, layer, tokens)?;
+            let dense = HeadTiles::dense(tokens);
+            entry.insert(
+                tokens.to_string(),
+                inputs.attend(gpu, None, &dense, Products::best(gpu))?,
+            );
+        }
+        others.insert(layer.text(), entry.into());
+    }
+    Ok(json!({
+        "gpu": gpu.name(),
+        "shape": format!("{}, batch 1", LLAMA.text()),
+        "by_tokens": figures,
+        "dense_by_shape_and_tokens": others,
+    }))
+}
+
+/// A million tokens: dense once, Vertical-Slash with its index.
+pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
+    let tokens = 1 << 20;
+    let mut inputs = Inputs::new(gpu, rng, LLAMA, tokens)?;
+    let [near, runs] = vertical_slash(rng, tokens);
+    let best = Products::best(gpu);
+    // The kernels are loaded, and the clocks are up.
+    inputs.attend(gpu, None, &near, best)?;
+    let near = inputs.attend(gpu, None, &near, best)?;
+    let runs = inputs.attend(gpu, None, &runs, best)?;
+    let [estimated, chosen] = inputs.index(gpu, VerticalSlash::new(1000, 6096))?;
+    let [planned, attended] = inputs.block_sparse(gpu, BlockSparse::new(100))?;
+    let dense = inputs.attend(gpu, None, &HeadTiles::dense(tokens), best)?;
+    Ok(json!({
+        "gpu": gpu.name(),
+        "shape": format!("{}, batch 1", LLAMA.text()),
+        "tokens": tokens,
+        "dense": dense,
+        "vertical_slash_1000_6096_near": near,
+        "vertical_slash_1000_6096_in_95_runs": runs,
+        "vs_estimate_ms": estimated,
+        "top_k_and_vs_build_ms": chosen,
+        "block_sparse_100_plan_ms": planned,
+        "block_sparse_100_ms": attended,
+    }))
+}
+
+/// Milliseconds: of prompts that take seconds one run.
+fn median(gpu: &Gpu, tokens: usize, mut work: impl FnMut() -> Result<(), GpuError>) -> Result<f64, GpuError> {
+    let (warm, counted) = if tokens > LONG { (0, 1) } else { (1, REPEATS) };
+    let mut times = Vec::new();
+    for i in 0..warm + counted {
+        let watch = gpu.stopwatch()?;
+        work()?;
+        let time = watch.stop()?;
+        if i >= warm {
+            times.push(time);
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    Ok((times[times.len() / 2] * 1e-3 * 1e4).round() / 1e4)
+}

@@ -1,0 +1,316 @@
+//! To the host: pages are gathered on the device, leave it in one copy, and stay where they land until nobody reads them.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use cudarc::driver::{CudaEvent, CudaStream, sys};
+use parking_lot::Mutex;
+
+use super::{event, new_stream, wait};
+use crate::{Buffer, Family, Gpu, GpuError, PinnedBuffer, Plain};
+
+/// Gathered pages on the device: one is filled while the other is copied.
+const STAGES: usize = 2;
+/// The smallest page-locked memory that is asked for; making such memory is slow, so what there is should fit again.
+const LANDING_BYTES_MIN: usize = 1 << 20;
+
+/// Pages of one step: what a grid's second dimension counts.
+const PAGES_MAX: usize = 65_535;
+
+/// Pages on their way to the host. A step names them once ([`Outbound::begin`]), then sends them of one buffer after the other.
+///
+/// What is sent is gathered by a kernel of the main stream, at the memory's speed, so the pages may be written again by
+/// whatever is given to that stream next; the copy runs on a stream of its own. It lands in page-locked memory that nobody
+/// copies from again: readers hold the place itself ([`Landed`]), and it is used again once the last of them is gone.
+#[derive(Debug)]
+pub struct Outbound {
+    gpu: Gpu,
+    stream: Arc<CudaStream>,
+    landings: Arc<Landings>,
+    numbers: Buffer<u32>,
+    count: usize,
+    page_bytes: usize,
+    /// One more than the largest page number.
+    pages_min: usize,
+    stages: [Stage; STAGES],
+    next: usize,
+}
+
+#[derive(Debug)]
+struct Stage {
+    bytes: Buffer<u8>,
+    /// When it may be filled again.
+    free: Option<CudaEvent>,
+}
+
+#[repr(C)]
+struct GatherParams {
+    from: u64,
+    to: u64,
+    pages: u64,
+    words: u32,
+}
+
+impl Outbound {
+    /// Takes at most `bytes_max` of page-locked memory, as it is needed.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn new(gpu: &Gpu, bytes_max: usize) -> Result<Self, GpuError> {
+        let stage = || {
+            Ok::<_, GpuError>(Stage {
+                bytes: gpu.zeros(0)?,
+                free: None,
+            })
+        };
+        Ok(Self {
+            stream: new_stream(gpu)?,
+            landings: Arc::new(Landings {
+                gpu: gpu.clone(),
+                bytes_max,
+                inner: Mutex::default(),
+            }),
+            numbers: gpu.zeros(0)?,
+            count: 0,
+            page_bytes: 0,
+            pages_min: 0,
+            stages: [stage()?, stage()?],
+            next: 0,
+            gpu: gpu.clone(),
+        })
+    }
+
+    /// Names the pages of `page_bytes` that [`Outbound::send`] sends from now on, in this order; waits for the device. Whether
+    /// they fit the page-locked memory at all.
+    ///
+    /// # Errors
+    /// If a page is no multiple of 16 bytes, or the device has no room.
+    pub fn begin(&mut self, pages: &[u32], page_bytes: usize) -> Result<bool, GpuError> {
+        self.count = 0;
+        let needed = pages.len().checked_mul(page_bytes);
+        if page_bytes == 0 || !page_bytes.is_multiple_of(16) || page_bytes / 16 > u32::MAX as usize {
+            let why = format!("pages of {page_bytes} bytes; a multiple of 16 is needed");
+            return Err(GpuError::shape("outbound", why));
+        }
+        let fits = |needed: &usize| *needed <= self.landings.bytes_max && pages.len() <= PAGES_MAX;
+        let Some(needed) = needed.filter(fits) else {
+            return Ok(false);
+        };
+        if pages.is_empty() {
+            return Ok(true);
+        }
+        if self.numbers.len() < pages.len() {
+            self.numbers = self.gpu.zeros(pages.len().next_power_of_two())?;
+        }
+        for stage in &mut self.stages {
+            if stage.bytes.len() < needed {
+                // Releases the old one once all copies from it are over.
+                stage.bytes = self.gpu.zeros(needed.next_power_of_two())?;
+                stage.free = None;
+            }
+        }
+        self.numbers.upload(pages)?;
+        self.pages_min = pages.iter().max().map_or(0, |&page| page as usize + 1);
+        (self.count, self.page_bytes) = (pages.len(), page_bytes);
+        Ok(true)
+    }
+
+    /// Sends the pages of `from` as they are once everything has run that was given to the main stream so far; what is given
+    /// to it later may write them. `None` where all page-locked memory holds what is still read: nothing is sent then.
+    ///
+    /// # Errors
+    /// If a page lies outside the buffer, no pages were named, or the device failed.
+    pub fn send<T: Plain>(&mut self, from: &Buffer<T>) -> Result<Option<Sent>, GpuError> {
+        if self.count == 0 || self.pages_min.saturating_mul(self.page_bytes) > from.bytes() {
+            let why = format!(
+                "{} pages below {} of {} bytes in a buffer of {}",
+                self.count,
+                self.pages_min,
+                self.page_bytes,
+                from.bytes()
+            );
+            return Err(GpuError::shape("outbound", why));
+        }
+        let bytes = self.count * self.page_bytes;
+        let Some(landing) = self.landings.take(bytes)? else {
+            return Ok(None);
+        };
+        let to = landing.pointer();
+        let main = &self.gpu.shared.stream;
+        let stage = &mut self.stages[self.next];
+        self.next = (self.next + 1) % STAGES;
+        self.gpu.shared.bind("sending to the host")?;
+        if let Some(free) = stage.free.take() {
+            wait(main, &free)?;
+        }
+        let words = (self.page_bytes / 16) as u32;
+        let params = GatherParams {
+            from: from.pointer,
+            to: stage.bytes.pointer,
+            pages: self.numbers.pointer,
+            words,
+        };
+        let grid = (words.div_ceil(4 * 256).clamp(1, 16), self.count as u32, 1);
+        // SAFETY: `GatherParams` is pack.cu's; the pages lie in `from`, as was checked above, and `begin` made room for all of
+        // them on the stage, which no copy reads any more.
+        unsafe { self.gpu.launch(Family::Pack, "gather_pages", grid, 256, &params)? };
+        wait(&self.stream, &event(main)?)?;
+        // SAFETY: the stage holds these bytes and the landing has room for them; both wait for all streams before they are
+        // released, the stage is not filled again before `free`, and nobody reads the landing before `done`. A landing that is
+        // taken again is written by this stream alone, in order.
+        unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), stage.bytes.pointer, bytes, self.stream.cu_stream()) }
+            .result()
+            .map_err(GpuError::driver("sending to the host"))?;
+        stage.free = Some(event(&self.stream)?);
+        Ok(Some(Sent {
+            done: event(&self.stream)?,
+            seen: AtomicBool::new(false),
+            landing: Arc::new(landing),
+            page_bytes: self.page_bytes,
+            bytes,
+        }))
+    }
+}
+
+/// What one call of [`Outbound::send`] copies.
+#[derive(Debug)]
+pub struct Sent {
+    landing: Arc<Landing>,
+    done: CudaEvent,
+    /// Whether `done` was seen, so that the driver is asked once and not for every page.
+    seen: AtomicBool,
+    page_bytes: usize,
+    bytes: usize,
+}
+
+impl Sent {
+    /// Whether it is there.
+    pub fn is_there(&self) -> bool {
+        if !self.seen.load(Ordering::Acquire) && self.done.is_complete() {
+            self.seen.store(true, Ordering::Release);
+        }
+        self.seen.load(Ordering::Acquire)
+    }
+
+    /// The `place`th of the pages that were named; waits for it.
+    ///
+    /// # Errors
+    /// If there is no such place, or the device failed.
+    pub fn page(&self, place: usize) -> Result<Landed, GpuError> {
+        let at = place.saturating_mul(self.page_bytes);
+        if at >= self.bytes {
+            let why = format!("place {place} of {}", self.bytes / self.page_bytes);
+            return Err(GpuError::shape("sent", why));
+        }
+        if !self.seen.load(Ordering::Acquire) {
+            self.landing.home.gpu.shared.bind("waiting for a copy to the host")?;
+            self.done
+                .synchronize()
+                .map_err(GpuError::driver("waiting for a copy to the host"))?;
+            self.seen.store(true, Ordering::Release);
+        }
+        Ok(Landed {
+            landing: Arc::clone(&self.landing),
+            at,
+            bytes: self.page_bytes,
+        })
+    }
+}
+
+/// A page where it landed. The memory is not used again before this is dropped.
+#[derive(Clone, Debug)]
+pub struct Landed {
+    landing: Arc<Landing>,
+    at: usize,
+    bytes: usize,
+}
+
+impl AsRef<[u8]> for Landed {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: initialised bytes inside the landing; the copy to it is over (`Sent::page`), and no other goes there while
+        // this holds it.
+        unsafe { std::slice::from_raw_parts(self.landing.pointer().add(self.at), self.bytes) }
+    }
+}
+
+/// Page-locked memory that copies land in.
+#[derive(Debug)]
+struct Landings {
+    gpu: Gpu,
+    bytes_max: usize,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    free: Vec<PinnedBuffer>,
+    /// Of all there is, free or not.
+    bytes: usize,
+}
+
+impl Landings {
+    /// Memory of at least `bytes`: some that is free, or new within the bound.
+    fn take(self: &Arc<Self>, bytes: usize) -> Result<Option<Landing>, GpuError> {
+        let wrap = |room| {
+            Some(Landing {
+                room: Some(room),
+                home: Arc::clone(self),
+            })
+        };
+        let size = bytes
+            .next_power_of_two()
+            .max(LANDING_BYTES_MIN)
+            .min(self.bytes_max.max(bytes));
+        let mut outgrown = Vec::new();
+        {
+            let mut inner = self.inner.lock();
+            let fitting = (0..inner.free.len()).filter(|&i| inner.free[i].len() >= bytes);
+            if let Some(best) = fitting.min_by_key(|&i| inner.free[i].len()) {
+                return Ok(wrap(inner.free.swap_remove(best)));
+            }
+            while inner.bytes + size > self.bytes_max {
+                // All that are free are too small.
+                let Some(small) = inner.free.pop() else {
+                    break;
+                };
+                inner.bytes -= small.len();
+                outgrown.push(small);
+            }
+            if inner.bytes + size > self.bytes_max {
+                return Ok(None);
+            }
+            inner.bytes += size;
+        }
+        drop(outgrown);
+        match self.gpu.pinned(size) {
+            Ok(room) => Ok(wrap(room)),
+            Err(error) => {
+                self.inner.lock().bytes -= size;
+                Err(error)
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Landing {
+    /// Given back when this is dropped, and there until then.
+    room: Option<PinnedBuffer>,
+    home: Arc<Landings>,
+}
+
+impl Landing {
+    fn pointer(&self) -> *mut u8 {
+        self.room.as_ref().map_or(std::ptr::null_mut(), |room| room.pointer)
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        if let Some(room) = self.room.take() {
+            self.home.inner.lock().free.push(room);
+        }
+    }
+}
