@@ -81,6 +81,55 @@ pub struct BadPattern {
     pub expected: &'static str,
 }
 
+impl std::str::FromStr for Pattern {
+    type Err = String;
+
+    /// `kind:parameters`, as in `a-shape:256,1024`: those that have no default, in the order of the fields.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, rest) = text.split_once(':').unwrap_or((text, ""));
+        let parameters: Vec<&str> = rest.split(',').filter(|part| !part.is_empty()).collect();
+        let whole = |at: usize| parameters.get(at)?.trim().parse::<u32>().ok();
+        let share = |at: usize| parameters.get(at)?.trim().parse::<f32>().ok();
+        let both = |a, b| Option::zip(whole(a), whole(b));
+        let found = match (kind, parameters.len()) {
+            ("dense", 0) => Some(Self::Dense),
+            ("a-shape", 2) => both(0, 1).map(|(initial, local)| Self::AShape { initial, local }),
+            ("vertical-slash", 2) => both(0, 1).map(|(verticals, slashes)| Self::vertical_slash(verticals, slashes)),
+            ("block-sparse", 1) => whole(0).map(|blocks| Self::BlockSparse { blocks }),
+            ("flex-prefill", 2) => share(0)
+                .zip(share(1))
+                .map(|(gamma, tau)| Self::flex_prefill(gamma, tau)),
+            ("x-attention", 2) => whole(0)
+                .zip(share(1))
+                .map(|(stride, threshold)| Self::XAttention { stride, threshold }),
+            _ => None,
+        };
+        let pattern = found.ok_or_else(|| {
+            format!(
+                "{text:?} is no pattern: write dense, a-shape:INITIAL,LOCAL, vertical-slash:COLUMNS,DIAGONALS, block-sparse:BLOCKS, \
+                 flex-prefill:GAMMA,TAU or x-attention:STRIDE,THRESHOLD"
+            )
+        })?;
+        pattern.validate().map_err(|error| error.to_string())?;
+        Ok(pattern)
+    }
+}
+
+impl std::fmt::Display for Pattern {
+    /// What [`Pattern::from_str`](std::str::FromStr::from_str) reads; other parameters than those are left out.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = self.kind();
+        match self {
+            Self::Dense => f.write_str(kind),
+            Self::AShape { initial, local } => write!(f, "{kind}:{initial},{local}"),
+            Self::VerticalSlash { verticals, slashes, .. } => write!(f, "{kind}:{verticals},{slashes}"),
+            Self::BlockSparse { blocks } => write!(f, "{kind}:{blocks}"),
+            Self::FlexPrefill { gamma, tau, .. } => write!(f, "{kind}:{gamma},{tau}"),
+            Self::XAttention { stride, threshold } => write!(f, "{kind}:{stride},{threshold}"),
+        }
+    }
+}
+
 /// More than any context has; bounds what a file can make a planner allocate.
 const COUNT_MAX: u32 = 1 << 24;
 
@@ -167,6 +216,39 @@ impl Pattern {
                 bad("stride", stride.to_string(), "a divisor of 64")
             }
             _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_are_read_as_they_are_shown() {
+        let table = [
+            "dense",
+            "a-shape:256,1024",
+            "vertical-slash:100,800",
+            "block-sparse:20",
+            "flex-prefill:0.9,0.1",
+            "x-attention:8,0.85",
+        ];
+        for text in table {
+            let pattern: Pattern = text.parse().unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(pattern.to_string(), text);
+            assert_eq!(pattern.validate(), Ok(()));
+        }
+        for text in [
+            "",
+            "dense:1",
+            "a-shape:1",
+            "a-shape:0,4",
+            "block-sparse:-1",
+            "x-attention:9,0.5",
+            "flex-prefill:2,0",
+        ] {
+            assert!(text.parse::<Pattern>().is_err(), "{text:?}");
         }
     }
 }

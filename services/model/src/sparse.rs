@@ -36,7 +36,12 @@ impl SparsePrefill {
                 shape.layers, shape.q_heads
             )));
         }
-        let model: String = file.schema(1).model_fingerprint().iter().map(|byte| format!("{byte:02x}")).collect();
+        let model: String = file
+            .schema(1)
+            .model_fingerprint()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         if let Some(theirs) = patterns.model_fingerprint.as_ref().filter(|theirs| **theirs != model) {
             return Err(LoadError::Sparse(format!(
                 "patterns of the model with fingerprint {theirs}, and this one's is {model}: search them for this model with \
@@ -68,7 +73,12 @@ impl SparsePrefill {
     /// attention kind, on which the model's fingerprint and with it every sketch basis depends: keys of a sparse prefill are
     /// searched like any others.
     pub fn schema(&self, schema: KvSchema) -> KvSchema {
-        let id: String = self.patterns.fingerprint().iter().map(|byte| format!("{byte:02x}")).collect();
+        let id: String = self
+            .patterns
+            .fingerprint()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         KvSchema {
             numerics: format!("{}+{PLANNERS}:{id}", schema.numerics),
             ..schema

@@ -96,7 +96,9 @@ mod tests {
     /// `r5` is ready with 5 tokens left, `a5` arriving, `w5` waiting; `r5/4` in grains of 4. The plan reads `index:tokens`.
     fn check(candidates: &str, tokens_max: usize, expected: &str) {
         let parse = |word: &str| Candidate {
-            grain: word.split_once('/').map_or(1, |(_, grain)| grain.parse().expect("a number")),
+            grain: word
+                .split_once('/')
+                .map_or(1, |(_, grain)| grain.parse().expect("a number")),
             stage: match &word[..1] {
                 "r" => Stage::Ready,
                 "a" => Stage::Arriving,

@@ -24,8 +24,8 @@ pub(crate) fn read(path: &Path, file: &ModelFile, block_tokens: u16) -> anyhow::
         let patterns = HeadPatterns::read(&bytes, file.shape().q_heads)?;
         anyhow::Ok(SparsePrefill::new(patterns, file, block_tokens)?)
     };
-    let sparse =
-        read().map_err(|error| InvalidConfig::new("worker.sparse_prefill", format!("{}: {error:#}", path.display())))?;
+    let sparse = read()
+        .map_err(|error| InvalidConfig::new("worker.sparse_prefill", format!("{}: {error:#}", path.display())))?;
     tracing::info!(
         path = %path.display(),
         from = sparse.from(),
@@ -98,7 +98,11 @@ mod tests {
         ];
         for (computed, tokens, any, unnamed) in table {
             assert_eq!(blocks.any(computed, tokens), any, "{tokens} from {computed}");
-            assert_eq!(blocks.unnamed_from(computed, tokens), unnamed, "{tokens} from {computed}");
+            assert_eq!(
+                blocks.unnamed_from(computed, tokens),
+                unnamed,
+                "{tokens} from {computed}"
+            );
         }
     }
 }

@@ -96,8 +96,9 @@ impl CpuModel {
             patterns: &sparse.patterns().layers()[layer],
         };
         let buffers = &scratch[..];
-        self.threads
-            .run(tasks.len(), &|task| self.run_task(&work, tasks[task], &mut buffers[task].lock()));
+        self.threads.run(tasks.len(), &|task| {
+            self.run_task(&work, tasks[task], &mut buffers[task].lock())
+        });
         let (d, q_heads) = (self.shape.head_dim, self.shape.q_heads);
         for (task, buffers) in tasks.iter().zip(scratch) {
             let first = plan.sequences[task.sequence].rows.start + task.first;
@@ -130,14 +131,7 @@ impl CpuModel {
     }
 
     /// The mask of a head of a block that begins at position `offset`.
-    fn mask(
-        &self,
-        work: &Layer<'_>,
-        task: Task,
-        kv_head: usize,
-        offset: usize,
-        scratch: &mut TaskScratch,
-    ) -> HeadMask {
+    fn mask(&self, work: &Layer<'_>, task: Task, kv_head: usize, offset: usize, scratch: &mut TaskScratch) -> HeadMask {
         let pattern = &work.patterns[task.head];
         if matches!(pattern, Pattern::Dense) {
             return HeadMask::Dense;
@@ -148,7 +142,9 @@ impl CpuModel {
         for span in &work.plan.sequences[task.sequence].spans {
             if span.position < end {
                 let keys = &work.pool.page(work.layer, span.page)[layout.keys(kv_head)];
-                scratch.keys.extend_from_slice(&keys[..span.rows.len() * layout.head_dim]);
+                scratch
+                    .keys
+                    .extend_from_slice(&keys[..span.rows.len() * layout.head_dim]);
             }
         }
         match HeadChunk::new(&scratch.queries, &scratch.keys, layout.head_dim, self.softmax_scale()) {

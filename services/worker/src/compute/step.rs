@@ -114,7 +114,14 @@ impl Compute {
     fn compute(&mut self, shares: &[Share], offered: &[Offered]) -> (Result<StepOutput, StepError>, Option<Culprit>) {
         let batch: Vec<StepSequence<'_>> = shares
             .iter()
-            .map(|share| step_sequence(&self.running[share.index], share, &self.links, self.around.settings.sparse))
+            .map(|share| {
+                step_sequence(
+                    &self.running[share.index],
+                    share,
+                    &self.links,
+                    self.around.settings.sparse,
+                )
+            })
             .collect();
         let ids: Vec<SequenceId> = shares.iter().map(|share| self.running[share.index].id).collect();
         // The plan puts a loading sequence into a batch of its own.
