@@ -62,11 +62,18 @@ impl Quality {
 }
 
 /// Judges `masks` of one head, over row blocks of `rows`, by the queries at every `every`-th row of the chunk, the last among
-/// them. `values` are `[tokens, head_dim]`.
+/// them, and of these by those at positions from `from` on. `values` are `[tokens, head_dim]`.
 ///
 /// # Panics
 /// If there are not as many values as keys, or `rows` or `every` is 0.
-pub fn judge(chunk: &HeadChunk<'_>, values: &[f16], masks: &[HeadMask], rows: usize, every: usize) -> Vec<Quality> {
+pub fn judge(
+    chunk: &HeadChunk<'_>,
+    values: &[f16],
+    masks: &[HeadMask],
+    rows: usize,
+    every: usize,
+    from: usize,
+) -> Vec<Quality> {
     let d = chunk.head_dim();
     assert_eq!(values.len(), chunk.tokens() * d, "judge: as many values as keys");
     assert!(rows > 0 && every > 0, "judge: row blocks and steps of at least one row");
@@ -79,6 +86,9 @@ pub fn judge(chunk: &HeadChunk<'_>, values: &[f16], masks: &[HeadMask], rows: us
     let mut norm = 0.0;
     for row in (first..chunk.rows()).step_by(every) {
         let position = chunk.offset() + row;
+        if position < from {
+            continue;
+        }
         chunk.weights(row, &mut scores, &mut weights);
         dense.fill(0.0);
         add(&mut dense, &weights, &values, 0..position + 1);
@@ -103,10 +113,10 @@ pub fn judge(chunk: &HeadChunk<'_>, values: &[f16], masks: &[HeadMask], rows: us
     let work_dense = work(&HeadMask::Dense, rows, chunk.offset(), chunk.rows());
     let qualities = masks.iter().zip(sums).map(|(mask, sum)| Quality {
         queries: sum.queries,
-        mass: sum.mass / sum.queries as f64,
+        mass: sum.mass / sum.queries.max(1) as f64,
         mass_min: sum.mass_min,
         output_error: if norm > 0.0 { (sum.error / norm).sqrt() } else { 0.0 },
-        density: sum.seen as f64 / sum.pairs as f64,
+        density: sum.seen as f64 / sum.pairs.max(1) as f64,
         work: work(mask, rows, chunk.offset(), chunk.rows()),
         work_dense,
     });

@@ -176,6 +176,8 @@ struct Sections<'a> {
     sums: Vec<Sums>,
     rows: usize,
     tokens: usize,
+    /// Position of the first query that is judged.
+    from: usize,
 }
 
 impl<'a> Sections<'a> {
@@ -199,7 +201,7 @@ impl<'a> Sections<'a> {
         let mut chunks = Vec::new();
         for start in (0..tokens).step_by(options.chunk_tokens) {
             let end = (start + options.chunk_tokens).min(tokens);
-            // In one chunk with what comes before it, as in MInference: it is judged as a whole.
+            // A chunk that begins below is dense, unless all is one chunk, as in MInference.
             if end > from && (start >= from || options.chunk_tokens >= tokens) {
                 chunks.push(HeadChunk::new(
                     &text.q[start * d..end * d],
@@ -226,6 +228,7 @@ impl<'a> Sections<'a> {
             chunks,
             rows: options.rows,
             tokens,
+            from,
         })
     }
 
@@ -259,7 +262,7 @@ impl<'a> Sections<'a> {
         for (section, chunk) in self.chunks.iter().enumerate() {
             let masks: Vec<HeadMask> = masks.iter().map(|masks| masks[section].clone()).collect();
             let values = &text.values[..chunk.tokens() * text.head_dim];
-            let judged = judge(chunk, values, &masks, self.rows, every);
+            let judged = judge(chunk, values, &masks, self.rows, every, self.from);
             for (quality, judged) in qualities.iter_mut().zip(judged) {
                 *quality = quality.join(judged);
             }

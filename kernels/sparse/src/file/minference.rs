@@ -6,14 +6,13 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::{BadPatterns, HEADS_MAX, HeadPatterns};
 use crate::Pattern;
 
-/// Kind, two numbers, and a score or anything else behind them.
-#[derive(Deserialize)]
-struct Head(String, f64, f64, #[serde(default)] Option<serde_json::Value>);
+/// Kind, two numbers, and a score that is not needed.
+type Head = (String, f64, f64, IgnoredAny);
 
 pub(super) fn read(bytes: &[u8], q_heads: usize) -> Result<HeadPatterns, BadPatterns> {
     let stored: Vec<BTreeMap<String, Head>> = serde_json::from_slice(bytes)?;
@@ -31,7 +30,7 @@ pub(super) fn read(bytes: &[u8], q_heads: usize) -> Result<HeadPatterns, BadPatt
                 return Err(BadPatterns::Layers(problem));
             };
             *place = pattern(head).ok_or_else(|| {
-                let Head(kind, a, b, _) = head;
+                let (kind, a, b, _) = head;
                 BadPatterns::Layers(format!(
                     "layer {layer}, head {name}: {kind:?} with {a} and {b} is not known: vertical_and_slash, stream_llm and \
                      block_sparse with whole numbers below 2^24 are"
@@ -43,7 +42,7 @@ pub(super) fn read(bytes: &[u8], q_heads: usize) -> Result<HeadPatterns, BadPatt
     HeadPatterns::new(layers)
 }
 
-fn pattern(Head(kind, a, b, _): &Head) -> Option<Pattern> {
+fn pattern((kind, a, b, _): &Head) -> Option<Pattern> {
     let whole =
         |number: f64| (number >= 0.0 && number < 16_777_216.0 && number.fract() == 0.0).then_some(number as u32);
     let (a, b) = (whole(*a)?, whole(*b)?);

@@ -8,18 +8,16 @@ use crate::{HeadChunk, HeadMask, TILE};
 pub(super) fn plan(chunk: &HeadChunk<'_>, rows: usize, blocks: usize) -> HeadMask {
     let keys = pool_keys(chunk);
     let (mut scores, mut chosen) = (Vec::new(), Vec::new());
-    let lists = pool_queries(chunk, rows)
-        .chunks_exact(chunk.head_dim())
-        .enumerate()
-        .map(|(block, q)| {
-            // The softmax keeps the order, so the best scores are the best weights.
-            let before = candidates(chunk, rows, block);
-            score(chunk, q, &keys[..before * chunk.head_dim()], &mut scores);
-            // Those on the diagonal come on top and count among the wanted.
-            let diagonal = (chunk.offset() + (block + 1) * rows).div_ceil(TILE) - before;
-            top_k(&scores, blocks.saturating_sub(diagonal), &mut chosen);
-            chosen.clone()
-        });
+    let pooled = pool_queries(chunk, rows);
+    let lists = pooled.chunks_exact(chunk.head_dim()).enumerate().map(|(block, q)| {
+        // The softmax keeps the order, so the best scores are the best weights.
+        let before = candidates(chunk, rows, block);
+        score(chunk, q, &keys[..before * chunk.head_dim()], &mut scores);
+        // Those on the diagonal come on top and count among the wanted.
+        let diagonal = (chunk.offset() + (block + 1) * rows).div_ceil(TILE) - before;
+        top_k(&scores, blocks.saturating_sub(diagonal), &mut chosen);
+        chosen.clone()
+    });
     HeadMask::block_sparse(rows, chunk.offset(), &lists.collect::<Vec<_>>())
 }
 

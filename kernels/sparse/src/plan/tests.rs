@@ -124,7 +124,7 @@ fn looking_pays() {
     let chunk = HeadChunk::new(&q, &keys, D, SCALE).expect("a chunk");
     let judged = |patterns: &[Pattern]| {
         let masks: Vec<_> = patterns.iter().map(|pattern| pattern.plan(&chunk, 64)).collect();
-        judge(&chunk, &values, &masks, 64, 7)
+        judge(&chunk, &values, &masks, 64, 7, 0)
     };
     let all = judged(&patterns());
     assert!(

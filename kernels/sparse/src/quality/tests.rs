@@ -17,7 +17,7 @@ fn qualities_are_those_of_plain_attention() {
         Pattern::BlockSparse { blocks: 2 },
     ];
     let heads: Vec<_> = patterns.iter().map(|pattern| pattern.plan(&chunk, 64)).collect();
-    let found = judge(&chunk, &values, &heads, 64, 9);
+    let found = judge(&chunk, &values, &heads, 64, 9, 0);
     let mask = Mask::new(64, heads).expect("sound");
     let row_of = |rows: &'_ [half::f16], key: usize| rows[key * D..][..D].to_vec();
     for (head, quality) in found.iter().enumerate() {
