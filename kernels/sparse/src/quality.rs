@@ -28,30 +28,25 @@ impl Quality {
     /// Both as one: means weighted by queries, work added.
     #[must_use]
     pub fn join(self, other: Self) -> Self {
+        let (work, work_dense) = (self.work + other.work, self.work_dense + other.work_dense);
         let queries = self.queries + other.queries;
-        if queries == 0 {
+        if self.queries == 0 || other.queries == 0 {
+            let one = if self.queries == 0 { other } else { self };
             return Self {
-                work: self.work + other.work,
-                work_dense: self.work_dense + other.work_dense,
-                ..self
+                work,
+                work_dense,
+                ..one
             };
         }
         let mean = |a: f64, b: f64| (a * self.queries as f64 + b * other.queries as f64) / queries as f64;
-        let least = |quality: &Self| {
-            if quality.queries == 0 {
-                f64::INFINITY
-            } else {
-                quality.mass_min
-            }
-        };
         Self {
             queries,
             mass: mean(self.mass, other.mass),
-            mass_min: least(&self).min(least(&other)),
+            mass_min: self.mass_min.min(other.mass_min),
             output_error: mean(self.output_error.powi(2), other.output_error.powi(2)).sqrt(),
             density: mean(self.density, other.density),
-            work: self.work + other.work,
-            work_dense: self.work_dense + other.work_dense,
+            work,
+            work_dense,
         }
     }
 

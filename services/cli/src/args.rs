@@ -177,7 +177,7 @@ pub(crate) struct SearchHeadsArgs {
     pub(crate) criterion: Option<SearchCriterion>,
     /// Cost of every candidate: that of the A-shape with so many first and local keys; if not given 1024,4096 scaled down to
     /// the text from 32,768 tokens
-    #[arg(long, value_name = "INITIAL,LOCAL", num_args = 2, value_delimiter = ',')]
+    #[arg(long, value_name = "INITIAL,LOCAL", value_delimiter = ',')]
     pub(crate) budget: Vec<u32>,
     /// Query rows of the kernel's tile for which cost is counted: 64 on the CPU, 128 on a GPU
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -203,8 +203,6 @@ pub(crate) struct SearchHeadsArgs {
 pub(crate) enum BenchCommand {
     /// The model on a GPU: speed, what pushing costs, and its greedy tokens beside the CPU's
     Gpu(GpuArgs),
-    /// Sparse prefill beside dense on a real text: mass kept, density, difference of outputs, likelihood, speed
-    Sparse(SparseArgs),
     /// Prefill and decode speed beside llama.cpp's, same model file, same threads
     Engine(EngineArgs),
     /// A store under load: throughput, latency percentiles, processor time per byte
@@ -248,37 +246,6 @@ pub(crate) struct GpuArgs {
     /// Text to run, UTF-8; the reference topics of python3 if none is named
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub(crate) text: Vec<PathBuf>,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct SparseArgs {
-    /// Files of patterns, of `kvasir search-heads` or MInference's
-    pub(crate) files: Vec<PathBuf>,
-    /// One pattern for all heads, as in a-shape:256,1024, vertical-slash:100,800, block-sparse:20, flex-prefill:0.9,0.1,
-    /// x-attention:8,0.9 or dense; may be repeated
-    #[arg(long, value_name = "KIND:PARAMETERS")]
-    pub(crate) pattern: Vec<kvasir_sparse::Pattern>,
-    /// Text to run, UTF-8; the reference topics of python3 if none is named
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    pub(crate) text: Vec<PathBuf>,
-    /// Tokens from the beginning of the text; the model's context if not given
-    #[arg(long, value_name = "N")]
-    pub(crate) tokens: Option<usize>,
-    /// Tokens of a block, which is what is planned for
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub(crate) block_tokens: u16,
-    /// For --pattern: queries before this position attend densely
-    #[arg(long, value_name = "N", default_value_t = kvasir_sparse::DENSE_UP_TO)]
-    pub(crate) dense_up_to: usize,
-    /// Judge masks by each N-th query; 0 leaves that out
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    pub(crate) every: usize,
-    /// Print the result as one JSON object on standard output
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// Threads; 0 takes one per core
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) threads: usize,
 }
 
 #[derive(Debug, clap::Args)]

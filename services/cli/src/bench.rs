@@ -3,6 +3,5 @@
 pub(crate) mod dump;
 pub(crate) mod engine;
 pub(crate) mod gpu;
-pub(crate) mod sparse;
 pub(crate) mod store;
 pub(crate) mod trace;

@@ -77,7 +77,6 @@ fn run(args: Args) -> Result<()> {
             BenchCommand::Engine(options) => bench::engine::run(&configuration, &options),
             BenchCommand::Store(options) => runtime()?.block_on(bench::store::run(&options, &args.config)),
             BenchCommand::Trace(options) => runtime()?.block_on(bench::trace::run(&options, &args.config)),
-            BenchCommand::Sparse(options) => bench::sparse::run(&configuration, &options),
             BenchCommand::Dump(options) => bench::dump::dump(&configuration, &options),
         },
         Command::Calibrate(options) => calibrate::run(&configuration, &options),

@@ -40,6 +40,10 @@ pub(crate) fn run(configuration: &Configuration, args: &SearchHeadsArgs) -> Resu
          (--tokens)",
         args.dense_up_to
     );
+    ensure!(
+        matches!(args.budget[..], [] | [1.., 1..]),
+        "--budget takes two numbers above 0, as in --budget 1024,4096"
+    );
     let options = options(configuration, args, count);
     // Before the work, not after it: a place that cannot be written to is found out now.
     let out = args.out.clone().unwrap_or_else(|| beside(&file));
@@ -218,7 +222,7 @@ impl CaptureSink for Search {
 }
 
 /// All heads of a captured layer; keys and values once per KV head.
-pub(crate) struct HeadTexts<'a> {
+struct HeadTexts<'a> {
     shape: &'a ModelShape,
     q: &'a [f32],
     keys: Vec<Vec<f16>>,
@@ -226,7 +230,7 @@ pub(crate) struct HeadTexts<'a> {
 }
 
 impl<'a> HeadTexts<'a> {
-    pub(crate) fn new(layer: &CapturedLayer<'a>, shape: &'a ModelShape) -> Self {
+    fn new(layer: &CapturedLayer<'a>, shape: &'a ModelShape) -> Self {
         let gather = |of: &dyn Fn(usize, &mut Vec<f16>)| {
             (0..shape.kv_heads)
                 .map(|head| {
@@ -245,7 +249,7 @@ impl<'a> HeadTexts<'a> {
         }
     }
 
-    pub(crate) fn with<T>(&self, head: usize, act: impl FnOnce(&HeadText<'_>) -> T) -> T {
+    fn with<T>(&self, head: usize, act: impl FnOnce(&HeadText<'_>) -> T) -> T {
         let d = self.shape.head_dim;
         let rows = self.q.chunks_exact(self.shape.q_heads * d);
         let q: Vec<f32> = rows.flat_map(|row| &row[head * d..][..d]).copied().collect();

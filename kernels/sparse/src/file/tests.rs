@@ -43,7 +43,7 @@ fn what_is_written_is_read() {
 fn minference_files_are_read() {
     // Two layers in the form of minference/configs/*.json; a head is missing.
     let text = br#"[{"0": ["vertical_and_slash", 30, 800, 336379.4], "1": ["stream_llm", 100, 800, 12.5], "2": ["block_sparse", 50, 0, 1.0]},
-                    {"1": ["vertical_and_slash", 3500, 10, 0.5], "2": ["vertical_and_slash", 10, 50]}]"#;
+                    {"1": ["vertical_and_slash", 3500, 10, 0.5], "2": ["vertical_and_slash", 10, 50, 2.5]}]"#;
     let patterns = HeadPatterns::read(text, 3).expect("theirs");
     let layers = [
         vec![
@@ -104,7 +104,10 @@ fn errors_say_where() {
             ours("[[{\"kind\": \"flex-prefill\", \"gamma\": 0.9, \"tau\": -1}]]"),
             "tau is -1",
         ),
-        (ours("[[{\"kind\": \"dense\", \"local\": 1}]]"), "neither a file of"),
+        (
+            ours("[[{\"kind\": \"block-sparse\", \"blocks\": 1, \"block\": 1}]]"),
+            "neither a file of",
+        ),
     ];
     for (text, expected) in table {
         let error = HeadPatterns::read(text.as_bytes(), 3).expect_err(&text).to_string();

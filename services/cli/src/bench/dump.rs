@@ -236,7 +236,7 @@ impl Raw {
 }
 
 /// `-ln` of the probability that `logits` give to token `next`.
-pub(super) fn loss(logits: &[f32], next: usize) -> f64 {
+fn loss(logits: &[f32], next: usize) -> f64 {
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|logit| f64::from(logit - most).exp()).sum();
     sum.ln() - f64::from(logits[next] - most)
