@@ -185,7 +185,7 @@ fn what_a_mask_leaves_out_is_left_out() {
         };
         let found = run(&mut sparse(pattern, 2), &tokens, |_| Attention::Sparse, || 320);
         let (close, far) = (apart(&found, &masked), apart(&full, &masked));
-        assert!(close < 0.05 && far > 4.0 * close, "{pattern:?}: {close} beside {far}");
+        assert!(close < 0.2 && far > 20.0 * close, "{pattern:?}: {close} beside {far}");
     }
 }
 
