@@ -3,9 +3,10 @@
 //! A pattern is one for all heads (`a-shape:256,1024`), a file of patterns, or `search:paper` and `search:wide`, which search each
 //! head's on the last TOKENS of the text. Judged is on the first TOKENS, in two views. *Masks*: on the queries, keys and values of a
 //! dense forward, how much softmax mass the masks keep, how far the attention outputs are off, how dense they are. *Forward*:
-//! the text through the model under the patterns, its negative log-likelihood beside that of the dense forward.
+//! the text through the model under the patterns, its negative log-likelihood beside that of the dense forward, and the processor
+//! time of each block, logits of all its tokens included, from which it is seen where sparsity begins to pay.
 
-use std::{path::Path, thread, time::Instant};
+use std::{path::Path, thread};
 
 use half::f16;
 use kvasir_model::{
@@ -66,28 +67,28 @@ fn main() -> Result<()> {
         sets.push((name, patterns));
     }
     let tokens = &all[..count];
-    let (dense, rate) = forward(load()?, Attention::Full, block_tokens, tokens)?;
+    let (dense, seconds) = forward(load()?, Attention::Full, block_tokens, tokens)?;
     let from = dense_up_to.next_multiple_of(usize::from(block_tokens));
     say(format!(
-        "dense: NLL {:.4} behind {from}, {rate:.0} tokens/s",
+        "dense: NLL {:.4} behind {from}; processor seconds by block {seconds:.2?}",
         mean(&dense[from..])
     ));
     let masks = judge(&mut load()?, tokens, &sets, options)?;
     say(format!(
-        "{:<24} {:>7} {:>7} {:>7} {:>7} {:>7}  {:>8} {:>7} {:>7}  {:>8}",
-        "patterns", "mass", "least", "error", "density", "work", "NLL +", "moved", "most", "tokens/s"
+        "{:<24} {:>7} {:>7} {:>7} {:>7} {:>7}  {:>8} {:>7} {:>7}  {}",
+        "patterns", "mass", "least", "error", "density", "work", "NLL +", "moved", "most", "processor seconds by block"
     ));
     for ((name, patterns), masks) in sets.into_iter().zip(masks) {
         let sparse = SparsePrefill::new(patterns, &file, block_tokens)?;
         let model = load()?.with_sparse_prefill(sparse)?;
-        let (losses, rate) = forward(model, Attention::Sparse, block_tokens, tokens)?;
+        let (losses, seconds) = forward(model, Attention::Sparse, block_tokens, tokens)?;
         let moved: Vec<f64> = losses[from..]
             .iter()
             .zip(&dense[from..])
             .map(|(a, b)| (a - b).abs())
             .collect();
         say(format!(
-            "{name:<24} {:>7.4} {:>7.4} {:>7.4} {:>7.4} {:>7.4}  {:>+8.4} {:>7.4} {:>7.3}  {rate:>8.0}",
+            "{name:<24} {:>7.4} {:>7.4} {:>7.4} {:>7.4} {:>7.4}  {:>+8.4} {:>7.4} {:>7.3}  {seconds:.2?}",
             masks.mass,
             masks.mass_min,
             masks.output_error,
@@ -101,14 +102,14 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The text through the model block by block: the loss of each prediction, and tokens per second.
-fn forward(mut model: Model, attention: Attention, block_tokens: u16, tokens: &[u32]) -> Result<(Vec<f64>, f64)> {
+/// The text through the model block by block: the loss of each prediction, and processor seconds of each block.
+fn forward(mut model: Model, attention: Attention, block_tokens: u16, tokens: &[u32]) -> Result<(Vec<f64>, Vec<f64>)> {
     let block_tokens = usize::from(block_tokens);
     let blocks = tokens.len().div_ceil(block_tokens);
     let mut pool = model.pool(blocks)?;
     let pages: Vec<Option<PageId>> = (0..blocks as u32).map(|page| Some(PageId(page))).collect();
     let vocab = model.shape().vocab;
-    let (mut losses, mut seconds) = (Vec::with_capacity(tokens.len()), 0.0);
+    let (mut losses, mut seconds) = (Vec::with_capacity(tokens.len()), Vec::new());
     for (block, part) in tokens.chunks(block_tokens).enumerate() {
         let position = block * block_tokens;
         let sequence = StepSequence {
@@ -118,16 +119,33 @@ fn forward(mut model: Model, attention: Attention, block_tokens: u16, tokens: &[
             attention: attention.clone(),
             logits: Logits::All,
         };
-        let begun = Instant::now();
+        let begun = processor_seconds()?;
         let output = model.step(&[sequence], &mut pool, &mut ())?;
-        seconds += begun.elapsed().as_secs_f64();
+        seconds.push(processor_seconds()? - begun);
         for (logits, next) in output.rows[0].chunks_exact(vocab).zip(&tokens[position + 1..]) {
             let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let sum: f64 = logits.iter().map(|logit| f64::from(logit - most).exp()).sum();
             losses.push(sum.ln() - f64::from(logits[*next as usize] - most));
         }
     }
-    Ok((losses, tokens.len() as f64 / seconds))
+    Ok((losses, seconds))
+}
+
+/// Time that the processors have given to this process so far, all threads together: what a busy machine does not change much.
+fn processor_seconds() -> Result<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // Behind the name, which may hold spaces: user and system time are the 12th and 13th, in hundredths.
+    let fields = stat
+        .rsplit_once(')')
+        .ok_or("/proc/self/stat has no name")?
+        .1
+        .split_whitespace();
+    let ticks: Vec<f64> = fields
+        .skip(11)
+        .take(2)
+        .map(str::parse)
+        .collect::<std::result::Result<_, _>>()?;
+    Ok(ticks.iter().sum::<f64>() / 100.0)
 }
 
 /// The best pattern of each head on a text.
