@@ -84,11 +84,11 @@ pub(crate) fn run(configuration: &Configuration, args: &SearchHeadsArgs) -> Resu
     sink.bar.doing("the text goes through the model");
     let captured = capture(&mut model, corpus.tokens(range), &whole, &mut sink);
     sink.bar.finish();
-    if let Some(error) = sink.failed {
+    // What the sink gave up for says more than that it did.
+    if let Some(error) = sink.failed.take().or(captured.err().map(Into::into)) {
         let _gone_already = std::fs::remove_file(&partial);
         return Err(error);
     }
-    captured?;
     show(&sink.found, &options);
     let patterns = patterns(&file, &sink.found, args, &options, &corpus.source, count)?;
     std::fs::write(&partial, patterns.write()?)
