@@ -46,7 +46,7 @@ pub(crate) struct Blocks {
 impl Blocks {
     /// Whether `tokens` tokens from position `computed` on hold a whole sparse block.
     pub(crate) fn any(self, computed: usize, tokens: usize) -> bool {
-        self.whole_end(computed, tokens) > self.from
+        self.whole_end(computed, tokens) > self.from.max(computed)
     }
 
     /// The block from which on names would be wrong once these tokens are computed: the first that is sparse by its name and
