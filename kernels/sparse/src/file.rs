@@ -19,8 +19,8 @@ pub const PLANNERS: &str = "kvasir-sparse/1";
 /// Most bytes of a file; one of a 405B model has 2 MB.
 pub const FILE_BYTES_MAX: usize = 16 << 20;
 
-/// Prompts of up to this many tokens are attended densely unless a file says otherwise: `kernels/sparse/README.md` has the
-/// measurement.
+/// Prompts of up to this many tokens are attended densely unless a file says otherwise. Chosen by counting, not by the clock: the
+/// README says how.
 pub const DENSE_UP_TO: usize = 2048;
 
 /// The pattern of each query head of a model.
