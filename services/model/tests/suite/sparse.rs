@@ -175,8 +175,9 @@ fn what_a_mask_leaves_out_is_left_out() {
         let attention = |position: usize| {
             // As kvasir-sparse defines it: from the end of the block, whole tiles over `local` and a block's rows.
             let reach = (local + BLOCK).next_multiple_of(BLOCK);
-            let near = (position + BLOCK).saturating_sub(reach).max(initial)..position + BLOCK;
-            Attention::Local(vec![0..initial.min(near.end), near])
+            let end = position + BLOCK;
+            let near = end.saturating_sub(reach).max(initial).min(end)..end;
+            Attention::Local(vec![0..initial.min(end), near])
         };
         let masked = run(&mut dense(2), &tokens, attention, || BLOCK);
         let pattern = Pattern::AShape {
