@@ -59,6 +59,8 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Learns from text where a model's queries look, and writes the basis that its keys are sketched in
     Calibrate(CalibrateArgs),
+    /// Searches the sparse pattern of each head for prefill, as MInference does, and writes the file for worker.sparse_prefill
+    SearchHeads(SearchHeadsArgs),
     /// The GPU's kernels
     Kernels {
         #[command(subcommand)]
@@ -132,6 +134,64 @@ pub(crate) struct CalibrateArgs {
     #[arg(long, value_name = "N", default_value_t = Basis::RANK as u16, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) rank: u16,
     /// The file to write; beside the model, with .basis behind its name, if not given
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Threads; 0 takes one per core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+}
+
+/// Which candidates a search tries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SearchSpace {
+    /// MInference's paper: A-shape, Vertical-Slash, Block-Sparse, all at one cost
+    Paper,
+    /// These, FlexPrefill and XAttention, all at one cost on the text
+    Wide,
+    /// MInference's released code: its fixed candidates, whose winners become Vertical-Slash
+    Released,
+}
+
+/// What candidates are judged by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SearchCriterion {
+    /// Least difference of the attention output, as in the paper
+    OutputError,
+    /// Most softmax mass kept, as in the released code
+    KeptMass,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SearchHeadsArgs {
+    /// Text to search on, UTF-8; the reference topics of python3 if none is named
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) text: Vec<PathBuf>,
+    /// Tokens from the middle of the text; the model's context if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) tokens: Option<usize>,
+    /// What is tried
+    #[arg(long, value_enum, default_value_t = SearchSpace::Paper)]
+    pub(crate) space: SearchSpace,
+    /// What it is judged by; output-error unless the space is `released`
+    #[arg(long, value_enum)]
+    pub(crate) criterion: Option<SearchCriterion>,
+    /// Cost of every candidate: that of the A-shape with so many first and local keys; if not given 1024,4096 scaled down to
+    /// the text from 32,768 tokens
+    #[arg(long, value_name = "INITIAL,LOCAL", value_delimiter = ',')]
+    pub(crate) budget: Vec<u32>,
+    /// Query rows of the kernel's tile for which cost is counted: 64 on the CPU, 128 on a GPU
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) tile_rows: u16,
+    /// Queries that are planned for together; worker.block_tokens if not given, which is what a worker does
+    #[arg(long, value_name = "N")]
+    pub(crate) chunk_tokens: Option<usize>,
+    /// Queries before this position attend densely, and are not judged
+    #[arg(long, value_name = "N", default_value_t = kvasir_sparse::DENSE_UP_TO)]
+    pub(crate) dense_up_to: usize,
+    /// Judge by each N-th query
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) every: u16,
+    /// The file to write; beside the model, with .heads.json behind its name, if not given
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
     /// Threads; 0 takes one per core

@@ -20,6 +20,7 @@ mod output;
 #[cfg(feature = "planted-bugs")]
 mod planted;
 mod ready;
+mod search_heads;
 mod token_bar;
 mod tree;
 mod up;
@@ -82,6 +83,7 @@ fn run(args: Args) -> Result<()> {
             BenchCommand::Dump(options) => bench::dump::dump(&configuration, &options),
         },
         Command::Calibrate(options) => calibrate::run(&configuration, &options),
+        Command::SearchHeads(options) => search_heads::run(&configuration, &options),
         Command::Demo(options) => runtime()?.block_on(demo::run(&configuration, &args.config, &options)),
         Command::Up(options) => up::serve(up::Which::All, configuration, &options),
         Command::Store(options) => up::serve(up::Which::Store, configuration, &options),

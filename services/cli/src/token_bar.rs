@@ -1,4 +1,4 @@
-//! Progress through the tokens of a long forward: a bar for a person, a line now and then where no terminal is.
+//! Progress through the tokens of a long forward, or through other things: a bar for a person, a line now and then where no terminal is.
 
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 
 pub(crate) struct TokenBar {
     bar: ProgressBar,
+    unit: &'static str,
     total: usize,
     done: usize,
     begun: Instant,
@@ -19,13 +20,20 @@ pub(crate) struct TokenBar {
 
 impl TokenBar {
     pub(crate) fn new(total: usize) -> Self {
+        Self::of(total, "tokens")
+    }
+
+    /// Of something else than tokens.
+    pub(crate) fn of(total: usize, unit: &'static str) -> Self {
         let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
-        let template = "{spinner} [{elapsed_precise}, {eta} left] {wide_bar} {pos}/{len} tokens {msg}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
+        let template =
+            format!("{{spinner}} [{{elapsed_precise}}, {{eta}} left] {{wide_bar}} {{pos}}/{{len}} {unit} {{msg}}");
+        if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style);
         }
         Self {
             bar,
+            unit,
             total,
             done: 0,
             begun: Instant::now(),
@@ -37,7 +45,7 @@ impl TokenBar {
     pub(crate) fn doing(&self, what: &str) {
         self.bar.set_message(what.to_owned());
         if self.bar.is_hidden() {
-            say(format_args!("{}/{} tokens: {what}", self.done, self.total));
+            say(format_args!("{}/{} {}: {what}", self.done, self.total, self.unit));
         }
     }
 
@@ -48,8 +56,8 @@ impl TokenBar {
             self.last_line = Instant::now();
             let rate = self.done as f64 / self.begun.elapsed().as_secs_f64();
             say(format_args!(
-                "{}/{} tokens, {rate:.0} per second",
-                self.done, self.total
+                "{}/{} {}, {rate:.1} per second",
+                self.done, self.total, self.unit
             ));
         }
     }

@@ -60,6 +60,9 @@ pub enum LoadError {
     /// The model was to be computed on a GPU, which cannot be.
     #[error("the GPU cannot be used: {0}")]
     Gpu(String),
+    /// Patterns of sparse prefill that do not fit the model, its blocks or its device.
+    #[error("sparse prefill: {0}")]
+    Sparse(String),
     /// An option of [`crate::LoadOptions`] that cannot be.
     #[error("load option {option} is {found}: {expected}")]
     Option {

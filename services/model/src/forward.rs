@@ -8,6 +8,7 @@
 mod attention;
 mod batch;
 mod rows;
+mod sparse;
 mod watch;
 
 use kvasir_block::KvSchema;
@@ -15,7 +16,7 @@ use kvasir_simd::{Activations, Partial, Pool, RopeTable, add_assign, matmul, rms
 
 use self::{attention::AttentionScratch, rows::for_rows, watch::WatchScratch};
 use crate::{
-    LoadError, ModelFile, ModelShape, PageId, PagePool,
+    LoadError, ModelFile, ModelShape, PageId, PagePool, SparsePrefill,
     weights::{Columns, LayerWeights, ModelWeights},
 };
 
@@ -142,6 +143,7 @@ pub(crate) struct CpuModel {
     weights: ModelWeights,
     rope: RopeTable,
     threads: Pool,
+    sparse: Option<SparsePrefill>,
     scratch: Scratch,
 }
 
@@ -192,11 +194,18 @@ impl CpuModel {
         Ok(Self {
             rope: RopeTable::new(shape.context_tokens_max, shape.rope_dims, shape.rope_theta),
             threads: Pool::new(options.threads),
+            sparse: None,
             scratch: Scratch::default(),
             shape,
             schema,
             weights,
         })
+    }
+
+    /// Makes [`Attention::Sparse`] possible, and names the KV accordingly.
+    pub(crate) fn set_sparse_prefill(&mut self, sparse: SparsePrefill) {
+        self.schema = sparse.schema(self.schema.clone());
+        self.sparse = Some(sparse);
     }
 
     pub(crate) fn shape(&self) -> &ModelShape {
@@ -217,7 +226,9 @@ impl CpuModel {
         pool: &mut PagePool,
         hooks: &mut dyn StepHooks,
     ) -> Result<StepOutput, StepError> {
-        let plan = Plan::new(batch, pool, &self.shape, &self.schema, self.threads.threads())?;
+        let sparse_from = self.sparse.as_ref().map(SparsePrefill::from);
+        let threads = self.threads.threads();
+        let plan = Plan::with_sparse(batch, pool, &self.shape, &self.schema, threads, sparse_from)?;
         let vocab = self.shape.vocab;
         if plan.tokens == 0 {
             return Ok(StepOutput {

@@ -3,8 +3,8 @@
 use kvasir_block::KvSchema;
 
 use crate::{
-    GpuDevice, LoadError, LoadOptions, MadeUp, ModelFile, ModelShape, PagePool, PoolError, StepError, StepHooks,
-    StepOutput, StepSequence, forward::CpuModel, gpu::GpuModel,
+    GpuDevice, LoadError, LoadOptions, MadeUp, ModelFile, ModelShape, PagePool, PoolError, SparsePrefill, StepError,
+    StepHooks, StepOutput, StepSequence, forward::CpuModel, gpu::GpuModel,
 };
 
 /// What computes a forward.
@@ -78,6 +78,21 @@ impl Model {
             gpu,
             block_tokens,
         )?))))
+    }
+
+    /// The model with [`crate::Attention::Sparse`] under the given patterns; its schema changes with them.
+    ///
+    /// # Errors
+    /// [`LoadError::Sparse`] on a GPU, which cannot do that yet.
+    pub fn with_sparse_prefill(mut self, sparse: SparsePrefill) -> Result<Self, LoadError> {
+        match &mut self.0 {
+            Backend::Cpu(model) => model.set_sparse_prefill(sparse),
+            Backend::Gpu(_) => {
+                let problem = "the GPU's forward attends densely: leave worker.sparse_prefill empty there";
+                return Err(LoadError::Sparse(problem.to_owned()));
+            }
+        }
+        Ok(self)
     }
 
     /// Sizes and constants of the forward.

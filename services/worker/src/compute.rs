@@ -33,6 +33,7 @@ use crate::{
     request::Request,
     retrieval::{Experience, Link, LinkShape},
     sequence::{Phase, Sequence},
+    sparse::Blocks,
     store_session::StoreSession,
 };
 
@@ -123,6 +124,8 @@ pub(crate) struct Settings {
     pub(crate) lease: Duration,
     pub(crate) hint_from_layer: usize,
     pub(crate) row_cache_bytes: usize,
+    /// Which blocks are computed sparsely, where any are.
+    pub(crate) sparse: Option<Blocks>,
 }
 
 /// What the compute thread shares with the rest of the worker.

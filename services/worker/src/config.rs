@@ -5,7 +5,7 @@ mod device;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use kvasir_block::Tenant;
@@ -67,6 +67,10 @@ pub struct WorkerConfig {
     /// Basis of the sketches that the store makes of this model's keys, a file of `kvasir calibrate`; empty takes the one
     /// beside the model file (`.basis` behind its name), else the one that comes with the program, else none.
     pub basis: PathBuf,
+    /// Patterns by which prompts are attended sparsely, a file of `kvasir search-heads` or one of MInference's; `off` attends
+    /// to everything. On the CPU only; takes effect on whole blocks, and pays with blocks of 256 tokens and more. KV made with
+    /// it has another namespace than KV made without it, or with other patterns.
+    pub sparse_prefill: PathBuf,
     /// How long stopping waits for running requests, and then again for the offload queue.
     pub drain_grace: HumanDuration,
     /// What a request's attention is when it does not say.
@@ -96,6 +100,7 @@ impl Default for WorkerConfig {
             retrieval_timeout: HumanDuration::millis(500),
             lease: HumanDuration::secs(30),
             basis: PathBuf::new(),
+            sparse_prefill: PathBuf::from("off"),
             drain_grace: HumanDuration::secs(10),
             attention: AttentionConfig::default(),
         }
@@ -181,7 +186,28 @@ impl WorkerConfig {
             );
             return Err(InvalidConfig::new("worker.step_tokens_max", problem));
         }
+        if self.sparse_prefill_file().is_some() {
+            if self.device == DeviceKind::Gpu {
+                let problem = "works on the CPU only: write \"off\", or set worker.device = \"cpu\"";
+                return Err(InvalidConfig::new("worker.sparse_prefill", problem));
+            }
+            let least = usize::from(self.block_tokens) + self.sequences_max;
+            if self.step_tokens_max < least {
+                let problem = format!(
+                    "{} is less than worker.block_tokens + worker.sequences_max = {least}: with worker.sparse_prefill a step \
+                     must have room for a whole block beside every sequence",
+                    self.step_tokens_max
+                );
+                return Err(InvalidConfig::new("worker.step_tokens_max", problem));
+            }
+        }
         self.attention.validate("worker.attention")
+    }
+
+    /// The file of patterns, where prompts are to be attended sparsely.
+    pub(crate) fn sparse_prefill_file(&self) -> Option<&Path> {
+        let path = self.sparse_prefill.as_path();
+        (path != Path::new("off") && path != Path::new("")).then_some(path)
     }
 
     /// Threads to start.
@@ -226,6 +252,20 @@ mod tests {
             (with(|c| c.attention.k = 0), "worker.attention.k"),
             (with(|c| c.attention.effort = 1.5), "worker.attention.effort"),
             (with(|c| c.attention.effort = f32::NAN), "worker.attention.effort"),
+            (
+                with(|c| {
+                    c.sparse_prefill = "heads.json".into();
+                    c.block_tokens = 256;
+                }),
+                "worker.step_tokens_max",
+            ),
+            (
+                with(|c| {
+                    c.sparse_prefill = "heads.json".into();
+                    c.device = DeviceKind::Gpu;
+                }),
+                "worker.sparse_prefill",
+            ),
             (
                 // Without a certificate there is no bound to compare with.
                 with(|c| c.attention.missed_mass_max = 0.1),

@@ -42,6 +42,7 @@ mod request;
 mod retrieval;
 mod scheduler;
 mod sequence;
+mod sparse;
 mod store_session;
 mod text;
 mod worker;

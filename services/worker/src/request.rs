@@ -66,6 +66,8 @@ pub(crate) struct Request {
     pub(crate) attention: Attention,
     pub(crate) cache_salt: String,
     pub(crate) no_cache: bool,
+    /// Whether all of the prompt is to attend densely, where the worker would not: who asks for `full` by name gets it.
+    pub(crate) dense_prefill: bool,
     /// Empty, or one token for each of `max_tokens`.
     pub(crate) forced: Vec<u32>,
     pub(crate) ignore_eos: bool,
@@ -130,6 +132,7 @@ impl Request {
             );
             return refuse("attention.mode", problem);
         }
+        let dense_prefill = asked.attention.mode == Some(AttentionMode::Full);
         let mut forced = asked.forced;
         forced.truncate(max_tokens);
         Ok(Self {
@@ -141,6 +144,7 @@ impl Request {
             attention,
             cache_salt: asked.cache_salt,
             no_cache: asked.no_cache,
+            dense_prefill,
             forced,
             ignore_eos: asked.ignore_eos,
         })

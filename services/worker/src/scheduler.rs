@@ -14,6 +14,20 @@ pub(crate) struct Candidate {
     pub(crate) stage: Stage,
     /// Tokens whose KV is not computed yet; at least 1.
     pub(crate) remaining: usize,
+    /// All of what remains, or a multiple of this many tokens, is computed in one step: at most `tokens_max` less the number
+    /// of candidates, and 1 where it does not matter.
+    pub(crate) grain: usize,
+}
+
+impl Candidate {
+    /// The most of `tokens` that may be computed.
+    fn within(&self, tokens: usize) -> usize {
+        if tokens >= self.remaining {
+            self.remaining
+        } else {
+            tokens / self.grain * self.grain
+        }
+    }
 }
 
 /// Whether a sequence can take part.
@@ -50,13 +64,15 @@ pub(crate) fn plan(candidates: &[Candidate], tokens_max: usize) -> Vec<Share> {
         .collect();
     let mut granted = vec![0; prompts.len()];
     for (slot, index) in prompts.iter().enumerate() {
-        granted[slot] = candidates[*index].remaining.min(left.div_ceil(2));
+        // A grain, where half is less: else the oldest could wait for ever.
+        let half = left.div_ceil(2).max(candidates[*index].grain.min(left));
+        granted[slot] = candidates[*index].within(half);
         left -= granted[slot];
     }
     for (slot, index) in prompts.iter().enumerate() {
-        let more = (candidates[*index].remaining - granted[slot]).min(left);
-        granted[slot] += more;
-        left -= more;
+        let all = candidates[*index].within(granted[slot] + left);
+        left -= all - granted[slot];
+        granted[slot] = all;
     }
     for (index, tokens) in prompts.into_iter().zip(granted).filter(|(_, tokens)| *tokens > 0) {
         shares.push(Share { index, tokens });
@@ -67,7 +83,7 @@ pub(crate) fn plan(candidates: &[Candidate], tokens_max: usize) -> Vec<Share> {
             .position(|candidate| candidate.stage == Stage::Arriving);
         shares.extend(arriving.map(|index| Share {
             index,
-            tokens: candidates[index].remaining.min(tokens_max),
+            tokens: candidates[index].within(tokens_max),
         }));
     }
     shares
@@ -77,15 +93,18 @@ pub(crate) fn plan(candidates: &[Candidate], tokens_max: usize) -> Vec<Share> {
 mod tests {
     use super::*;
 
-    /// `r5` is ready with 5 tokens left, `a5` arriving, `w5` waiting; the plan reads `index:tokens`.
+    /// `r5` is ready with 5 tokens left, `a5` arriving, `w5` waiting; `r5/4` in grains of 4. The plan reads `index:tokens`.
     fn check(candidates: &str, tokens_max: usize, expected: &str) {
         let parse = |word: &str| Candidate {
+            grain: word
+                .split_once('/')
+                .map_or(1, |(_, grain)| grain.parse().expect("a number")),
             stage: match &word[..1] {
                 "r" => Stage::Ready,
                 "a" => Stage::Arriving,
                 _ => Stage::Waiting,
             },
-            remaining: word[1..].parse().expect("a number"),
+            remaining: word[1..].split('/').next().expect("a part").parse().expect("a number"),
         };
         let list: Vec<Candidate> = candidates.split_whitespace().map(parse).collect();
         let shares = plan(&list, tokens_max);
@@ -111,6 +130,21 @@ mod tests {
     }
 
     #[test]
+    fn grains_are_whole_or_the_rest() {
+        check("r100/4", 10, "0:8");
+        check("r10/4", 10, "0:10");
+        check("r9/4 r1", 10, "1:1 0:9");
+        check("r11/4 r1", 10, "1:1 0:8");
+        // Half of ten is a grain and one; the younger takes what it can of the rest.
+        check("r100/4 r100/4", 10, "0:4 1:4");
+        check("r100/4 r100", 10, "0:4 1:6");
+        // The oldest gets its grain though that is all there is.
+        check("r100/8 r3 r3", 10, "0:8 1:1 2:1");
+        check("r100/8 r1 r1", 10, "1:1 2:1 0:8");
+        check("a100/8", 10, "0:8");
+    }
+
+    #[test]
     fn loading_sequences_go_alone_or_wait_for_all_of_it() {
         check("a100", 8, "0:8");
         check("a3 a3", 8, "0:3");
@@ -133,6 +167,7 @@ mod tests {
                         Candidate {
                             stage: Stage::Ready,
                             remaining: *n,
+                            grain: 1,
                         },
                     )
                 })

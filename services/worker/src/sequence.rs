@@ -32,8 +32,11 @@ pub(crate) struct Sequence {
     pub(crate) chain: HashChain,
     pub(crate) computed: usize,
     /// Position from which blocks get no name: the first token that was sampled from, where the device computes those
-    /// otherwise ([`kvasir_model::Model::names_sampled_tokens`]).
+    /// otherwise ([`kvasir_model::Model::names_sampled_tokens`]), or the first block that is not computed as its name says.
     pub(crate) unnamed_from: usize,
+    /// Position of the first block whose name stands for KV that this request does not want: one that asked for dense prefill
+    /// of a worker whose blocks are sparse from there on.
+    pub(crate) names_end: usize,
     pub(crate) pages: Vec<Option<PageId>>,
     pub(crate) promise: Promise,
     /// Device-tier blocks to be offered with the first step, as far as the store does not have them.
@@ -100,6 +103,7 @@ impl Sequence {
             chain,
             computed: 0,
             unnamed_from: usize::MAX,
+            names_end: usize::MAX,
             pages: Vec::new(),
             promise: Promise::default(),
             offer_first: 0,
@@ -136,7 +140,7 @@ impl Sequence {
         if self.request.no_cache {
             0
         } else {
-            (self.tokens.len() - 1) / block_tokens
+            (self.tokens.len() - 1).min(self.names_end) / block_tokens
         }
     }
 

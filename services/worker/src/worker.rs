@@ -12,7 +12,7 @@ use anyhow::Context;
 use bytes::Bytes;
 use kvasir_block::{KvSchema, NamespaceId, Tenant};
 use kvasir_client::{ClientConfig, StoreClient};
-use kvasir_model::{Device, Model, ModelFile, PagePool};
+use kvasir_model::{Device, Model, ModelFile, PagePool, SparsePrefill};
 use kvasir_proto::{FILE_DESCRIPTOR_SET, v1::worker_server::WorkerServer};
 use kvasir_runtime::{
     Runtime,
@@ -32,6 +32,7 @@ use crate::{
     metrics::{ComputeMetrics, OffloadMetrics, StoreMetrics},
     offload::{self, Offload},
     request::Limits,
+    sparse::{self, Blocks},
     store_session::StoreSession,
 };
 
@@ -74,8 +75,16 @@ impl Worker {
                 .context("opening the device")?
                 .context("worker.device")?
         };
+        let sparse = match config.sparse_prefill_file() {
+            Some(path) => Some(sparse::read(path, &file, config.block_tokens)?),
+            None => None,
+        };
         let schema = device.schema(&file, config.block_tokens);
-        let plan = Plan::new(config, &schema)?;
+        let schema = match &sparse {
+            Some(sparse) => sparse.schema(schema),
+            None => schema,
+        };
+        let plan = Plan::new(config, &schema, sparse.as_ref())?;
         let stop = runtime.shutdown.child_token();
         // Whatever fails below ends what was begun before it.
         let on_error = stop.clone().drop_guard();
@@ -112,7 +121,7 @@ impl Worker {
             .name("kvasir-compute".to_owned())
             .spawn(move || {
                 let began = std::time::Instant::now();
-                match load_model(&model_file, &device, block_tokens, plan.pages) {
+                match load_model(&model_file, &device, block_tokens, sparse, plan.pages) {
                     Ok((model, pool)) => {
                         tracing::info!(pages = pool.pages(), device = %described(&device), elapsed = ?began.elapsed(), "model loaded");
                         if loaded.send(Ok(())).is_ok() {
@@ -263,7 +272,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(config: &WorkerConfig, schema: &KvSchema) -> anyhow::Result<Self> {
+    fn new(config: &WorkerConfig, schema: &KvSchema, sparse: Option<&SparsePrefill>) -> anyhow::Result<Self> {
         schema.validate().context("the model's schema")?;
         let tenant = Tenant::new(config.tenant.as_str())
             .ok_or_else(|| InvalidConfig::new("worker.tenant", "is not a tenant's name"))?;
@@ -291,6 +300,10 @@ impl Plan {
             lease: config.lease.get(),
             hint_from_layer: config.attention.hint_from_layer as usize,
             row_cache_bytes: config.attention.row_cache_bytes.as_usize(),
+            sparse: sparse.map(|sparse| Blocks {
+                from: sparse.from(),
+                block_tokens: usize::from(config.block_tokens),
+            }),
         };
         Ok(Self {
             tenant,
@@ -349,8 +362,17 @@ fn connect(
     }))
 }
 
-fn load_model(file: &ModelFile, device: &Device, block_tokens: u16, pages: usize) -> anyhow::Result<(Model, PagePool)> {
-    let model = Model::load_on(file, device, block_tokens).context("loading the model")?;
+fn load_model(
+    file: &ModelFile,
+    device: &Device,
+    block_tokens: u16,
+    sparse: Option<SparsePrefill>,
+    pages: usize,
+) -> anyhow::Result<(Model, PagePool)> {
+    let mut model = Model::load_on(file, device, block_tokens).context("loading the model")?;
+    if let Some(sparse) = sparse {
+        model = model.with_sparse_prefill(sparse).context("worker.sparse_prefill")?;
+    }
     let pool = model.pool(pages).context("worker.kv_bytes_max")?;
     Ok((model, pool))
 }

@@ -3,7 +3,7 @@
 use kvasir_simd::{Partial, Segment, attend, merge};
 use parking_lot::Mutex;
 
-use super::{CpuModel, Scratch, StepError, StepHooks, batch::Plan};
+use super::{CpuModel, Scratch, StepError, StepHooks, batch::Plan, sparse::TaskScratch};
 use crate::{PagePool, weights::Columns};
 
 /// Buffers of attention, reused.
@@ -14,6 +14,8 @@ pub(super) struct AttentionScratch {
     /// A local sequence's queries, then its partial, `[tokens, q_heads, head_dim]`.
     queries: Vec<f32>,
     partial: Partial,
+    /// One per head of a sparse block.
+    sparse: Vec<Mutex<TaskScratch>>,
 }
 
 /// Buffers of a job.
@@ -86,6 +88,7 @@ impl CpuModel {
                 attended[row..][..row_width].copy_from_slice(o);
             }
         }
+        self.attend_sparsely(plan, layer, last, q, pool, qkv, &mut attention.sparse, attended);
         for (index, sequence) in plan.sequences.iter().enumerate().filter(|(_, sequence)| sequence.local) {
             attention.gather(plan, index, group, self.shape.q_heads, self.shape.head_dim);
             if let Some(remote) = hooks.remote_finish(layer, index)? {

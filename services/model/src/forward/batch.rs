@@ -22,6 +22,10 @@ const TILES_PER_THREAD: usize = 4;
 pub enum Attention {
     /// All before and including themselves.
     Full,
+    /// As `Full`, but the queries of each block that is whole in the step, from [`crate::SparsePrefill::from`] on, attend under
+    /// the masks that the model's patterns make of that block. The sequence's tokens begin with a block's first. A block's KV
+    /// is then a function of the tokens up to its end, however many blocks a step holds.
+    Sparse,
     /// Only these rising, disjoint ranges (and never behind themselves); the rest comes from
     /// [`super::StepHooks::remote_finish`].
     Local(Vec<Range<usize>>),
@@ -71,6 +75,8 @@ pub(crate) struct Sequence {
     /// Position of its first token.
     pub(crate) position: usize,
     pub(crate) local: bool,
+    /// Its tokens that attend sparsely: whole blocks.
+    pub(crate) sparse: Range<usize>,
     /// Keys and values attended to, in order of position.
     pub(crate) spans: Vec<Span>,
     /// Runs of `spans` that are summed together.
@@ -118,6 +124,18 @@ impl Plan {
         schema: &KvSchema,
         threads: usize,
     ) -> Result<Self, StepError> {
+        Self::with_sparse(batch, pool, shape, schema, threads, None)
+    }
+
+    /// As [`Plan::new`], for a model whose blocks from position `sparse_from` on may be sparse.
+    pub(crate) fn with_sparse(
+        batch: &[StepSequence<'_>],
+        pool: &PagePool,
+        shape: &ModelShape,
+        schema: &KvSchema,
+        threads: usize,
+        sparse_from: Option<usize>,
+    ) -> Result<Self, StepError> {
         if pool.layout() != schema.layout() || pool.layers() != shape.layers {
             return Err(StepError::Invalid(format!(
                 "the pool has {} layers of {:?}, and the model {} of {:?}",
@@ -136,7 +154,7 @@ impl Plan {
             jobs: Vec::new(),
         };
         for (index, sequence) in batch.iter().enumerate() {
-            plan.add(sequence, pool, shape)
+            plan.add(sequence, pool, shape, sparse_from)
                 .map_err(|problem| StepError::Invalid(format!("sequence {index} of the batch {problem}")))?;
         }
         plan.check_owners(batch, pool.layout().block_tokens)?;
@@ -151,7 +169,13 @@ impl Plan {
             .flat_map(|sequence| sequence.rows.clone().zip(sequence.position..))
     }
 
-    fn add(&mut self, sequence: &StepSequence<'_>, pool: &PagePool, shape: &ModelShape) -> Result<(), String> {
+    fn add(
+        &mut self,
+        sequence: &StepSequence<'_>,
+        pool: &PagePool,
+        shape: &ModelShape,
+        sparse_from: Option<usize>,
+    ) -> Result<(), String> {
         let block_tokens = pool.layout().block_tokens;
         let StepSequence {
             tokens,
@@ -187,10 +211,15 @@ impl Plan {
         // Whole pages: how far a query sees is its own matter, and the cut of a run must not depend on the step's end.
         let whole = 0..end.next_multiple_of(block_tokens);
         let ranges = match attention {
-            Attention::Full => std::slice::from_ref(&whole),
+            Attention::Full | Attention::Sparse => std::slice::from_ref(&whole),
             Attention::Local(ranges) => ranges,
         };
         let (spans, splits) = spans(ranges, end, block_tokens, page)?;
+        let sparse = match (attention, sparse_from) {
+            (Attention::Sparse, Some(from)) => sparse_tokens(*position, tokens.len(), block_tokens, from)?,
+            (Attention::Sparse, None) => return Err("is sparse, and the model was given no patterns".to_owned()),
+            _ => 0..0,
+        };
         let rows = self.tokens..self.tokens + tokens.len();
         let first_kept = match logits {
             Logits::None => rows.end,
@@ -204,6 +233,7 @@ impl Plan {
             rows,
             position: *position,
             local: matches!(attention, Attention::Local(_)),
+            sparse,
             spans,
             splits,
             logits: kept..self.kept.len(),
@@ -233,8 +263,13 @@ impl Plan {
         for (index, sequence) in self.sequences.iter().enumerate() {
             let len = sequence.rows.len();
             let kept_from = len - sequence.logits.len();
-            for start in (0..len).step_by(step).rev() {
-                let tokens = start..(start + step).min(len);
+            // What is sparse has tasks of its own.
+            let dense = [0..sequence.sparse.start, sequence.sparse.end..len];
+            let starts = dense.into_iter().rev().flat_map(|dense| {
+                let starts = dense.clone().step_by(step).rev();
+                starts.map(move |start| start..(start + step).min(dense.end))
+            });
+            for tokens in starts {
                 let kept = sequence.local || tokens.end > kept_from;
                 self.tiles.extend((0..shape.kv_heads).map(|kv_head| Tile {
                     sequence: index,
@@ -267,6 +302,18 @@ impl Plan {
             tile.jobs = first..self.jobs.len();
         }
     }
+}
+
+/// Which of `count` tokens from `position` on lie in whole blocks that begin at or behind `from`.
+fn sparse_tokens(position: usize, count: usize, block_tokens: usize, from: usize) -> Result<Range<usize>, String> {
+    if !position.is_multiple_of(block_tokens) {
+        return Err(format!(
+            "is sparse from position {position} on, in the middle of a block of {block_tokens} tokens"
+        ));
+    }
+    let end = count / block_tokens * block_tokens;
+    let start = from.next_multiple_of(block_tokens).saturating_sub(position).min(end);
+    Ok(start..end)
 }
 
 /// The pages of `ranges` below `end`, cut at range ends, and the runs of them that are summed together.

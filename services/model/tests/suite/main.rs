@@ -13,6 +13,7 @@ mod golden;
 mod invariance;
 mod made_up;
 mod smollm;
+mod sparse;
 mod steps;
 mod tokens;
 mod watch;

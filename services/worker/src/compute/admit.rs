@@ -16,6 +16,11 @@ impl Compute {
         let id = SequenceId(self.next_id);
         let block_tokens = self.around.settings.block_tokens;
         let mut sequence = Sequence::new(id, submission, block_tokens, &self.around.tokenizer);
+        if let Some(sparse) = self.around.settings.sparse.filter(|_| sequence.request.dense_prefill) {
+            // What it computes from there on is not what the names stand for.
+            sequence.names_end = sparse.from;
+            sequence.unnamed_from = sparse.from;
+        }
         self.look_up(&mut sequence);
         self.waiting.push_back(sequence);
     }

@@ -96,6 +96,8 @@ impl Compute {
             attention.sink = attention.sink.next_multiple_of(settings.block_tokens);
             attention.window = attention.window.next_multiple_of(settings.block_tokens);
         }
+        // What has no name cannot be retrieved, and stays here.
+        prompt_tokens = prompt_tokens.min(sequence.unnamed_from);
         let Some(split) = Split::new(prompt_tokens, settings.block_tokens, &attention) else {
             return;
         };
@@ -189,7 +191,7 @@ impl Compute {
         tracing::warn!(parent: &sequence.span, why, "retrieval failed, going on with full attention");
         sequence.fallback = Some(why);
         sequence.computed = 0;
-        sequence.unnamed_from = usize::MAX;
+        sequence.unnamed_from = sequence.names_end;
         self.look_up(&mut sequence);
         self.waiting.push_front(sequence);
     }

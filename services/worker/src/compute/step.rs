@@ -14,6 +14,7 @@ use crate::{
     retrieval::Link,
     scheduler::{Candidate, Share, Stage, plan},
     sequence::{Phase, Sequence},
+    sparse::Blocks,
 };
 
 impl Compute {
@@ -48,9 +49,11 @@ impl Compute {
             Phase::Onboarding if self.onboards.get(&sequence.id).is_some_and(Onboard::has_begun) => Stage::Arriving,
             Phase::Onboarding | Phase::Opening | Phase::Matching | Phase::Queued(_) => Stage::Waiting,
         };
+        let sparse = self.around.settings.sparse.filter(|_| !sequence.request.dense_prefill);
         Candidate {
             stage,
             remaining: sequence.remaining(),
+            grain: sparse.map_or(1, |sparse| sparse.block_tokens),
         }
     }
 
@@ -79,7 +82,7 @@ impl Compute {
                 continue;
             }
             let found = 0..std::mem::take(&mut sequence.offer_first);
-            note_unnamed(sequence, share, names_sampled);
+            note_unnamed(sequence, share, names_sampled, self.around.settings.sparse);
             let completed = completed_blocks(sequence, share, self.around.settings.block_tokens);
             for index in found.chain(completed) {
                 let (hash, page) = (sequence.chain.hashes()[index], sequence.pages[index]);
@@ -109,7 +112,14 @@ impl Compute {
     fn compute(&mut self, shares: &[Share], offered: &[Offered]) -> (Result<StepOutput, StepError>, Option<Culprit>) {
         let batch: Vec<StepSequence<'_>> = shares
             .iter()
-            .map(|share| step_sequence(&self.running[share.index], share, &self.links))
+            .map(|share| {
+                step_sequence(
+                    &self.running[share.index],
+                    share,
+                    &self.links,
+                    self.around.settings.sparse,
+                )
+            })
             .collect();
         let ids: Vec<SequenceId> = shares.iter().map(|share| self.running[share.index].id).collect();
         // The plan puts a loading sequence into a batch of its own.
@@ -141,7 +151,7 @@ impl Compute {
             let block_tokens = self.around.settings.block_tokens;
             let sequence = &mut self.running[share.index];
             if !sequence.request.no_cache && !self.links.contains_key(&sequence.id) {
-                note_unnamed(sequence, share, names_sampled);
+                note_unnamed(sequence, share, names_sampled, self.around.settings.sparse);
                 for index in completed_blocks(sequence, share, block_tokens) {
                     let hash = sequence.chain.hashes()[index];
                     sequence.pages[index] = sequence.pages[index].map(|page| self.tier.register(page, hash, index));
@@ -219,8 +229,14 @@ impl Compute {
     }
 }
 
-/// Notes that blocks from the token on that is sampled from get no name, where the device computes it otherwise.
-fn note_unnamed(sequence: &mut Sequence, share: &Share, names_sampled: bool) {
+/// Notes that blocks from the token on that is sampled from get no name, where the device computes it otherwise; and neither do
+/// those from the first on of which the step computes a part alone, where only whole ones are computed as their name says.
+fn note_unnamed(sequence: &mut Sequence, share: &Share, names_sampled: bool, sparse: Option<Blocks>) {
+    if let Some(sparse) = sparse
+        && let Some(from) = sparse.unnamed_from(sequence.computed, share.tokens)
+    {
+        sequence.unnamed_from = sequence.unnamed_from.min(from);
+    }
     if !names_sampled && share.tokens == sequence.remaining() {
         let sampled = sequence.computed + share.tokens - 1;
         sequence.unnamed_from = sequence.unnamed_from.min(sampled);
@@ -233,10 +249,17 @@ fn completed_blocks(sequence: &Sequence, share: &Share, block_tokens: usize) -> 
     sequence.computed / block_tokens..end / block_tokens
 }
 
-fn step_sequence<'a>(sequence: &'a Sequence, share: &Share, links: &HashMap<SequenceId, Link>) -> StepSequence<'a> {
+fn step_sequence<'a>(
+    sequence: &'a Sequence,
+    share: &Share,
+    links: &HashMap<SequenceId, Link>,
+    sparse: Option<Blocks>,
+) -> StepSequence<'a> {
     let position = sequence.computed;
+    let sparse = sparse.filter(|_| !sequence.request.dense_prefill);
     let attention = match links.get(&sequence.id) {
         Some(link) => Attention::Local(link.split().local(position)),
+        None if sparse.is_some_and(|sparse| sparse.any(position, share.tokens)) => Attention::Sparse,
         None => Attention::Full,
     };
     StepSequence {

@@ -4,3 +4,4 @@ mod faults;
 mod generate;
 mod harness;
 mod peer;
+mod sparse;
