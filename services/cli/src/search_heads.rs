@@ -41,7 +41,7 @@ pub(crate) fn run(configuration: &Configuration, args: &SearchHeadsArgs) -> Resu
         args.dense_up_to
     );
     ensure!(
-        matches!(args.budget[..], [] | [1.., 1..]),
+        matches!(args.budget[..], [] | [_, _]) && !args.budget.contains(&0),
         "--budget takes two numbers above 0, as in --budget 1024,4096"
     );
     let options = options(configuration, args, count);
