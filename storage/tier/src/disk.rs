@@ -191,12 +191,24 @@ impl DiskTier {
     /// What the system said when it could not make a thread.
     pub fn start(&self, watch: Arc<dyn DiskWatch>) -> io::Result<()> {
         let mut threads = self.threads.lock();
-        let Threads::Ready(starts) = std::mem::replace(&mut *threads, Threads::Stopped) else {
+        // Those that run stay known: who stops waits for them.
+        let Threads::Ready(starts) = &mut *threads else {
             return Err(io::Error::other("the disk tier was started before"));
         };
-        let mut running = Vec::new();
+        let (starts, mut running) = (std::mem::take(starts), Vec::new());
+        let started = self.start_threads(starts, &watch, &mut running);
+        *threads = Threads::Running(running);
+        started
+    }
+
+    fn start_threads(
+        &self,
+        starts: Vec<recovery::Start>,
+        watch: &Arc<dyn DiskWatch>,
+        running: &mut Vec<JoinHandle<()>>,
+    ) -> io::Result<()> {
         for (number, start) in (0..).zip(starts) {
-            let flusher = Flusher::new(Arc::clone(&self.shared), number, Arc::clone(&watch), start);
+            let flusher = Flusher::new(Arc::clone(&self.shared), number, Arc::clone(watch), start);
             // Before the thread is there: it may end, and say so, at once.
             self.shared.state.lock().health[number].running = true;
             let thread = std::thread::Builder::new().name(format!("kv-flusher-{number}"));
@@ -211,7 +223,6 @@ impl DiskTier {
             let thread = std::thread::Builder::new().name("kv-scrub".to_owned());
             running.push(thread.spawn(move || scrub::run(&shared))?);
         }
-        *threads = Threads::Running(running);
         Ok(())
     }
 

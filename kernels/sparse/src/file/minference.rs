@@ -43,8 +43,7 @@ pub(super) fn read(bytes: &[u8], q_heads: usize) -> Result<HeadPatterns, BadPatt
 }
 
 fn pattern((kind, a, b, _): &Head) -> Option<Pattern> {
-    let whole =
-        |number: f64| ((0.0..16_777_216.0).contains(&number) && number.fract() == 0.0).then_some(number as u32);
+    let whole = |number: f64| ((0.0..16_777_216.0).contains(&number) && number.fract() == 0.0).then_some(number as u32);
     let (a, b) = (whole(*a)?, whole(*b)?);
     match kind.as_str() {
         "vertical_and_slash" => Some(Pattern::vertical_slash(a, b)),

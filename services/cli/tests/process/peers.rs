@@ -33,7 +33,7 @@ fn help_plan_and_tables_want_no_peers() {
         (&["--help"][..], "--rounds"),
         (
             &["--dry-run", "--sizes", "1MiB", "--batches", "16"],
-            "put 1 MiB x 16: kvasir-bulk, kvasir-grpc, kvasir-local, mooncake, lmcache, redis; 5 rounds of 1.5 s",
+            "put 1 MiB x 16: kvasir-bulk, kvasir-grpc, kvasir-local, mooncake, lmcache, redis, bare; 5 rounds of 1.5 s",
         ),
         (&["--summarise", "tests/peers/recorded/peers.json"], recorded),
     ];

@@ -50,6 +50,9 @@ impl Index {
         options.set_keep_log_file_num(2);
         options.set_max_total_wal_size(64 << 20);
         options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+        // Nobody reads its statistics.
+        options.set_stats_dump_period_sec(0);
+        options.set_stats_persist_period_sec(0);
         let index = Self {
             db: DB::open(&options, dir)?,
         };

@@ -225,6 +225,10 @@ fn queued_layer_blocks_are_readable_before_they_are_written() {
     blocks.sort_by_key(|(block, _)| block.hash.as_bytes()[0]);
     assert_eq!(blocks, (0..5).map(|i| (key(2 * i).block(), 2)).collect::<Vec<_>>());
     assert!(tier.start(Arc::new(FreeWatch)).is_err(), "one flusher is enough");
+    // The refusal must not lose sight of the threads that run.
+    let shared = Arc::downgrade(&tier.shared);
+    drop(tier);
+    assert_eq!(shared.strong_count(), 0, "a thread outlived its tier");
 }
 
 #[test]

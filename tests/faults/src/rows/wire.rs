@@ -1,6 +1,6 @@
 //! Row 7: bits flip on the wire, pieces come twice, are left out, or are the last thing that comes.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use kvasir_client::{ClientConfig, DataPath, PutOutcome};
@@ -112,14 +112,17 @@ async fn one_round(run: &mut Run, remote: &Remote, direct: &Remote, corpus: &Cor
                 .filter(|(_, outcome)| *outcome == PutOutcome::ChecksumMismatch);
             run.tally
                 .note("puts refused for their checksum", refused.count() as u64);
-            for ((key, outcome), (_, read)) in outcomes.iter().zip(&held) {
+            // Puts go block after block, a read comes layer after layer.
+            let held: HashMap<_, _> = held.iter().map(|(key, read)| (*key, read)).collect();
+            for (key, outcome) in &outcomes {
+                let read = held.get(key).context("a block that was put and not read")?;
                 let taken = matches!(outcome, PutOutcome::Stored | PutOutcome::Present);
                 // The bulk path's tables have checksums; in gRPC's messages a name may flip, and is then another's.
-                let lost = taken && (matches!(read, Read::Corrupt) || path == DataPath::Bulk && *read == Read::Miss);
+                let lost = taken && (**read == Read::Corrupt || path == DataPath::Bulk && **read == Read::Miss);
                 ensure!(!lost, "{key:?} was answered {outcome:?} and is {read:?}");
                 run.tally.note(
                     "puts under a name that flipped",
-                    u64::from(taken && *read == Read::Miss),
+                    u64::from(taken && **read == Read::Miss),
                 );
             }
         }
