@@ -172,13 +172,13 @@ impl KeyIndex for Hnsw {
         Ok(())
     }
 
-    /// The effort chooses the width of the search (an eighth of the keys it allows); what was scored is counted and may differ.
+    /// The effort chooses the width of the search (an eighth of the keys it allows, and as many again as are excluded, at most
+    /// twice as many); what was scored is counted and may differ. It finds no more keys than it is wide, whatever `k` is.
     fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError> {
         let heads = check(search, self.head_dim, self.keys)?;
         let excluded = self.keys - search.excluded.searched_count(self.keys as u32) as usize;
-        let width = (budget(search, self.keys) / SCORED_PER_WIDTH)
-            .max(search.k.saturating_add(excluded.min(search.k)))
-            .min(self.inserted);
+        let allowed = (budget(search, self.keys) / SCORED_PER_WIDTH).max(1);
+        let width = (allowed + excluded.min(allowed)).min(self.inserted);
         let mut cost = Cost::default();
         let mut best = vec![Best::new(search.k); heads];
         if self.inserted == 0 {

@@ -9,6 +9,7 @@
 //! lie. It is built once: [`KeyIndex::append`] refuses, and who has newer keys scans them flat beside it.
 
 mod build;
+mod nearness;
 mod walk;
 
 use half::f16;
