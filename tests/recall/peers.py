@@ -134,24 +134,19 @@ class Ivf(Index):
 
 
 class Hnsw(Index):
-    """A graph over fp16 rows with edges by product, as its users make it."""
+    """A graph over fp16 rows with edges by product, as its users make it. Our own `hnsw` has edges by distance."""
 
     name = "faiss-hnsw"
-    edges = "ip"
 
     def __init__(self, keys, threads):
         import faiss
 
         self.n, self.d = keys.shape
-        metric = faiss.METRIC_INNER_PRODUCT if self.edges == "ip" else faiss.METRIC_L2
-        self.index = faiss.IndexHNSWSQ(self.d, faiss.ScalarQuantizer.QT_fp16, NEIGHBOURS, metric)
+        half = faiss.ScalarQuantizer.QT_fp16
+        self.index = faiss.IndexHNSWSQ(self.d, half, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
         self.index.hnsw.efConstruction = BUILD_WIDTH
         self.index.train(keys)
         self.index.add(keys)
-        if self.edges != "ip":
-            # Walked by product from here on: storage and graph are told so.
-            self.index.metric_type = faiss.METRIC_INNER_PRODUCT
-            self.index.storage.metric_type = faiss.METRIC_INNER_PRODUCT
         self.bytes = self.n * 2 * NEIGHBOURS * 4
         self.stats = faiss.cvar.hnsw_stats
 
@@ -166,13 +161,6 @@ class Hnsw(Index):
     def cost(self, q, width):
         # Each head walks by itself; of a key gone on from all its edges are read.
         return self.stats.ndis, self.stats.ndis * 2 * self.d + self.stats.nhops * 2 * NEIGHBOURS * 4
-
-
-class HnswEuclid(Hnsw):
-    """The same with edges by Euclidean distance, walked by product: better on keys, and nobody's default."""
-
-    name = "faiss-hnsw-l2-edges"
-    edges = "l2"
 
 
 class Hnswlib(Index):
@@ -196,7 +184,7 @@ class Hnswlib(Index):
         return self.index.knn_query(q, k=min(k, width))[0].astype("int64")
 
 
-INDEXES = {one.name: one for one in (Flat, Ivf, Hnsw, HnswEuclid, Hnswlib)}
+INDEXES = {one.name: one for one in (Flat, Ivf, Hnsw, Hnswlib)}
 
 
 def judge(index, truth, width, sums):

@@ -14,7 +14,6 @@ COLOURS = {
     "flat": "#000000",
     "faiss-ivf": "#a87400",
     "faiss-hnsw": "#2a7fa8",
-    "faiss-hnsw-l2-edges": "#7fb6d0",
     "hnswlib": "#707070",
 }
 WIDTH, HEIGHT = 440, 320

@@ -164,6 +164,8 @@ pub(crate) enum IndexName {
     Sketch,
     /// RetrievalAttention's graph
     Roar,
+    /// The same with edges by distance as queries see it
+    RoarSeen,
     /// RetroInfer's clusters
     Wave,
     /// Pages with their least and greatest elements
@@ -180,6 +182,7 @@ impl IndexName {
             Self::Flat => "flat",
             Self::Sketch => "sketch",
             Self::Roar => "roar",
+            Self::RoarSeen => "roar-seen",
             Self::Wave => "wave",
             Self::Quest => "quest",
             Self::Ivf => "ivf",
@@ -212,7 +215,7 @@ pub(crate) struct IndexBenchArgs {
     #[arg(long)]
     pub(crate) json: bool,
     /// What to measure
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [IndexName::Flat, IndexName::Sketch, IndexName::Roar, IndexName::Wave, IndexName::Quest, IndexName::Ivf, IndexName::Hnsw])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [IndexName::Flat, IndexName::Sketch, IndexName::Roar, IndexName::RoarSeen, IndexName::Wave, IndexName::Quest, IndexName::Ivf, IndexName::Hnsw])]
     pub(crate) indexes: Vec<IndexName>,
     /// Layers of the dump; all if none is named
     #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',')]

@@ -14,7 +14,7 @@ mod walk;
 
 use half::f16;
 
-pub use self::build::{RoarParams, Samples};
+pub use self::build::{Metric, RoarParams, Samples};
 use self::walk::{Graph, Walk};
 use crate::{
     Cost, Hits, IndexError, KeyIndex, Search,

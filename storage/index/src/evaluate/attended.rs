@@ -17,7 +17,8 @@ pub struct AttendJudgement {
     pub bytes_share: f64,
     /// Bytes read per answer of a group, in the mean.
     pub bytes_per_search: f64,
-    /// Share of the searched softmax mass on the keys attended to exactly: the truth, not what the answer says.
+    /// Share of the searched softmax mass on the keys attended to exactly: the truth, not what the answer says. Only of answers
+    /// with a tail, whose `lse` is of all keys.
     pub mass: Summary,
     /// `|o - o*| / |o*|` of the output merged with the static set.
     pub error: Summary,

@@ -246,7 +246,8 @@ fn finished_attention_is_judged_by_the_truth() {
         with.rows_share < 0.03 && with.bytes_share < exact.bytes_share,
         "{with:?}"
     );
-    assert_eq!((with.mass, with.certificates.count), (without.mass, 15));
+    assert_eq!(with.certificates.count, 15);
+    assert!(with.mass.p90 < 1.0 && with.mass.p10 > 0.0, "{with:?}");
     assert!(
         with.error.mean < without.error.mean,
         "{} without {}",

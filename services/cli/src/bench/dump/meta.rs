@@ -15,8 +15,8 @@ const ELEMENTS_MAX: usize = 8 << 30;
 /// Written last: where it is, the dump is whole.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::bench) struct Meta {
-    format: String,
-    dtype: String,
+    pub(in crate::bench) format: String,
+    pub(in crate::bench) dtype: String,
     /// Of each `.q` and `.p`; keys and values have KV heads. `[heads, tokens, head_dim]`
     pub(in crate::bench) q_shape: [usize; 3],
     pub(in crate::bench) kv_shape: [usize; 3],

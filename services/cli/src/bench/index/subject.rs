@@ -60,13 +60,14 @@ impl Subject {
             IndexName::Quest => appended(Quest::new(d, origin), prefill.keys)?,
             IndexName::Hnsw => appended(Hnsw::new(d, rows.len(), origin), prefill.keys)?,
             IndexName::Ivf => Built::Any(Box::new(Ivf::build(rows, None, origin, pool)?)),
-            IndexName::Roar => Built::Any(Box::new(Roar::build(
-                rows,
-                Samples::Shared(prefill.samples),
-                RoarParams::default(),
-                origin,
-                pool,
-            )?)),
+            IndexName::Roar | IndexName::RoarSeen => {
+                let params = match name {
+                    IndexName::RoarSeen => RoarParams::seen(),
+                    _ => RoarParams::default(),
+                };
+                let samples = Samples::Shared(prefill.samples);
+                Built::Any(Box::new(Roar::build(rows, samples, params, origin, pool)?))
+            }
             IndexName::Wave => {
                 let params = WaveParams {
                     segment_keys: segment_keys(rows.len()),
@@ -199,14 +200,16 @@ impl<'a> Served<'a> {
             sketches,
             micros,
         } = self;
+        // Shared from here on, so that the scan may keep them from one question to the next.
+        let (prefill, format, sketches) = (*prefill, *format, &*sketches);
         let d = prefill.head_dim;
-        let mut scan: Option<SketchScan<'_>> = None;
+        let mut scan = None;
         move |search| {
-            let scan = scan.get_or_insert_with(|| SketchScan::new(*format, search.scale));
+            let scan = scan.get_or_insert_with(|| SketchScan::new(format, search.scale));
             let begun = Instant::now();
             scan.begin(search.q, prefill.basis)?;
             let blocks = prefill.keys.chunks(BLOCK * d).zip(prefill.values.chunks(BLOCK * d));
-            for (at, ((keys, values), sketch)) in blocks.zip(sketches.iter()).enumerate() {
+            for (at, ((keys, values), sketch)) in blocks.zip(sketches).enumerate() {
                 let position = at * BLOCK;
                 let segment = Segment { keys, values, position };
                 scan.scan(segment, sketch, search.excluded)?;
