@@ -7,6 +7,7 @@ from math import floor, log10
 COLOURS = {
     "sketch": "#0072b2",
     "roar": "#d55e00",
+    "roar-seen": "#8c3b00",
     "wave": "#009e73",
     "quest": "#cc79a7",
     "ivf": "#e69f00",
