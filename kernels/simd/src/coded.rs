@@ -11,19 +11,23 @@
 //! **Scores** are whole numbers of 1/128 of a power of two: [`Level`] says what they mean. They are the upper halves of f32
 //! bit patterns as well, so that reading them as f32 gives `2^score` within 3 % or so (Schraudolph 1999), with the error
 //! centred: sums of weights cost two adds per sixteen keys.
+//!
+//! **A scan** is given a floor per query and keeps, of keys at or above it, what they are; of those below it, the sum of their
+//! weights per run of four groups. Levels of all keys are never written: for many queries they would be more bytes than the
+//! codes.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod scalar;
-mod select;
 
-pub use self::select::at_least;
 use crate::isa::Isa;
 
 /// Keys of a group.
 pub const GROUP: usize = 16;
+/// Groups that share a sum of weights.
+pub const RUN_GROUPS: usize = 4;
 /// Key of each slot of a line.
 pub const SLOTS: [usize; GROUP] = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15];
 /// A query's weights may sum up to this in magnitude: times 15 it stays below 2^15.
@@ -47,6 +51,9 @@ impl Level {
     pub fn above_average(self) -> f32 {
         (i32::from(self.0) - AVERAGE) as f32 / 128.0
     }
+
+    /// Of a key that is searched, the lowest.
+    pub const LOWEST: Self = Self(LOWEST as u16);
 
     /// The lowest level whose score is `above` or higher, and searched at all.
     pub fn at_least(above: f32) -> Self {
@@ -146,51 +153,64 @@ impl CodedQueries {
     }
 }
 
-/// Coded keys of one block.
+/// A line of codes; see the module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub struct Line(pub [u8; 64]);
+
+/// Coded keys, of one block or of many.
 #[derive(Clone, Copy, Debug)]
 pub struct CodedKeys<'a> {
-    /// Whole groups; see the module.
-    pub codes: &'a [u8],
-    /// What a digit is worth, at least 0 and finite.
-    pub step: f32,
-    /// A bit per key, a word per group: whether it is searched. `None` if all are.
-    pub mask: Option<&'a [u16]>,
+    /// Whole groups.
+    pub codes: &'a [Line],
+    /// What a digit is worth, per group; at least 0 and finite.
+    pub steps: &'a [f32],
+    /// A bit per key, a word per group: whether it is searched.
+    pub masks: &'a [u16],
 }
 
-/// Where a block's scores go.
+/// What a scan finds.
 #[derive(Debug)]
-pub struct Levels<'a> {
-    /// [`Level`]s, `[heads][stride]`; the block's are the first `groups * 16` of each row.
-    pub levels: &'a mut [u16],
-    /// Elements from one head's levels to the next's.
+pub struct Found<'a> {
+    /// Lowest level that is kept, per head.
+    pub floors: &'a [Level],
+    /// Keys at or above it, rising: level in the upper half, index in the lower. `[heads][stride]`
+    pub kept: &'a mut [u32],
+    /// Elements from one head's to the next's.
     pub stride: usize,
-    /// Sums of [`Level::weight`] over runs of `run` groups, `[heads][sums_stride]`; the block's are the first of each row.
+    /// How many of each head's are there already; counted on.
+    pub counts: &'a mut [usize],
+    /// Sums of [`Level::weight`] of the searched keys below the floor, per run. `[heads][sums_stride]`
     pub sums: &'a mut [f32],
     /// Elements from one head's sums to the next's.
     pub sums_stride: usize,
-    /// Groups per sum.
-    pub run: usize,
 }
 
-/// What a strip of queries does to a block; shapes are checked.
+/// Room that a scan wants in [`Found::kept`] of each head behind what is there, for keys of so many groups.
+pub const fn room_for(groups: usize) -> usize {
+    (groups + 1) * GROUP
+}
+
+/// What a strip of queries does to keys; shapes are checked.
 #[derive(Clone, Copy)]
 struct Call<'a> {
     keys: CodedKeys<'a>,
     lines: usize,
-    groups: usize,
-    run: usize,
     lanes: &'a [Lane],
     heads: &'a [Weights],
+    /// Index of the first key.
+    first: usize,
 }
 
 /// Multiplier and offset that turn a product into a level.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Map {
     factor: i16,
     offset: i16,
 }
 
 impl Map {
+    #[inline(always)]
     fn new(weights: Weights, step: f32) -> Self {
         // Rounds to nearest without a call: both stay far below 2^22.
         let round = |x: f32| (x + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
@@ -203,65 +223,144 @@ impl Map {
     }
 }
 
-/// Scores the queries `heads` against a block.
+/// Scans keys for the queries `heads`. `first` is the index of the first key, of which [`Found::kept`] says where in its unit
+/// of 65,536 keys a key is.
+///
+/// Of sums the order is: per run, of even groups and of odd ones apart, the pairs of neighbours; both; then pair `l` and
+/// `l + 4`, `l + 2`, `l + 1`.
 ///
 /// # Panics
-/// If codes are not whole groups, the mask is not a word per group, the step is negative or not finite, or the room for
-/// levels and sums is too small.
-pub fn coded_scores(queries: &CodedQueries, heads: std::ops::Range<usize>, keys: CodedKeys<'_>, out: &mut Levels<'_>) {
-    coded_scores_on(Isa::active(), queries, heads, keys, out);
+/// If codes are not whole groups, steps and masks are not one per group, keys do not lie in one unit, or the room for what is
+/// found is too small ([`room_for`]).
+pub fn coded_scan(
+    queries: &CodedQueries,
+    heads: std::ops::Range<usize>,
+    keys: CodedKeys<'_>,
+    first: usize,
+    out: &mut Found<'_>,
+) {
+    coded_scan_on(Isa::active(), queries, heads, keys, first, out);
 }
 
-fn coded_scores_on(
+fn coded_scan_on(
     isa: Isa,
     queries: &CodedQueries,
     heads: std::ops::Range<usize>,
     keys: CodedKeys<'_>,
-    out: &mut Levels<'_>,
+    first: usize,
+    out: &mut Found<'_>,
 ) {
-    let group_bytes = queries.nibbles / 2 * GROUP;
+    let groups = check(queries, &keys);
+    let count = heads.len();
     assert!(
-        group_bytes > 0 && keys.codes.len().is_multiple_of(group_bytes),
-        "coded: codes are whole groups"
+        first % UNIT + groups * GROUP <= UNIT,
+        "coded: keys of one unit of {UNIT}"
     );
     assert!(
-        keys.step >= 0.0 && keys.step.is_finite(),
-        "coded: a step is finite and at least 0"
+        out.floors.len() == count && out.counts.len() == count,
+        "coded: a floor and a count per head"
     );
-    let groups = keys.codes.len() / group_bytes;
+    let runs = groups.div_ceil(RUN_GROUPS);
     assert!(
-        out.run > 0 && keys.mask.is_none_or(|mask| mask.len() == groups),
-        "coded: a word of the mask per group"
+        count == 0
+            || (out.kept.len() >= count * out.stride
+                && out.counts.iter().all(|count| count + room_for(groups) <= out.stride)
+                && runs <= out.sums_stride
+                && out.sums.len() >= (count - 1) * out.sums_stride + runs),
+        "coded: room for what is found of each head"
     );
-    let sums = groups.div_ceil(out.run);
-    let room = |len: usize, stride: usize, each: usize| heads.is_empty() || (heads.len() - 1) * stride + each <= len;
-    assert!(
-        room(out.levels.len(), out.stride, groups * GROUP) && room(out.sums.len(), out.sums_stride, sums),
-        "coded: room for levels and sums of each head"
-    );
-    let lanes = queries.nibbles / 4;
-    for (strip, first) in heads.clone().step_by(STRIP).enumerate() {
-        let last = (first + STRIP).min(heads.end);
-        let call = Call {
-            keys,
-            lines: queries.nibbles / 8,
-            groups,
-            run: out.run,
-            lanes: &queries.lanes[first * lanes..last * lanes],
-            heads: &queries.heads[first..last],
+    let mut at = 0;
+    while at < count {
+        let strip = STRIP.min(count - at);
+        let call = Call::new(queries, heads.start + at..heads.start + at + strip, keys, first % UNIT);
+        let found = &mut Found {
+            floors: &out.floors[at..at + strip],
+            kept: &mut out.kept[at * out.stride..],
+            stride: out.stride,
+            counts: &mut out.counts[at..at + strip],
+            sums: &mut out.sums[at * out.sums_stride..],
+            sums_stride: out.sums_stride,
         };
-        let levels = &mut out.levels[strip * STRIP * out.stride..];
-        let totals = &mut out.sums[strip * STRIP * out.sums_stride..];
         match isa {
-            // SAFETY: an `Isa` that reaches a kernel was detected; room for each head was asserted above.
+            // SAFETY: an `Isa` that reaches a kernel was detected; shapes and room were asserted above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::strip(call, levels, out.stride, totals, out.sums_stride) },
+            Isa::Avx512 => unsafe { avx512::scan(call, found) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::strip(call, levels, out.stride, totals, out.sums_stride) },
-            _ => scalar::strip(call, levels, out.stride, totals, out.sums_stride),
+            Isa::Avx2 => unsafe { avx2::scan(call, found) },
+            _ => scalar::scan(call, found),
+        }
+        at += strip;
+    }
+}
+
+/// Levels of keys for the queries `heads`, `[heads][stride]`: 0 for keys that are not searched.
+///
+/// # Panics
+/// If codes are not whole groups, steps and masks are not one per group, or there is not room for the levels.
+pub fn coded_levels(
+    queries: &CodedQueries,
+    heads: std::ops::Range<usize>,
+    keys: CodedKeys<'_>,
+    levels: &mut [u16],
+    stride: usize,
+) {
+    coded_levels_on(Isa::active(), queries, heads, keys, levels, stride);
+}
+
+fn coded_levels_on(
+    isa: Isa,
+    queries: &CodedQueries,
+    heads: std::ops::Range<usize>,
+    keys: CodedKeys<'_>,
+    levels: &mut [u16],
+    stride: usize,
+) {
+    let groups = check(queries, &keys);
+    assert!(
+        heads.is_empty() || (groups * GROUP <= stride && levels.len() >= heads.len() * stride),
+        "coded: room for the levels of each head"
+    );
+    for (head, levels) in heads.zip(levels.chunks_mut(stride.max(1))) {
+        let call = Call::new(queries, head..head + 1, keys, 0);
+        match isa {
+            // SAFETY: an `Isa` that reaches a kernel was detected, AVX-512 implies AVX2; shapes were asserted above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::Avx512 => unsafe { avx2::levels(call, levels) },
+            _ => scalar::levels(call, levels),
         }
     }
+}
+
+/// Keys of a unit: indices in it have 16 bits.
+pub const UNIT: usize = 1 << 16;
+
+impl<'a> Call<'a> {
+    fn new(queries: &'a CodedQueries, heads: std::ops::Range<usize>, keys: CodedKeys<'a>, first: usize) -> Self {
+        let lanes = queries.nibbles / 4;
+        Self {
+            keys,
+            lines: queries.nibbles / 8,
+            lanes: &queries.lanes[heads.start * lanes..heads.end * lanes],
+            heads: &queries.heads[heads],
+            first,
+        }
+    }
+}
+
+/// Groups of the keys, whose shape is right.
+fn check(queries: &CodedQueries, keys: &CodedKeys<'_>) -> usize {
+    let lines = queries.nibbles / 8;
+    assert!(
+        lines > 0 && keys.codes.len().is_multiple_of(lines),
+        "coded: codes are whole groups"
+    );
+    let groups = keys.codes.len() / lines;
+    assert!(
+        keys.steps.len() == groups && keys.masks.len() == groups,
+        "coded: a step and a word of the mask per group"
+    );
+    groups
 }
 
 #[cfg(test)]

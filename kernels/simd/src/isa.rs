@@ -10,7 +10,7 @@ pub enum Isa {
     Scalar = 1,
     /// AVX2 with FMA and F16C.
     Avx2 = 2,
-    /// AVX-512 F, BW, DQ, VL and VNNI.
+    /// AVX-512 F, BW, DQ, VL and VNNI (and POPCNT, which no processor with them lacks).
     Avx512 = 3,
 }
 
@@ -28,7 +28,8 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512vnni");
+                && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("popcnt");
             match (avx2, avx512) {
                 (true, true) => return Self::Avx512,
                 (true, false) => return Self::Avx2,

@@ -3,7 +3,7 @@
 //! What the forward of a small Llama and an exact scan over keys need: quantised matrix products ([`Weights`],
 //! [`Activations`], [`matmul`]), attention over runs of f16 keys and values that yields partials ([`attend`], [`merge`]),
 //! scores and top-k over a store's keys ([`scores`], [`top_k`], [`weighted_values`]), the same over keys coded in nibbles
-//! ([`coded_scores`]) and over scattered rows ([`score_rows`], [`weigh_rows`]), and the small element-wise steps between. A [`Pool`] spreads loops over threads.
+//! ([`coded_scan`]) and over scattered rows ([`score_rows`], [`weigh_rows`]), and the small element-wise steps between. A [`Pool`] spreads loops over threads.
 //!
 //! Two promises shape the code. *Equal bits*: every operation has one specified order of floating-point steps, written
 //! once over sixteen lanes (`lanes`), so a result does not depend on the processor's vector width, the thread count, or
@@ -49,7 +49,9 @@ mod weights;
 pub use activations::Activations;
 pub use attend::{Segment, attend};
 pub use cast::{cast_f16, read_f16};
-pub use coded::{CodedKeys, CodedQueries, GROUP, Level, Levels, SLOTS, at_least, coded_scores};
+pub use coded::{
+    CodedKeys, CodedQueries, Found, GROUP, Level, Line, RUN_GROUPS, SLOTS, UNIT, coded_levels, coded_scan, room_for,
+};
 pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use isa::Isa;
@@ -57,7 +59,7 @@ pub use matmul::{matmul, matmul_many};
 pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;
-pub use rows::{project, score_rows, weigh_rows};
+pub use rows::{Scattered, project, score_rows, score_slots, weigh_dense, weigh_rows, weigh_slots};
 pub use scan::{exp2_weights, log_sum_exp2, scores, weighted_values};
 pub use top_k::top_k;
 pub use weights::{ShapeError, Weights};

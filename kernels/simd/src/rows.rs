@@ -9,6 +9,8 @@ use crate::{
 
 /// Rows whose bytes are asked for before they are needed.
 const AHEAD: usize = 8;
+/// As [`AHEAD`], where rows lie far apart.
+const SLOTS_AHEAD: usize = 16;
 /// Rows that stay in the nearest cache while every head takes them.
 const NEAR: usize = 64;
 /// Queries that share a converted row.
@@ -80,6 +82,266 @@ fn score<L: Lanes, const G: usize>(l: L, q: &[f32], row: &[f16], factor: f32, ou
     }
     for (head, sum) in sums.into_iter().enumerate() {
         out[head * stride] = l.sum(sum) * factor;
+    }
+}
+
+/// Rows of equally long blocks that lie anywhere. Row `slot` is row `slot % each` of block `slot / each`, where `each` is the
+/// slots of a block, whole groups of sixteen; blocks may have fewer rows than slots.
+#[derive(Clone, Copy, Debug)]
+pub struct Scattered<'a> {
+    blocks: &'a [&'a [f16]],
+    head_dim: usize,
+    groups: u32,
+    /// What a number of a group is multiplied with for its block, in 34 bits below the point.
+    inverse: u64,
+}
+
+impl<'a> Scattered<'a> {
+    /// Rows of `head_dim` in `blocks` of `groups` times sixteen slots.
+    ///
+    /// # Panics
+    /// If `head_dim` is 0, or `groups` is not 1 to 16.
+    pub fn new(blocks: &'a [&'a [f16]], head_dim: usize, groups: usize) -> Self {
+        assert!(
+            head_dim > 0 && (1..=16).contains(&groups),
+            "scattered: rows of at least 1 in blocks of 1 to 16 groups"
+        );
+        Self {
+            blocks,
+            head_dim,
+            groups: groups as u32,
+            // Rounded up: exact for fewer than 2^30 groups, since the excess times 16 stays below one.
+            inverse: (1_u64 << 34).div_ceil(groups as u64),
+        }
+    }
+
+    /// Block of a slot, and the row in it.
+    #[inline(always)]
+    pub fn place(&self, slot: u32) -> (usize, usize) {
+        let block = (u64::from(slot / 16) * self.inverse) >> 34;
+        (block as usize, (slot - block as u32 * self.groups * 16) as usize)
+    }
+
+    /// The row of a slot.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[inline(always)]
+    pub fn row(&self, slot: u32) -> &'a [f16] {
+        let (block, row) = self.place(slot);
+        &self.blocks[block][row * self.head_dim..][..self.head_dim]
+    }
+}
+
+/// As [`score_rows`], for one query and the rows of the first slots, as many as `out` has room for; those of a few slots behind
+/// them are asked for, for the next call.
+///
+/// # Panics
+/// If `q` is not one row, `out` is longer than `slots`, or a slot has no row.
+pub fn score_slots(q: &[f32], rows: Scattered<'_>, slots: &[u32], scale: f32, out: &mut [f32]) {
+    assert_eq!(q.len(), rows.head_dim, "score_slots: q is one row");
+    assert!(out.len() <= slots.len(), "score_slots: a slot per score");
+    score_slots_on(Isa::active(), q, rows, slots, scale * std::f32::consts::LOG2_E, out);
+}
+
+dispatched!(fn score_slots_on(q: &[f32], rows: Scattered<'_>, slots: &[u32], factor: f32, out: &mut [f32]) = score_slots_in);
+#[inline(always)]
+fn score_slots_in<L: Lanes>(l: L, q: &[f32], rows: Scattered<'_>, slots: &[u32], factor: f32, out: &mut [f32]) {
+    match (rows.head_dim, L::WIDE) {
+        (128, true) => score_whole::<L, 8>(l, q, rows, slots, factor, out),
+        (64, _) => score_whole::<L, 4>(l, q, rows, slots, factor, out),
+        _ => {
+            for (at, (slot, out)) in slots.iter().zip(out).enumerate() {
+                if let Some(next) = slots.get(at + SLOTS_AHEAD) {
+                    prefetch(rows.row(*next));
+                }
+                score::<L, 1>(l, q, rows.row(*slot), factor, std::slice::from_mut(out), 1);
+            }
+        }
+    }
+}
+
+/// Rows of `V` vectors, against a query in registers.
+#[inline(always)]
+fn score_whole<L: Lanes, const V: usize>(
+    l: L,
+    q: &[f32],
+    rows: Scattered<'_>,
+    slots: &[u32],
+    factor: f32,
+    out: &mut [f32],
+) {
+    let vectors = &q.as_chunks::<LANES>().0[..V];
+    let q: [L::F; V] = std::array::from_fn(|v| l.load(&vectors[v]));
+    for (at, (slot, out)) in slots.iter().zip(out).enumerate() {
+        if let Some(next) = slots.get(at + SLOTS_AHEAD) {
+            prefetch(rows.row(*next));
+        }
+        let key = &rows.row(*slot).as_chunks::<LANES>().0[..V];
+        let mut sum = l.splat(0.0);
+        for (q, key) in q.iter().zip(key) {
+            sum = l.fma(*q, l.load_f16(key), sum);
+        }
+        *out = l.sum(sum) * factor;
+    }
+}
+
+/// Adds `weights[i]` times the row of `slots[i]` over all weights, in order, to `sums[head_dim]`. Rows of a few slots behind them
+/// are asked for, for the next call.
+///
+/// # Panics
+/// If `sums` is not one row, there are more weights than slots, or a slot has no row.
+pub fn weigh_slots(weights: &[f32], rows: Scattered<'_>, slots: &[u32], sums: &mut [f32]) {
+    assert_eq!(sums.len(), rows.head_dim, "weigh_slots: sums are one row");
+    assert!(weights.len() <= slots.len(), "weigh_slots: a slot per weight");
+    weigh_slots_on(Isa::active(), weights, rows, slots, sums);
+}
+
+dispatched!(fn weigh_slots_on(weights: &[f32], rows: Scattered<'_>, slots: &[u32], sums: &mut [f32]) = weigh_slots_in);
+#[inline(always)]
+fn weigh_slots_in<L: Lanes>(l: L, weights: &[f32], rows: Scattered<'_>, slots: &[u32], sums: &mut [f32]) {
+    let (whole, tail) = sums.as_chunks_mut::<LANES>();
+    let mut first = 0;
+    // As many sums as there are registers for.
+    for sums in whole.chunks_mut(if L::WIDE { 8 } else { 4 }) {
+        match sums.len() {
+            8 => weigh_each::<L, 8>(l, weights, rows, slots, first, sums),
+            4 => weigh_each::<L, 4>(l, weights, rows, slots, first, sums),
+            _ => {
+                for (at, sums) in sums.chunks_mut(1).enumerate() {
+                    weigh_each::<L, 1>(l, weights, rows, slots, first + at * LANES, sums);
+                }
+            }
+        }
+        first += sums.len() * LANES;
+    }
+    if !tail.is_empty() {
+        let mut sum = load_some(l, tail, 0.0);
+        for (slot, weight) in slots.iter().zip(weights) {
+            sum = l.fma(l.splat(*weight), load_some_f16(l, &rows.row(*slot)[first..]), sum);
+        }
+        store_some(l, sum, tail);
+    }
+}
+
+/// Adds `V` vectors of each row from element `first` on to sums that stay in registers.
+#[inline(always)]
+fn weigh_each<L: Lanes, const V: usize>(
+    l: L,
+    weights: &[f32],
+    rows: Scattered<'_>,
+    slots: &[u32],
+    first: usize,
+    sums: &mut [[f32; LANES]],
+) {
+    let mut kept: [L::F; V] = std::array::from_fn(|v| l.load(&sums[v]));
+    for (at, (slot, weight)) in slots.iter().zip(weights).enumerate() {
+        if let Some(next) = slots.get(at + SLOTS_AHEAD) {
+            prefetch(&rows.row(*next)[first..first + V * LANES]);
+        }
+        let weight = l.splat(*weight);
+        let row = &rows.row(*slot)[first..].as_chunks::<LANES>().0[..V];
+        for (sum, value) in kept.iter_mut().zip(row) {
+            *sum = l.fma(weight, l.load_f16(value), *sum);
+        }
+    }
+    for (sum, out) in kept.into_iter().zip(sums) {
+        l.store(sum, out);
+    }
+}
+
+/// Adds `weights[head, i] * rows[i]` over all rows that lie one behind another, in order, to `sums[head, head_dim]`: as
+/// [`weigh_rows`] for rows that are finite, each read once for four heads.
+///
+/// # Panics
+/// If `rows` are not whole rows, or weights and sums are not of the same number of heads.
+pub fn weigh_dense(weights: &[f32], rows: &[f16], head_dim: usize, sums: &mut [f32]) {
+    assert!(
+        head_dim > 0 && rows.len().is_multiple_of(head_dim),
+        "weigh_dense: rows of head_dim {head_dim}"
+    );
+    assert_eq!(
+        weights.len() * head_dim,
+        sums.len() * (rows.len() / head_dim),
+        "weigh_dense: weights are [heads, n]"
+    );
+    weigh_dense_on(Isa::active(), weights, rows, head_dim, sums);
+}
+
+dispatched!(fn weigh_dense_on(weights: &[f32], rows: &[f16], head_dim: usize, sums: &mut [f32]) = weigh_dense_in);
+#[inline(always)]
+fn weigh_dense_in<L: Lanes>(l: L, weights: &[f32], rows: &[f16], head_dim: usize, sums: &mut [f32]) {
+    /// Rows that stay in the nearest cache while all heads and vectors take them.
+    const ROWS: usize = 64;
+    let n = rows.len() / head_dim;
+    for (part, rows) in rows.chunks(ROWS * head_dim).enumerate() {
+        for (strip, sums) in sums.chunks_mut(HEADS * head_dim).enumerate() {
+            let weights = &weights[strip * HEADS * n + part * ROWS..];
+            match sums.len() / head_dim {
+                4 => weigh_strip::<L, 4>(l, weights, n, rows, head_dim, sums),
+                3 => weigh_strip::<L, 3>(l, weights, n, rows, head_dim, sums),
+                2 => weigh_strip::<L, 2>(l, weights, n, rows, head_dim, sums),
+                _ => weigh_strip::<L, 1>(l, weights, n, rows, head_dim, sums),
+            }
+        }
+    }
+}
+
+/// For `G` heads whose weights are `stride` apart.
+#[inline(always)]
+fn weigh_strip<L: Lanes, const G: usize>(
+    l: L,
+    weights: &[f32],
+    stride: usize,
+    rows: &[f16],
+    head_dim: usize,
+    sums: &mut [f32],
+) {
+    let mut first = 0;
+    while first + LANES <= head_dim {
+        let mut kept: [L::F; G] = std::array::from_fn(|head| {
+            let at = head * head_dim + first;
+            l.load(&sums[at..].as_chunks().0[0])
+        });
+        let mut next: [L::F; G] = [l.splat(0.0); G];
+        let two = first + 2 * LANES <= head_dim;
+        if two {
+            next = std::array::from_fn(|head| l.load(&sums[head * head_dim + first..].as_chunks().0[1]));
+        }
+        for (at, row) in rows.chunks_exact(head_dim).enumerate() {
+            let row = row[first..].as_chunks::<LANES>().0;
+            let (a, b) = (
+                l.load_f16(&row[0]),
+                if two { l.load_f16(&row[1]) } else { l.splat(0.0) },
+            );
+            for (head, (kept, next)) in kept.iter_mut().zip(&mut next).enumerate() {
+                let weight = l.splat(weights[head * stride + at]);
+                *kept = l.fma(weight, a, *kept);
+                *next = l.fma(weight, b, *next);
+            }
+        }
+        for (head, (kept, next)) in kept.into_iter().zip(next).enumerate() {
+            let out = sums[head * head_dim + first..].as_chunks_mut().0;
+            l.store(kept, &mut out[0]);
+            if two {
+                l.store(next, &mut out[1]);
+            }
+        }
+        first += if two { 2 } else { 1 } * LANES;
+    }
+    if first < head_dim {
+        for (head, sums) in sums.chunks_exact_mut(head_dim).enumerate() {
+            let tail = &mut sums[first..];
+            let mut sum = load_some(l, tail, 0.0);
+            for (at, row) in rows.chunks_exact(head_dim).enumerate() {
+                sum = l.fma(
+                    l.splat(weights[head * stride + at]),
+                    load_some_f16(l, &row[first..]),
+                    sum,
+                );
+            }
+            store_some(l, sum, tail);
+        }
     }
 }
 
@@ -284,11 +546,33 @@ mod tests {
                 weigh_rows_on(isa, &weights, &rows, head_dim, &mut sums);
                 let mut z = vec![[9.0; LANES]; rank];
                 project_on(isa, &directions, &mean, few, &mut z);
-                (scores, sums, z)
+                let mut dense = vec![0.0; heads * head_dim];
+                weigh_dense_on(isa, &weights, &keys, head_dim, &mut dense);
+                prop_assert_eq!(bits(&dense), bits(&sums), "{:?} dense", isa);
+                // Blocks of 32 slots, of which the last may be short; every row, then backwards.
+                let blocks: Vec<&[f16]> = keys.chunks(32 * head_dim).collect();
+                let scattered = Scattered::new(&blocks, head_dim, 2);
+                for head in 0..heads {
+                    for slots in [(0..n as u32).collect::<Vec<_>>(), (0..n as u32).rev().collect()] {
+                        let mut found = vec![0.0; n];
+                        let q = &q[head * head_dim..][..head_dim];
+                        score_slots_on(isa, q, scattered, &slots, 0.3, &mut found);
+                        let some = n / 2;
+                        score_slots_on(isa, q, scattered, &slots, 0.3, &mut found[..some]);
+                        score_slots_on(isa, q, scattered, &slots[some..], 0.3, &mut found[some..]);
+                        let expected: Vec<f32> = slots.iter().map(|slot| scores[head * n + *slot as usize]).collect();
+                        prop_assert_eq!(bits(&found), bits(&expected), "{:?} slots", isa);
+                    }
+                    let slots: Vec<u32> = (0..n as u32).collect();
+                    let mut found = vec![0.0; head_dim];
+                    weigh_slots_on(isa, &weights[head * n..][..n], scattered, &slots, &mut found);
+                    prop_assert_eq!(bits(&found), bits(&sums[head * head_dim..][..head_dim]), "{:?} slots", isa);
+                }
+                Ok((scores, sums, z))
             };
-            let (scores, sums, z) = run(Isa::Scalar);
+            let (scores, sums, z) = run(Isa::Scalar)?;
             for isa in Isa::available() {
-                let found = run(isa);
+                let found = run(isa)?;
                 prop_assert_eq!(bits(&found.0), bits(&scores), "{:?}", isa);
                 prop_assert_eq!(bits(&found.1), bits(&sums), "{:?}", isa);
                 prop_assert_eq!(bits(found.2.as_flattened()), bits(z.as_flattened()), "{:?}", isa);
@@ -307,6 +591,23 @@ mod tests {
                 (0..head_dim).map(|d| f64::from(directions[r * head_dim + d]) * f64::from(rows[key][d].to_f32() - mean[d])).sum()
             }).collect();
             prop_assert!(error(z.as_flattened(), &projected) < 2e-6);
+        }
+    }
+
+    #[test]
+    fn slots_have_places() {
+        let row = [f16::ONE; 2];
+        let blocks = vec![&row[..]; 1];
+        for groups in 1..=16 {
+            let rows = Scattered::new(&blocks, 1, groups);
+            for slot in (0..3000).chain([16 * 65_536 - 1, 16 * 65_536, u32::MAX / 2, u32::MAX]) {
+                let each = groups as u32 * 16;
+                assert_eq!(
+                    rows.place(slot),
+                    ((slot / each) as usize, (slot % each) as usize),
+                    "{slot} {groups}"
+                );
+            }
         }
     }
 

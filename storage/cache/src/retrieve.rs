@@ -12,8 +12,8 @@
 //! - What a report counts was done; what was not scanned is not called covered.
 //! - A context pins its blocks from opening to drop, and gives back on drop all that it took. Contexts over one chain share
 //!   blocks: what they pin and hold is counted once.
-//! - An answer of the flat scan does not depend on which queries shared its scan, nor on how many threads worked on it. Through
-//!   sketches, sharing can only make more keys exact: candidates of one query are scored for all.
+//! - An answer does not depend on which queries shared its scan, nor on how many threads worked on it: candidates of a query are
+//!   its own.
 
 mod blocks;
 mod context;
@@ -115,7 +115,7 @@ pub struct Query<'a> {
     /// Positions the caller holds itself; never searched, never counted. In any order, may overlap and reach beyond the
     /// context; at most [`Query::EXCLUDED_MAX`].
     pub excluded: &'a [Range<u32>],
-    /// When the answer is of no use any more. Looked at between blocks.
+    /// When the answer is of no use any more. Looked at between blocks; between KV heads where sketches serve.
     pub deadline: Option<Instant>,
 }
 

@@ -1,13 +1,17 @@
-//! Microseconds of a sketch scan of one KV head of 131,072 keys, one thread, beside a copy of the sketch's bytes.
+//! Microseconds of a sketch scan and of attention through it, of one KV head of 131,072 keys, one thread, beside a copy of the
+//! sketch's bytes.
 //!
-//! `cargo run --release -p kvasir-index --example sketch -- [rounds [sequences..]]`
+//! `cargo run --release -p kvasir-index --example sketch -- [rounds [sequences]]`
 //!
-//! Noise along 32 directions of falling spread; queries near a few keys. Kinds alternate and each figure is the median.
+//! Noise along 32 directions of falling spread; queries near a few keys. Kinds alternate and each figure is the median. "From
+//! memory" goes through contexts of which none is left in a cache.
 
 use std::{hint::black_box, io::Write as _, time::Instant};
 
 use half::f16;
-use kvasir_index::{Attend, Excluded, HeadBasis, Segment, SketchAttended, SketchFormat, SketchScan, encode_block};
+use kvasir_index::{
+    Attend, Column, Excluded, HeadBasis, Segment, SketchAttended, SketchFormat, SketchScan, encode_block,
+};
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 
 const KEYS: usize = 131_072;
@@ -19,13 +23,44 @@ fn median(times: &mut [f64]) -> f64 {
     times[times.len() / 2]
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut args = std::env::args().skip(1).map(|arg| arg.parse());
-    let rounds = args.next().unwrap_or(Ok(31))?;
-    let mut sequences = args.collect::<Result<Vec<usize>, _>>()?;
-    if sequences.is_empty() {
-        sequences = vec![1, 16];
+/// Keys, values and sketches of one KV head.
+struct Context {
+    keys: Vec<f16>,
+    values: Vec<f16>,
+    column: Column,
+}
+
+impl Context {
+    fn segments(&self) -> impl Iterator<Item = Option<Segment<'_>>> {
+        let blocks = self.keys.chunks(BLOCK * D).zip(self.values.chunks(BLOCK * D));
+        blocks.enumerate().map(|(at, (keys, values))| {
+            Some(Segment {
+                keys,
+                values,
+                position: at * BLOCK,
+            })
+        })
     }
+}
+
+/// Scans `context` for `q`; what is asked of it then is `ask`. Microseconds of both.
+fn timed<'a>(
+    scan: &mut SketchScan<'a>,
+    (context, basis): (&'a Context, &HeadBasis),
+    q: &[f32],
+    ask: impl FnOnce(&mut SketchScan<'a>),
+) -> Result<f64, Box<dyn std::error::Error>> {
+    let start = Instant::now();
+    scan.begin(q, basis)?;
+    scan.scan_column(&context.column, context.segments(), &[Excluded::none()])?;
+    ask(scan);
+    Ok(start.elapsed().as_secs_f64() * 1e6)
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
+    let rounds = args.next().unwrap_or(Ok(31))?;
+    let sequences = args.next().unwrap_or(Ok(16))?.max(1);
     let mut rng = SmallRng::seed_from_u64(1);
     let mut noise = |count: usize| -> Vec<f32> {
         (0..count)
@@ -57,69 +92,101 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         encode_block(format, &basis, keys, values, &mut sketches)?;
     }
     let encode = start.elapsed().as_secs_f64() * 1e6 / (KEYS / BLOCK) as f64;
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "sketching a block of 64 keys, d {D}: {encode:.1} us; {each} bytes")?;
-    let none = Excluded::none();
-    let mut copy = vec![0_u8; sketches.len()];
-    for sequences in sequences {
-        let heads = 4 * sequences;
-        let q: Vec<f32> = (0..heads * D)
-            .map(|i| 0.15 * keys[(i / D * 7919 + 5) % KEYS * D + i % D].to_f32())
-            .collect();
-        let mut scan = SketchScan::new(format, 1.0 / (D as f32).sqrt());
-        let mut attended = SketchAttended::default();
-        let mut times = [const { Vec::new() }; 4];
-        for _ in 0..rounds {
-            let start = Instant::now();
-            copy.copy_from_slice(black_box(&sketches));
-            black_box(&copy);
-            times[0].push(start.elapsed().as_secs_f64() * 1e6);
-            let start = Instant::now();
-            scan.begin(&q, &basis)?;
-            let blocks = keys
-                .chunks(BLOCK * D)
-                .zip(values.chunks(BLOCK * D))
-                .zip(sketches.chunks(each));
-            for (at, ((keys, values), sketch)) in blocks.enumerate() {
-                scan.scan(
-                    Segment {
-                        keys,
-                        values,
-                        position: at * BLOCK,
-                    },
-                    sketch,
-                    &none,
-                )?;
-            }
-            times[1].push(start.elapsed().as_secs_f64() * 1e6);
-            let how = Attend {
-                target_mass: 0.95,
-                k_max: Some(KEYS / 100),
-                effort: 0.02,
-                certificate: false,
-                ..Attend::default()
-            };
-            let start = Instant::now();
-            scan.attend_into(how, &mut attended);
-            times[2].push(start.elapsed().as_secs_f64() * 1e6);
-            let start = Instant::now();
-            scan.attend_into(
-                Attend {
-                    certificate: true,
-                    ..how
-                },
-                &mut attended,
-            );
-            times[3].push(start.elapsed().as_secs_f64() * 1e6);
-        }
-        let [copy, scan, attend, certified] = times.each_mut().map(|times| median(times));
-        writeln!(
-            out,
-            "{sequences} x 4 query heads: copy {copy:.0} us, scan {scan:.0} us ({:.1} GB/s), attend {attend:.0} us, with certificate {certified:.0} us; {} keys scored, {} attended",
-            sketches.len() as f64 / scan * 1e-3,
-            attended.keys_scored,
-            attended.keys.iter().sum::<usize>()
-        )?;
+    let mut column = Column::new(format);
+    for sketch in sketches.chunks(each) {
+        column.push(sketch)?;
     }
+    // Equal contexts in memory of their own: each is cold when its turn comes, as one of many KV heads is.
+    let contexts: Vec<Context> = (0..sequences.max(8))
+        .map(|_| Context {
+            keys: keys.clone(),
+            values: values.clone(),
+            column: column.clone(),
+        })
+        .collect();
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "sketching a block of 64 keys, d {D}: {encode:.1} us; {each} bytes; {KEYS} keys, {:.2} MB as scanned",
+        column.bytes() as f64 * 1e-6
+    )?;
+    let q: Vec<f32> = (0..4 * sequences * D)
+        .map(|i| 0.15 * keys[(i / D * 7919 + 5) % KEYS * D + i % D].to_f32())
+        .collect();
+    let one = &q[..4 * D];
+    let how = Attend {
+        target_mass: 0.95,
+        k_max: Some(KEYS / 100),
+        effort: 0.02,
+        certificate: false,
+        ..Attend::default()
+    };
+    let certified = Attend {
+        certificate: true,
+        ..how
+    };
+    let mut copy = vec![0_u8; sketches.len()];
+    let mut scan = SketchScan::new(format, 1.0 / (D as f32).sqrt());
+    let mut found = SketchAttended::default();
+    let mut times = [const { Vec::new() }; 8];
+    for _ in 0..rounds {
+        let mut note = |at: usize, time: f64| times[at].push(time);
+        let start = Instant::now();
+        copy.copy_from_slice(black_box(&sketches));
+        black_box(&copy);
+        note(0, start.elapsed().as_secs_f64() * 1e6);
+        let warm = (&contexts[0], &basis);
+        let candidates = |scan: &mut SketchScan<'_>| {
+            black_box(scan.candidates(KEYS / 50));
+        };
+        note(1, timed(&mut scan, warm, one, candidates)?);
+        note(
+            2,
+            timed(&mut scan, warm, one, |scan| scan.attend_into(how, &mut found))?,
+        );
+        note(
+            3,
+            timed(&mut scan, warm, one, |scan| scan.attend_into(certified, &mut found))?,
+        );
+    }
+    for round in 0..rounds {
+        let mut note = |at: usize, time: f64| times[at].push(time);
+        let cold = |at: usize| (&contexts[(2 * round + at) % contexts.len()], &basis);
+        let candidates = |scan: &mut SketchScan<'_>| {
+            black_box(scan.candidates(KEYS / 50));
+        };
+        note(4, timed(&mut scan, cold(0), one, candidates)?);
+        note(
+            5,
+            timed(&mut scan, cold(1), one, |scan| scan.attend_into(how, &mut found))?,
+        );
+        if round % 4 == 0 {
+            let attend = |scan: &mut SketchScan<'_>| scan.attend_into(how, &mut found);
+            note(6, timed(&mut scan, cold(2), &q, attend)?);
+            let mut alone = 0.0;
+            for (context, q) in contexts.iter().zip(q.chunks(4 * D)) {
+                alone += timed(&mut scan, (context, &basis), q, |scan| {
+                    scan.attend_into(how, &mut found)
+                })?;
+            }
+            note(7, alone);
+        }
+    }
+    timed(&mut scan, (&contexts[0], &basis), one, |scan| {
+        scan.attend_into(how, &mut found)
+    })?;
+    let [copy, scan, attend, certified, cold_scan, cold, shared, alone] = times.each_mut().map(|times| median(times));
+    writeln!(
+        out,
+        "4 query heads: copy {copy:.0} us; scan and choice {scan:.0} us, from memory {cold_scan:.0}; with it attend {attend:.0} us, \
+         from memory {cold:.0}; with certificate {certified:.0} us; {} keys scored, {} attended",
+        found.keys_scored,
+        found.keys.iter().sum::<usize>()
+    )?;
+    writeln!(
+        out,
+        "{sequences} sequences over one context {shared:.0} us, over one each {alone:.0} us: {:.2} times the tokens",
+        alone / shared
+    )?;
     Ok(())
 }

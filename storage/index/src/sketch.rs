@@ -17,15 +17,17 @@
 //! A digit of 4 bits holds one of 32 directions, in steps of .335 of the root mean square over the block, which is the best
 //! uniform step for normal coordinates. With 8 bits the lower digits follow the 32 upper ones, worth a sixteenth.
 
+mod column;
 mod format;
 mod index;
 mod scan;
 mod search;
 
 pub use self::{
+    column::Column,
     format::{SketchFormat, Width, encode_block},
     index::Sketch,
-    scan::{Attend, SketchAttended, SketchScan},
+    scan::{Attend, Parked, SketchAttended, SketchScan},
 };
 
 #[cfg(test)]

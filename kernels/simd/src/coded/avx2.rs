@@ -3,80 +3,152 @@
 
 use std::arch::x86_64::*;
 
-use super::{Call, GROUP, HIGHEST, LOWEST, Map};
+use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, RUN_GROUPS};
 
 /// # Safety
-/// The processor has AVX2, FMA and F16C. `levels` and `sums` have room for each head of the call at their strides, codes are
-/// `groups * lines * 64` bytes, a mask has `groups` words, and there are `lines * 2` lanes per head.
+/// The processor has AVX2, FMA and F16C. There are `lines` lines of codes per group, as many groups as masks and steps, room
+/// for what may be found of each head of the call, and `lines * 2` lanes per head.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn strip(call: Call<'_>, levels: &mut [u16], stride: usize, sums: &mut [f32], sums_stride: usize) {
-    // SAFETY: this function's own contract, for as many heads as are named.
+pub(super) unsafe fn scan(call: Call<'_>, out: &mut Found<'_>) {
+    // SAFETY: this function's own contract, for as many heads and lines as are named.
     unsafe {
         match (call.heads.len(), call.lines) {
-            (4, 4) => heads::<4, 4>(call, levels, stride, sums, sums_stride),
-            (3, 4) => heads::<3, 4>(call, levels, stride, sums, sums_stride),
-            (2, 4) => heads::<2, 4>(call, levels, stride, sums, sums_stride),
-            (1, 4) => heads::<1, 4>(call, levels, stride, sums, sums_stride),
-            (4, 8) => heads::<4, 8>(call, levels, stride, sums, sums_stride),
-            (3, 8) => heads::<3, 8>(call, levels, stride, sums, sums_stride),
-            (2, 8) => heads::<2, 8>(call, levels, stride, sums, sums_stride),
-            _ => heads::<1, 8>(call, levels, stride, sums, sums_stride),
+            (4, 4) => heads::<4, 4>(call, out),
+            (3, 4) => heads::<3, 4>(call, out),
+            (2, 4) => heads::<2, 4>(call, out),
+            (1, 4) => heads::<1, 4>(call, out),
+            (4, 8) => heads::<4, 8>(call, out),
+            (3, 8) => heads::<3, 8>(call, out),
+            (2, 8) => heads::<2, 8>(call, out),
+            _ => heads::<1, 8>(call, out),
+        }
+    }
+}
+
+/// Levels of the call's one head.
+///
+/// # Safety
+/// As [`scan`]; `out` has room for the levels of all groups.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn levels(call: Call<'_>, out: &mut [u16]) {
+    // SAFETY: this function's own contract.
+    unsafe {
+        match call.lines {
+            4 => levels_of::<4>(call, out),
+            _ => levels_of::<8>(call, out),
         }
     }
 }
 
 /// # Safety
-/// As [`strip`], with `H` heads and `LINES` lines.
+/// As [`levels`], with `LINES` lines.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn heads<const H: usize, const LINES: usize>(
-    call: Call<'_>,
-    levels: &mut [u16],
-    stride: usize,
-    sums: &mut [f32],
-    sums_stride: usize,
-) {
-    let maps: [Map; H] = std::array::from_fn(|h| Map::new(call.heads[h], call.keys.step));
-    let nibble = _mm256_set1_epi8(15);
-    let mut group = 0;
-    while group < call.groups {
-        let first = group;
-        let mut totals = [_mm256_setzero_ps(); H];
-        while group < (first + call.run).min(call.groups) {
-            // SAFETY: group `group` has LINES lines of 64 bytes, each head has 2 * LINES lanes of 32, and sixteen levels of
-            // each head fit, all by this function's contract.
-            unsafe {
-                let codes = call.keys.codes.as_ptr().add(group * LINES * 64);
-                let lanes = call.lanes.as_ptr().cast::<__m256i>();
-                let mut products = [[_mm256_setzero_si256(); 2]; H];
-                for line in 0..LINES {
-                    for half in 0..2 {
-                        let raw = _mm256_loadu_si256(codes.add(line * 64 + half * 32).cast());
-                        let low = _mm256_and_si256(raw, nibble);
-                        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(raw), nibble);
-                        for (head, products) in products.iter_mut().enumerate() {
-                            let lanes = lanes.add(head * LINES * 2 + line * 2);
-                            let product = &mut products[half];
-                            *product = _mm256_add_epi16(*product, _mm256_maddubs_epi16(low, *lanes));
-                            *product = _mm256_add_epi16(*product, _mm256_maddubs_epi16(high, *lanes.add(1)));
-                        }
-                    }
-                }
-                let mask = call.keys.mask.map(|mask| searched(mask[group]));
-                for (head, products) in products.iter().enumerate() {
-                    let product = _mm256_hadd_epi16(products[0], products[1]);
-                    let level = finish(product, maps[head], mask);
-                    let out = levels.as_mut_ptr().add(head * stride + group * GROUP);
-                    _mm256_storeu_si256(out.cast(), level);
-                    totals[head] = _mm256_add_ps(totals[head], weights(level));
-                }
-            }
-            group += 1;
-        }
-        for (head, total) in totals.iter().enumerate() {
-            sums[head * sums_stride + first / call.run] = sum(*total);
+unsafe fn levels_of<const LINES: usize>(call: Call<'_>, out: &mut [u16]) {
+    for (at, out) in out
+        .as_chunks_mut::<GROUP>()
+        .0
+        .iter_mut()
+        .take(call.keys.masks.len())
+        .enumerate()
+    {
+        let maps = [Map::new(call.heads[0], call.keys.steps[at])];
+        // SAFETY: this function's own contract; the store covers the sixteen levels of the reference.
+        unsafe {
+            let [level] = group::<1, LINES>(&call, at, &maps);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), level);
         }
     }
+}
+
+/// Levels of one group.
+///
+/// # Safety
+/// As [`scan`], with `H` heads and `LINES` lines; `at` is one of the groups.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn group<const H: usize, const LINES: usize>(
+    call: &Call<'_>,
+    at: usize,
+    maps: &[Map; H],
+) -> [__m256i; H] {
+    let nibble = _mm256_set1_epi8(15);
+    let mut products = [[_mm256_setzero_si256(); 2]; H];
+    for line in 0..LINES {
+        for half in 0..2 {
+            // SAFETY: each group has LINES lines of 64 bytes and each head 2 * LINES lanes of 32, by this function's contract.
+            unsafe {
+                let codes = call.keys.codes.as_ptr().add(at * LINES + line).cast::<__m256i>();
+                let lanes = call.lanes.as_ptr().cast::<__m256i>();
+                let raw = _mm256_load_si256(codes.add(half));
+                let low = _mm256_and_si256(raw, nibble);
+                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(raw), nibble);
+                for (head, products) in products.iter_mut().enumerate() {
+                    let lanes = lanes.add(head * LINES * 2 + line * 2);
+                    let product = &mut products[half];
+                    *product = _mm256_add_epi16(*product, _mm256_maddubs_epi16(low, _mm256_load_si256(lanes)));
+                    *product = _mm256_add_epi16(*product, _mm256_maddubs_epi16(high, _mm256_load_si256(lanes.add(1))));
+                }
+            }
+        }
+    }
+    let mask = searched(call.keys.masks[at]);
+    let mut levels = [_mm256_setzero_si256(); H];
+    for ((level, products), map) in levels.iter_mut().zip(&products).zip(maps) {
+        *level = finish(_mm256_hadd_epi16(products[0], products[1]), *map, mask);
+    }
+    levels
+}
+
+/// # Safety
+/// As [`scan`], with `H` heads and `LINES` lines.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Found<'_>) {
+    let groups = call.keys.masks.len();
+    let mut maps = [Map::default(); H];
+    let mut step = f32::NAN;
+    for (run, first) in (0..groups).step_by(RUN_GROUPS).enumerate() {
+        let mut totals = [[_mm256_setzero_ps(); 2]; H];
+        for at in first..(first + RUN_GROUPS).min(groups) {
+            if call.keys.steps[at] != step {
+                step = call.keys.steps[at];
+                maps = std::array::from_fn(|head| Map::new(call.heads[head], step));
+            }
+            // SAFETY: this function's own contract.
+            let levels = unsafe { group::<H, LINES>(&call, at, &maps) };
+            for (head, level) in levels.into_iter().enumerate() {
+                let below = keep(level, head, call.first + at * GROUP, out);
+                let total = &mut totals[head][at % 2];
+                *total = _mm256_add_ps(*total, weights(below));
+            }
+        }
+        for (head, totals) in totals.iter().enumerate() {
+            out.sums[head * out.sums_stride + run] = sum(_mm256_add_ps(totals[0], totals[1]));
+        }
+    }
+}
+
+/// Keeps what reaches the floor of `head`; answers what is below it.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn keep(level: __m256i, head: usize, first: usize, out: &mut Found<'_>) -> __m256i {
+    let floor = _mm256_set1_epi16(out.floors[head].0.max(Level::LOWEST.0) as i16);
+    // Unsigned: the larger of both is the level itself where it is at least the floor.
+    let reached = _mm256_cmpeq_epi16(_mm256_max_epu16(level, floor), level);
+    let mut bits = _mm256_movemask_epi8(reached) as u32 & 0x5555_5555;
+    if bits != 0 {
+        let mut levels = [0_u16; GROUP];
+        // SAFETY: the store covers the sixteen levels of the array.
+        unsafe { _mm256_storeu_si256(levels.as_mut_ptr().cast(), level) };
+        while bits != 0 {
+            let key = bits.trailing_zeros() as usize / 2;
+            out.kept[head * out.stride + out.counts[head]] = u32::from(levels[key]) << 16 | (first + key) as u32;
+            out.counts[head] += 1;
+            bits &= bits - 1;
+        }
+    }
+    _mm256_andnot_si256(reached, level)
 }
 
 /// All ones in the lanes of the keys whose bit is set.
@@ -92,15 +164,12 @@ pub(super) fn searched(word: u16) -> __m256i {
 /// Levels of sixteen products in the order of the keys.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn finish(product: __m256i, map: Map, mask: Option<__m256i>) -> __m256i {
+pub(super) fn finish(product: __m256i, map: Map, mask: __m256i) -> __m256i {
     let scaled = _mm256_mulhrs_epi16(product, _mm256_set1_epi16(map.factor));
     let level = _mm256_adds_epi16(scaled, _mm256_set1_epi16(map.offset));
     let level = _mm256_max_epi16(level, _mm256_set1_epi16(LOWEST));
     let level = _mm256_min_epi16(level, _mm256_set1_epi16(HIGHEST));
-    match mask {
-        Some(mask) => _mm256_and_si256(level, mask),
-        None => level,
-    }
+    _mm256_and_si256(level, mask)
 }
 
 /// Weights of the even keys plus those of the odd.

@@ -1,38 +1,64 @@
 //! The scan in plain code: what the others must equal.
 
-use super::{Call, GROUP, HIGHEST, LOWEST, Map, SLOTS};
+use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, RUN_GROUPS, SLOTS};
 
-pub(super) fn strip(call: Call<'_>, levels: &mut [u16], stride: usize, sums: &mut [f32], sums_stride: usize) {
-    let group_bytes = call.lines * 64;
-    for (head, weights) in call.heads.iter().enumerate() {
-        let map = Map::new(*weights, call.keys.step);
-        let lanes = &call.lanes[head * call.lines * 2..][..call.lines * 2];
-        for first in (0..call.groups).step_by(call.run) {
-            let mut sum = [0.0_f32; 8];
-            for group in first..(first + call.run).min(call.groups) {
-                let codes = &call.keys.codes[group * group_bytes..][..group_bytes];
-                let out = &mut levels[head * stride + group * GROUP..][..GROUP];
-                for (slot, key) in SLOTS.into_iter().enumerate() {
-                    let mut product = 0_i16;
-                    for (line, lanes) in codes.chunks_exact(64).zip(lanes.chunks_exact(2)) {
-                        for i in 0..4 {
-                            let code = line[slot * 4 + i];
-                            product += i16::from(code & 15) * i16::from(lanes[0].0[i]);
-                            product += i16::from(code >> 4) * i16::from(lanes[1].0[i]);
-                        }
-                    }
-                    let scaled = (((i32::from(product) * i32::from(map.factor)) >> 14) + 1) >> 1;
-                    let level = (scaled as i16).saturating_add(map.offset).clamp(LOWEST, HIGHEST);
-                    let searched = call.keys.mask.is_none_or(|mask| (mask[group] >> key) & 1 == 1);
-                    out[key] = if searched { level as u16 } else { 0 };
+/// Levels of one group for one head.
+fn group(call: &Call<'_>, head: usize, group: usize) -> [u16; GROUP] {
+    let map = Map::new(call.heads[head], call.keys.steps[group]);
+    let lanes = &call.lanes[head * call.lines * 2..][..call.lines * 2];
+    let codes = &call.keys.codes[group * call.lines..][..call.lines];
+    let mut levels = [0; GROUP];
+    for (slot, key) in SLOTS.into_iter().enumerate() {
+        let mut product = 0_i16;
+        for (line, lanes) in codes.iter().zip(lanes.chunks_exact(2)) {
+            for i in 0..4 {
+                let code = line.0[slot * 4 + i];
+                product += i16::from(code & 15) * i16::from(lanes[0].0[i]);
+                product += i16::from(code >> 4) * i16::from(lanes[1].0[i]);
+            }
+        }
+        let scaled = (((i32::from(product) * i32::from(map.factor)) >> 14) + 1) >> 1;
+        let level = (scaled as i16).saturating_add(map.offset).clamp(LOWEST, HIGHEST);
+        if (call.keys.masks[group] >> key) & 1 == 1 {
+            levels[key] = level as u16;
+        }
+    }
+    levels
+}
+
+pub(super) fn levels(call: Call<'_>, out: &mut [u16]) {
+    for (at, out) in out
+        .as_chunks_mut::<GROUP>()
+        .0
+        .iter_mut()
+        .take(call.keys.masks.len())
+        .enumerate()
+    {
+        *out = group(&call, 0, at);
+    }
+}
+
+pub(super) fn scan(call: Call<'_>, out: &mut Found<'_>) {
+    let groups = call.keys.masks.len();
+    for head in 0..call.heads.len() {
+        let floor = out.floors[head].0.max(Level::LOWEST.0);
+        let kept = &mut out.kept[head * out.stride..][..out.stride];
+        for (run, first) in (0..groups).step_by(RUN_GROUPS).enumerate() {
+            let mut sums = [[0.0_f32; 8]; 2];
+            for at in first..(first + RUN_GROUPS).min(groups) {
+                let mut levels = group(&call, head, at);
+                for (key, level) in levels.iter_mut().enumerate().filter(|(_, level)| **level >= floor) {
+                    kept[out.counts[head]] = u32::from(*level) << 16 | (call.first + at * GROUP + key) as u32;
+                    out.counts[head] += 1;
+                    *level = 0;
                 }
-                for (sum, pair) in sum.iter_mut().zip(out.chunks_exact(2)) {
-                    let weight = |level: u16| f32::from_bits(u32::from(level) << 16);
-                    *sum += weight(pair[0]) + weight(pair[1]);
+                for (sum, pair) in sums[at % 2].iter_mut().zip(levels.as_chunks::<2>().0) {
+                    *sum += Level(pair[0]).weight() + Level(pair[1]).weight();
                 }
             }
-            let four: [f32; 4] = std::array::from_fn(|l| sum[l] + sum[l + 4]);
-            sums[head * sums_stride + first / call.run] = (four[0] + four[2]) + (four[1] + four[3]);
+            let sums: [f32; 8] = std::array::from_fn(|l| sums[0][l] + sums[1][l]);
+            let four: [f32; 4] = std::array::from_fn(|l| sums[l] + sums[l + 4]);
+            out.sums[head * out.sums_stride + run] = (four[0] + four[2]) + (four[1] + four[3]);
         }
     }
 }

@@ -3,25 +3,47 @@ use proptest::prelude::*;
 use super::*;
 use crate::testing::{bits, bytes, values};
 
-struct Found {
+#[derive(Debug, PartialEq)]
+struct Run {
     levels: Vec<u16>,
-    sums: Vec<f32>,
+    kept: Vec<Vec<u32>>,
+    sums: Vec<u32>,
 }
 
-fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, groups: usize, run: usize) -> Found {
+/// All that can be asked, from key `first` on.
+fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floors: &[Level]) -> Run {
+    let (heads, groups) = (queries.len(), keys.masks.len());
+    let (stride, sums_stride) = (room_for(groups) + 3, groups.div_ceil(RUN_GROUPS) + 1);
+    let mut levels = vec![0; heads * (groups * GROUP + 5)];
+    coded_levels_on(isa, queries, 0..heads, keys, &mut levels, groups * GROUP + 5);
+    let (mut kept, mut counts) = (vec![7; heads * stride], vec![2; heads]);
+    let mut sums = vec![0.0; heads * sums_stride];
     let mut found = Found {
-        levels: vec![0; queries.len() * (groups * GROUP + 3)],
-        sums: vec![0.0; queries.len() * (groups + 1)],
+        floors,
+        kept: &mut kept,
+        stride,
+        counts: &mut counts,
+        sums: &mut sums,
+        sums_stride,
     };
-    let mut out = Levels {
-        levels: &mut found.levels,
-        stride: groups * GROUP + 3,
-        sums: &mut found.sums,
-        sums_stride: groups + 1,
-        run,
-    };
-    coded_scores_on(isa, queries, 0..queries.len(), keys, &mut out);
-    found
+    coded_scan_on(isa, queries, 0..heads, keys, first, &mut found);
+    assert!(
+        kept.chunks(stride).all(|kept| kept[..2] == [7, 7]),
+        "what is there stays"
+    );
+    Run {
+        levels,
+        kept: kept
+            .chunks(stride)
+            .zip(&counts)
+            .map(|(kept, count)| kept[2..*count].to_vec())
+            .collect(),
+        sums: bits(&sums),
+    }
+}
+
+fn lines(codes: &[u8]) -> Vec<Line> {
+    codes.as_chunks().0.iter().map(|line| Line(*line)).collect()
 }
 
 /// Digit `at` of key `key`, by the layout's description.
@@ -39,48 +61,60 @@ proptest! {
         seed in 0_u64..1000,
         heads in 0_usize..10,
         groups in 0_usize..17,
-        run_groups in 1_usize..6,
         nibbles in prop::sample::select(vec![32_usize, 64]),
         masked in any::<bool>(),
+        steps in 1_usize..4,
         spread in prop::sample::select(vec![0.0_f32, 0.01, 0.3, 0.7]),
+        floor in prop::sample::select(vec![-300.0_f32, -3.0, 0.0, 2.0, 50.0]),
+        first in 0_usize..200_000,
     ) {
+        let first = first.min(UNIT * (first / UNIT + 1) - groups * GROUP);
         let codes = bytes(seed, groups * GROUP * nibbles / 2);
-        let mask: Vec<u16> = bytes(seed + 1, groups * 2).chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+        let word = |b: &[u8]| if masked { u16::from_le_bytes([b[0], b[1]]) } else { u16::MAX };
+        let mask: Vec<u16> = bytes(seed + 1, groups * 2).chunks(2).map(word).collect();
+        let step = |group: usize| 0.1 + 0.1 * (group / 2 % steps) as f32;
         let weights: Vec<f32> = values(seed + 2, heads * nibbles).iter().map(|w| w * spread).collect();
         let mut queries = CodedQueries::default();
         queries.begin(nibbles);
         weights.chunks(nibbles).for_each(|weights| queries.push(weights));
-        let keys = CodedKeys { codes: &codes, step: 0.3, mask: masked.then_some(&mask[..]) };
-        let truth = run(Isa::Scalar, &queries, keys, groups, run_groups);
+        let steps: Vec<f32> = (0..groups).map(step).collect();
+        let floors: Vec<Level> = (0..heads).map(|head| Level::at_least(floor + head as f32)).collect();
+        let lines = lines(&codes);
+        let keys = CodedKeys { codes: &lines, steps: &steps, masks: &mask };
+        let truth = run(Isa::Scalar, &queries, keys, first, &floors);
         for isa in Isa::available() {
-            let found = run(isa, &queries, keys, groups, run_groups);
-            prop_assert_eq!(&found.levels, &truth.levels, "{:?}", isa);
-            prop_assert_eq!(bits(&found.sums), bits(&truth.sums), "{:?}", isa);
+            prop_assert_eq!(&run(isa, &queries, keys, first, &floors), &truth, "{:?}", isa);
         }
         for (head, weights) in weights.chunks(nibbles).enumerate() {
-            if !queries.fits(head, 0.3) {
-                // A rare draw of weights whose scores levels cannot tell apart: only that all sets agree is promised.
-                continue;
-            }
-            let mut sums = vec![0.0_f64; groups.div_ceil(run_groups)];
+            let mut sums = vec![0.0_f64; groups.div_ceil(RUN_GROUPS)];
+            let mut kept = Vec::new();
             for key in 0..groups * GROUP {
-                let level = Level(truth.levels[head * (groups * GROUP + 3) + key]);
-                if masked && (mask[key / GROUP] >> (key % GROUP)) & 1 == 0 {
+                let level = Level(truth.levels[head * (groups * GROUP + 5) + key]);
+                if (mask[key / GROUP] >> (key % GROUP)) & 1 == 0 {
                     prop_assert_eq!(level.0, 0);
                     continue;
                 }
-                let score: f32 =
-                    weights.iter().enumerate().map(|(i, w)| w * (f32::from(digit(&codes, nibbles, key, i)) - 7.5) * 0.3).sum();
+                let weight = f64::from(level.weight());
+                if level >= floors[head] {
+                    kept.push(u32::from(level.0) << 16 | ((first + key) % UNIT) as u32);
+                } else {
+                    sums[key / GROUP / RUN_GROUPS] += weight;
+                }
+                if !queries.fits(head, 0.3) {
+                    // A rare draw of weights whose scores levels cannot tell apart: only that all sets agree is promised.
+                    continue;
+                }
+                let digit = |i| f32::from(digit(&codes, nibbles, key, i)) - 7.5;
+                let score: f32 = weights.iter().enumerate().map(|(i, w)| w * digit(i) * step(key / GROUP)).sum();
                 // Weights of a query are rounded to a 254th of the largest (or of a share of their sum).
                 let rounding = weights.iter().fold(0.0_f32, |a, w| a.max(w.abs())) / 60.0 * 2.25 * nibbles as f32 / 8.0;
                 prop_assert!((level.above_average() - score).abs() <= rounding + 0.07, "{} {}", level.above_average(), score);
-                let weight = f64::from(level.weight());
                 let exact = f64::from(level.above_average() + Level::UNIT).exp2();
                 prop_assert!((weight / exact - 1.0).abs() < 0.045);
-                sums[key / GROUP / run_groups] += weight;
             }
+            prop_assert_eq!(&truth.kept[head], &kept);
             for (at, sum) in sums.into_iter().enumerate() {
-                let found = f64::from(truth.sums[head * (groups + 1) + at]);
+                let found = f64::from(f32::from_bits(truth.sums[head * (groups.div_ceil(RUN_GROUPS) + 1) + at]));
                 prop_assert!((found - sum).abs() <= 1e-5 * sum);
             }
         }
@@ -105,17 +139,21 @@ fn extreme_weights_do_not_overflow() {
             queries.begin(nibbles);
             queries.push(&weights);
             for code in [0, 0xff, 0x0f, 0xf0] {
-                let codes = vec![code; GROUP * nibbles / 2];
+                let codes = lines(&vec![code; 4 * GROUP * nibbles / 2]);
                 let keys = CodedKeys {
                     codes: &codes,
-                    step: 1e-3,
-                    mask: None,
+                    steps: &[1e-3; 4],
+                    masks: &[u16::MAX; 4],
                 };
-                let truth = run(Isa::Scalar, &queries, keys, 1, 1);
+                let floors = [Level(u16::MAX)];
+                let truth = run(Isa::Scalar, &queries, keys, 0, &floors);
+                assert!(f32::from_bits(truth.sums[0]).is_finite());
                 for isa in Isa::available() {
-                    let found = run(isa, &queries, keys, 1, 1);
-                    assert_eq!(found.levels, truth.levels, "{isa:?} {high} {low} {code}");
-                    assert!(found.sums[0].is_finite());
+                    assert_eq!(
+                        run(isa, &queries, keys, 0, &floors),
+                        truth,
+                        "{isa:?} {high} {low} {code}"
+                    );
                 }
             }
         }

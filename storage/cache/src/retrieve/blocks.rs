@@ -16,7 +16,7 @@ use kvasir_block::{BlockHash, BlockKey, KvSchema, NamespaceId};
 use kvasir_index::{Basis, Excluded};
 use parking_lot::Mutex;
 
-use super::{context::Payload, sketches::BlockSketches};
+use super::{context::Payload, sketches::LayerSketches};
 use crate::{CacheError, ErrorKind, GetOutcome, LeaseId, cache::Shared};
 
 /// Chains with open contexts, by the key of their last block. Not more than there are contexts.
@@ -33,7 +33,7 @@ pub(super) struct ContextBlocks {
     /// Verified payloads, one list per layer, filled by the first query that wants them.
     layers: Vec<Mutex<Arc<[Option<Payload>]>>>,
     /// Sketches of the blocks of a layer, filled likewise.
-    sketches: Vec<Mutex<Arc<[Option<BlockSketches>]>>>,
+    sketches: Vec<Mutex<Arc<LayerSketches>>>,
     /// Bytes of all payloads in `layers` and of all `sketches`, taken from the cache's budget.
     held_bytes: AtomicU64,
 }
@@ -85,7 +85,7 @@ impl ContextBlocks {
         drop(state);
         let nothing: Arc<[Option<Payload>]> = Arc::new([]);
         let layers = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&nothing))).collect();
-        let none: Arc<[Option<BlockSketches>]> = Arc::new([]);
+        let none = Arc::new(LayerSketches::default());
         let sketches = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&none))).collect();
         let new = Arc::new(Self {
             cache: Arc::downgrade(shared),
@@ -135,10 +135,10 @@ impl ContextBlocks {
             return false;
         };
         held.try_lock()
-            .is_none_or(|held| held.len() == self.blocks.len() && held.iter().all(Option::is_some))
+            .is_none_or(|held| held.blocks() == self.blocks.len() && (0..held.blocks()).all(|at| held.has(at)))
     }
 
-    /// The sketches of a layer, one per block whose payload is there: held already, or made now until it is late.
+    /// The sketches of a layer's blocks whose payload is there: held already, or made now until it is late.
     pub(super) fn sketch(
         &self,
         shared: &Shared,
@@ -146,34 +146,47 @@ impl ContextBlocks {
         payloads: &[Option<Payload>],
         basis: &Basis,
         late: &dyn Fn() -> bool,
-    ) -> Arc<[Option<BlockSketches>]> {
+    ) -> Arc<LayerSketches> {
         // Held while sketching: a second query of the same layer would sketch the same blocks.
         let mut held = self.sketches[usize::from(layer)].lock();
-        let is_missing = |at: usize| held.get(at).is_none_or(Option::is_none) && payloads[at].is_some();
+        let is_missing = |at: usize| !held.has(at) && payloads[at].is_some();
         let wanted: Vec<usize> = (0..payloads.len()).filter(|&at| is_missing(at)).collect();
-        if wanted.is_empty() && held.len() == payloads.len() {
+        if wanted.is_empty() && held.blocks() == payloads.len() {
             return Arc::clone(&held);
         }
-        let mut keep = held.to_vec();
-        keep.resize(payloads.len(), None);
-        let mut now = keep.clone();
+        let layout = self.schema.layout();
+        let mut now = Arc::clone(&held);
+        // What was made before has its bytes.
+        let keep = if held.blocks() == payloads.len() {
+            true
+        } else {
+            now = Arc::new(LayerSketches::none(payloads.len(), &layout, basis, layer));
+            let bytes = LayerSketches::bytes_for(payloads.len(), &layout);
+            let taken = shared.contexts.take(bytes);
+            if taken {
+                self.held_bytes.fetch_add(bytes, Ordering::Relaxed);
+            }
+            taken
+        };
+        if keep {
+            // So that there is one user of what changes, unless a search is still at work.
+            *held = Arc::default();
+        }
+        let sketches = Arc::make_mut(&mut now);
+        let mut room = Vec::new();
         for at in wanted {
             if late() {
                 break;
             }
             let Some(payload) = &payloads[at] else { continue };
-            let Some(made) = BlockSketches::of(payload.halves(), &self.schema.layout(), basis, layer) else {
-                continue;
-            };
-            shared.counters.sketched_blocks.add(1);
-            if shared.contexts.take(made.bytes()) {
-                self.held_bytes.fetch_add(made.bytes(), Ordering::Relaxed);
-                keep[at] = Some(made.clone());
+            if sketches.make(at, payload.halves(), &layout, basis, layer, &mut room) {
+                shared.counters.sketched_blocks.add(1);
             }
-            now[at] = Some(made);
         }
-        *held = keep.into();
-        now.into()
+        if keep {
+            *held = Arc::clone(&now);
+        }
+        now
     }
 
     /// The verified payloads of a layer, one per block: held already, or read now until it is late. What is excluded whole is

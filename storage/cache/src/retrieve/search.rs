@@ -19,7 +19,7 @@ use super::{
     blocks::ContextBlocks,
     context::Payload,
     report::{HeadCount, Progress},
-    sketches::{self, BlockSketches, Extra, rows_effort},
+    sketches::{self, Extra, LayerSketches, rows_effort},
 };
 use crate::{cache::Shared, namespace::NamespaceBasis};
 
@@ -52,7 +52,7 @@ pub struct Search {
 struct Sketched {
     basis: Arc<NamespaceBasis>,
     layer: u16,
-    blocks: Arc<[Option<BlockSketches>]>,
+    blocks: Arc<LayerSketches>,
 }
 
 #[derive(Debug)]
@@ -142,7 +142,9 @@ impl Search {
             .iter()
             .map(|payload| payload.as_ref().map(Payload::halves))
             .collect();
+        // Their buffers are used for one head after another.
         let mut scan = FlatScan::new(self.layout.head_dim, self.scale);
+        let mut through = SketchScan::new(SketchFormat::new(self.layout.head_dim), self.scale);
         loop {
             let kv_head = self.next.fetch_add(1, Ordering::Relaxed);
             if kv_head >= self.layout.kv_heads {
@@ -154,7 +156,7 @@ impl Search {
                 found: None,
             };
             taken.found = Some(match &self.sketched {
-                Some(sketched) => self.sketched_head(kv_head, &halves, sketched),
+                Some(sketched) => self.sketched_head(kv_head, &halves, sketched, &mut through),
                 None => self.head(kv_head, &halves, &mut scan),
             });
         }
@@ -234,7 +236,13 @@ impl Search {
             .all(|range| self.excluded.searched(range).next().is_none())
     }
 
-    fn sketched_head<'a>(&'a self, kv_head: usize, halves: &[Option<&'a [f16]>], sketched: &'a Sketched) -> Head {
+    fn sketched_head<'a>(
+        &'a self,
+        kv_head: usize,
+        halves: &[Option<&'a [f16]>],
+        sketched: &'a Sketched,
+        scan: &mut SketchScan<'a>,
+    ) -> Head {
         let layout = &self.layout;
         let basis = sketched.basis.basis().head(sketched.layer.into(), kv_head);
         if basis.streaming {
@@ -246,33 +254,29 @@ impl Search {
                 ..self.head(kv_head, searched, &mut flat)
             };
         }
-        let format = SketchFormat::new(layout.head_dim);
-        let mut scan = SketchScan::new(format, self.scale);
         let per_head = self.queries * self.group * layout.head_dim;
         let q = &self.q[kv_head * per_head..][..per_head];
-        let (mut late, mut missing) = (false, scan.begin(q, basis).is_err());
-        for (at, (halves, sketches)) in halves.iter().zip(&*sketched.blocks).enumerate() {
-            if missing && at == 0 {
-                break;
-            }
-            if self.blocks.is_excluded(at, &self.excluded) {
-                continue;
-            }
-            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                late = true;
-                break;
-            }
-            let scanned = halves.zip(sketches.as_ref()).is_some_and(|(halves, sketches)| {
-                let segment = Segment {
-                    keys: &halves[layout.keys(kv_head)],
-                    values: &halves[layout.values(kv_head)],
-                    position: at * layout.block_tokens,
-                };
-                let sketch = sketches.head(kv_head, format, layout.block_tokens);
-                scan.scan(segment, sketch, &self.excluded).is_ok()
-            });
-            missing |= !scanned;
-        }
+        let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        let there = |at: usize| halves[at].filter(|_| sketched.blocks.has(at));
+        let wanted = |at: usize| !self.blocks.is_excluded(at, &self.excluded);
+        // When it is late what is not there was given up.
+        let mut missing = !late && (0..halves.len()).any(|at| there(at).is_none() && wanted(at));
+        let segments = (0..halves.len()).map(|at| {
+            there(at).map(|halves| Segment {
+                keys: &halves[layout.keys(kv_head)],
+                values: &halves[layout.values(kv_head)],
+                position: at * layout.block_tokens,
+            })
+        });
+        let excluded = std::slice::from_ref(&self.excluded);
+        let begun = scan.begin(q, basis);
+        missing |= match sketched.blocks.column(kv_head) {
+            Some(column) if !late => begun
+                .and_then(|()| scan.scan_column(column, segments, excluded))
+                .is_err(),
+            Some(_) => begun.is_err(),
+            None => true,
+        };
         let scanned = scan.keys_scanned();
         let (found, extra) = match self.form {
             Form::Rows { k } => {
@@ -291,7 +295,7 @@ impl Search {
                 k_max,
                 options,
             } => {
-                let (attended, extra) = sketches::attend(&mut scan, target_mass, k_max, options);
+                let (attended, extra) = sketches::attend(scan, target_mass, k_max, options);
                 let escalated = extra.escalated;
                 (HeadFound::Attend(attended, escalated), extra)
             }

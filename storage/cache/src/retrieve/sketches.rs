@@ -1,10 +1,8 @@
 //! Sketches of layer blocks, and how a KV head is attended to through them.
 
-use std::{ops::Range, sync::Arc};
-
 use half::f16;
 use kvasir_block::LayerBlockLayout;
-use kvasir_index::{Attend, Attended, Basis, SketchFormat, SketchScan, encode_block};
+use kvasir_index::{Attend, Attended, Basis, Column, SketchFormat, SketchScan, encode_block};
 
 use super::{AttendOptions, Certificate};
 
@@ -15,11 +13,12 @@ pub(super) const BLOCK_TOKENS_MAX: usize = 256;
 /// Share of the keys that are scored exactly if the caller does not say.
 const EFFORT: f32 = 0.05;
 
-/// Sketches of one layer block, KV head after KV head; of streaming heads none.
-#[derive(Clone, Debug)]
-pub(super) struct BlockSketches {
-    bytes: Arc<[u8]>,
-    heads: Arc<[Range<usize>]>,
+/// Sketches of a chain's blocks in one layer: per KV head a column; of streaming heads none.
+#[derive(Clone, Debug, Default)]
+pub(super) struct LayerSketches {
+    columns: Vec<Option<Column>>,
+    /// Which blocks have sketches.
+    made: Vec<bool>,
 }
 
 /// What a search through sketches says beside what was found.
@@ -34,35 +33,70 @@ pub(super) struct Extra {
     pub(super) escalated: bool,
 }
 
-impl BlockSketches {
-    /// Of a layer block; `None` if it cannot be sketched in this basis.
-    pub(super) fn of(halves: &[f16], layout: &LayerBlockLayout, basis: &Basis, layer: u16) -> Option<Self> {
-        let format = SketchFormat::new(layout.head_dim);
-        let (mut bytes, mut heads) = (Vec::new(), Vec::with_capacity(layout.kv_heads));
-        for kv_head in 0..layout.kv_heads {
-            let (start, head) = (bytes.len(), basis.head(layer.into(), kv_head));
-            if !head.streaming {
-                let (keys, values) = (&halves[layout.keys(kv_head)], &halves[layout.values(kv_head)]);
-                encode_block(format, head, keys, values, &mut bytes).ok()?;
-                // The means of values are read in place: they must not begin at an odd address.
-                bytes.resize(bytes.len().next_multiple_of(8), 0);
-            }
-            heads.push(start..bytes.len());
+impl LayerSketches {
+    /// Of `blocks` blocks, of which none has a sketch yet. Room for all is made.
+    pub(super) fn none(blocks: usize, layout: &LayerBlockLayout, basis: &Basis, layer: u16) -> Self {
+        let column = |kv_head| {
+            let mut column = Column::new(SketchFormat::new(layout.head_dim));
+            let push = |_| column.push_missing(layout.block_tokens).is_ok();
+            (!basis.head(layer.into(), kv_head).streaming && (0..blocks).all(push)).then_some(column)
+        };
+        Self {
+            columns: (0..layout.kv_heads).map(column).collect(),
+            made: vec![false; blocks],
         }
-        Some(Self {
-            bytes: bytes.into(),
-            heads: heads.into(),
-        })
     }
 
-    /// The sketch for one KV head; empty if it is a streaming one.
-    pub(super) fn head(&self, kv_head: usize, format: SketchFormat, keys: usize) -> &[u8] {
-        let all = &self.bytes[self.heads[kv_head].clone()];
-        &all[..format.bytes(keys).min(all.len())]
+    /// Bytes that the sketches of `blocks` blocks take at most.
+    pub(super) fn bytes_for(blocks: usize, layout: &LayerBlockLayout) -> u64 {
+        let one = Self::bytes_of(layout);
+        blocks as u64 * one
     }
 
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes.len() as u64
+    fn bytes_of(layout: &LayerBlockLayout) -> u64 {
+        let format = SketchFormat::new(layout.head_dim);
+        // A group's step, mask and share of a run are less than what a block's header and mean take.
+        let groups = layout.block_tokens.div_ceil(16);
+        ((format.bytes(layout.block_tokens) + groups * 8) * layout.kv_heads) as u64
+    }
+
+    /// Of how many blocks it is.
+    pub(super) fn blocks(&self) -> usize {
+        self.made.len()
+    }
+
+    pub(super) fn has(&self, at: usize) -> bool {
+        self.made.get(at).copied().unwrap_or(false)
+    }
+
+    /// Sketches block `at`; answers whether that can be done in this basis.
+    pub(super) fn make(
+        &mut self,
+        at: usize,
+        halves: &[f16],
+        layout: &LayerBlockLayout,
+        basis: &Basis,
+        layer: u16,
+        room: &mut Vec<u8>,
+    ) -> bool {
+        let format = SketchFormat::new(layout.head_dim);
+        for (kv_head, column) in self.columns.iter_mut().enumerate() {
+            let Some(column) = column else { continue };
+            let (keys, values) = (&halves[layout.keys(kv_head)], &halves[layout.values(kv_head)]);
+            room.clear();
+            let head = basis.head(layer.into(), kv_head);
+            let sketched = encode_block(format, head, keys, values, room);
+            if sketched.and_then(|()| column.set(at, room)).is_err() {
+                return false;
+            }
+        }
+        self.made[at] = true;
+        true
+    }
+
+    /// Those of a KV head; `None` if it is a streaming one.
+    pub(super) fn column(&self, kv_head: usize) -> Option<&Column> {
+        self.columns.get(kv_head).and_then(Option::as_ref)
     }
 }
 

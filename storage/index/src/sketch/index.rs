@@ -1,11 +1,12 @@
 //! [`Sketch`] as a [`KeyIndex`]: keys only, in blocks of its own.
 
 use half::f16;
-use kvasir_simd::{GROUP, score_rows, top_k};
+use kvasir_simd::{score_rows, top_k};
 
 use super::{
+    column::Column,
     format::{SketchFormat, View, Width, encode_block, invalid},
-    search::{Kind, Table},
+    search::{Candidates, Kind, Masks, Room, Table},
 };
 use crate::{
     Cost, HeadBasis, Hits, IndexError, KeyIndex, Search,
@@ -129,32 +130,36 @@ impl KeyIndex for Sketch {
     fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError> {
         let d = self.format.head_dim;
         check(search, d, self.keys)?;
-        let mut table = Table::default();
-        table.begin(self.format, search.q, &self.basis, search.scale);
-        let mut cost = Cost::default();
-        for at in 0..self.keys.div_ceil(BLOCK) {
-            let view = self.view(at)?;
-            let start = (at * BLOCK) as u32;
-            let mut mask = [0_u16; BLOCK / GROUP];
-            for part in search.excluded.searched(start..start + view.keys as u32) {
-                for key in part {
-                    mask[(key - start) as usize / GROUP] |= 1 << (key as usize % GROUP);
-                }
-            }
-            let mask = &mut mask[..view.keys.div_ceil(GROUP)];
-            for (group, word) in mask.iter_mut().enumerate() {
-                *word &= view.mask(group);
-            }
-            table.add(&view, 0..table.heads(), mask);
-            table.end_block(mask.len());
-            cost.bytes_read += view.codes.len() as u64;
+        let mut column = Column::new(self.format);
+        let each = self.format.bytes(BLOCK);
+        for block in self.blocks.chunks(each) {
+            column.push(block)?;
+        }
+        let (mut table, mut masks, mut room) = (Table::default(), Masks::default(), Room::default());
+        table.begin(self.format, search.q, &self.basis, search.scale, room.weights());
+        let mut words = Vec::new();
+        let searched = column.searched(0, search.excluded, |block| (block * BLOCK) as u32, &mut words);
+        masks.words.push(words);
+        masks.searched.push(searched);
+        let mut cost = Cost {
+            bytes_read: column.coded_bytes() as u64,
+            ..Cost::default()
+        };
+        let wanted = |searched: usize| {
+            let count = (f64::from(search.effort) * searched as f64).ceil() as usize;
+            (count.max(search.k.min(searched)), 1.0)
+        };
+        let mut candidates = Candidates::default();
+        if searched > 0 {
+            table.find(&column, &masks, &mut room, &wanted, &mut candidates);
+        } else {
+            candidates.ends.resize(table.heads(), 0);
         }
         let mut hits = Hits::default();
-        let (mut slots, mut best, mut all) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut best, mut all) = (Vec::new(), Vec::new());
         for (head, q) in search.q.chunks_exact(d).enumerate() {
             debug_assert_ne!(table.kinds[head], Kind::Dead, "queries are finite");
-            let count = (f64::from(search.effort) * table.searched[head] as f64).ceil() as usize;
-            table.candidates(head, count.max(search.k.min(table.searched[head])), 1.0, &mut slots);
+            let slots = &candidates.slots[candidates.of(head)];
             // Whole blocks before the last: a slot is a position.
             let rows: Vec<&[f16]> = slots.iter().map(|slot| search.keys.row(*slot as usize)).collect();
             let mut scores = vec![0.0; rows.len()];
@@ -169,7 +174,7 @@ impl KeyIndex for Sketch {
             found.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
             hits.heads.push(found);
             cost.keys_scored += slots.len() as u64;
-            all.append(&mut slots);
+            all.extend_from_slice(slots);
         }
         all.sort_unstable();
         all.dedup();

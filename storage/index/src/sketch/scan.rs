@@ -10,46 +10,55 @@
 mod attend;
 mod certificate;
 mod choose;
+mod parked;
 mod rescore;
 
 use half::f16;
-use kvasir_simd::{GROUP, Level, Segment, log_sum_exp2};
+use kvasir_simd::{GROUP, Level, RUN_GROUPS, Scattered, Segment, log_sum_exp2};
 
-pub use self::attend::{Attend, SketchAttended};
+pub use self::{
+    attend::{Attend, SketchAttended},
+    parked::Parked,
+};
 use super::{
+    column::Column,
     format::{SketchFormat, View, invalid},
-    search::{Kind, Table},
+    search::{Candidates, Masks, Room, Table},
 };
 use crate::{Cost, Excluded, HeadBasis, IndexError, Rows, bits::Bits};
 
 /// The scan of one KV head over sketches. Buffers are reused from query to query.
+///
+/// Blocks are named first ([`SketchScan::scan`], or a [`Column`] at once); they are read when an answer is asked for, since how
+/// many candidates it wants says what is kept of a scan.
 #[derive(Default)]
 pub struct SketchScan<'a> {
     format: Option<SketchFormat>,
     scale: f32,
     q: Vec<f32>,
     table: Table,
-    blocks: Vec<Block<'a>>,
-    /// Block of each group of slots.
-    block_of: Vec<u32>,
+    /// Whose sketches are read: those of a column that is there, or of one that blocks are copied to.
+    column: Option<&'a Column>,
+    own: Option<Column>,
+    keys: Vec<&'a [f16]>,
+    values: Vec<&'a [f16]>,
+    /// Of each block's first key.
+    positions: Vec<u32>,
+    masks: Masks,
     /// Queries were replaced since the sketches were scanned: weights by sketch are those of a prediction.
     predicted: bool,
+    /// Candidates were found before and stay.
+    parked: bool,
+    /// Slots of the blocks that they were found in.
+    parked_slots: usize,
     cost: Cost,
-    candidates: rescore::Candidates,
-    rest: rescore::Rest,
-    rows: Vec<&'a [f16]>,
+    candidates: Candidates,
+    room: Room,
+    rows: attend::Rows,
     union: Bits,
     picked: Vec<u32>,
-    tail: attend::Tail<'a>,
+    tail: attend::Tail,
     sampler: certificate::Sampler<'a>,
-}
-
-#[derive(Clone, Copy)]
-struct Block<'a> {
-    segment: Segment<'a>,
-    means: &'a [f16],
-    slot: u32,
-    run: u32,
 }
 
 impl<'a> SketchScan<'a> {
@@ -60,6 +69,21 @@ impl<'a> SketchScan<'a> {
             scale,
             ..Self::default()
         }
+    }
+
+    /// Without blocks.
+    fn clear(&mut self) {
+        let format = self.format.unwrap_or(SketchFormat::new(1));
+        self.column = None;
+        self.own.get_or_insert_with(|| Column::new(format)).clear(format);
+        self.keys.clear();
+        self.values.clear();
+        self.positions.clear();
+        self.masks.clear();
+        self.parked = false;
+        self.predicted = false;
+        self.cost = Cost::default();
+        self.candidates.clear();
     }
 
     fn head_dim(&self) -> usize {
@@ -82,99 +106,153 @@ impl<'a> SketchScan<'a> {
         }
         self.q.clear();
         self.q.extend_from_slice(q);
-        self.table.begin(format, q, basis, self.scale);
-        self.blocks.clear();
-        self.block_of.clear();
-        self.predicted = false;
-        self.cost = Cost::default();
-        self.candidates.clear();
+        self.table.begin(format, q, basis, self.scale, self.room.weights());
+        self.clear();
         Ok(())
     }
 
-    /// Scores the keys of `segment`, whose sketch is `sketch`, that are not excluded, for all heads. Segments come by rising
-    /// position and do not overlap.
+    /// Adds the keys of `segment`, whose sketch is `sketch`, that are not excluded, for all heads. Segments come by rising
+    /// position, do not overlap, and all but the last have the same number of keys.
     ///
     /// # Errors
-    /// [`IndexError::Unusable`] if `sketch` is not the sketch of a block of this shape.
+    /// [`IndexError::Unusable`] if `sketch` is not the sketch of a block of this shape, [`IndexError::Invalid`] if it cannot
+    /// follow the ones before.
     ///
     /// # Panics
     /// If keys and values are not the same number of whole rows, or positions do not fit 32 bits.
-    pub fn scan(&mut self, segment: Segment<'a>, sketch: &'a [u8], excluded: &Excluded) -> Result<(), IndexError> {
+    pub fn scan(&mut self, segment: Segment<'a>, sketch: &[u8], excluded: &Excluded) -> Result<(), IndexError> {
         self.scan_each(segment, sketch, std::slice::from_ref(excluded))
     }
 
     /// As [`SketchScan::scan`] for several sequences: `excluded[i]` is what sequence `i` leaves out, and the heads are divided
-    /// evenly among them.
+    /// evenly among them. Each segment has the same number of sequences.
     ///
     /// # Errors
     /// As [`SketchScan::scan`].
     ///
     /// # Panics
     /// As [`SketchScan::scan`], and if heads cannot be divided evenly.
-    pub fn scan_each(
+    pub fn scan_each(&mut self, segment: Segment<'a>, sketch: &[u8], excluded: &[Excluded]) -> Result<(), IndexError> {
+        let (start, end) = self.check(&segment, excluded);
+        // Where nobody looks nothing is kept.
+        if excluded
+            .iter()
+            .all(|excluded| excluded.searched(start..end).next().is_none())
+        {
+            return Ok(());
+        }
+        let format = self.format.unwrap_or(SketchFormat::new(self.head_dim()));
+        let own = self.own.get_or_insert_with(|| Column::new(format));
+        let keys = View::new(format, sketch)?.keys;
+        if keys != (end - start) as usize {
+            return Err(IndexError::Unusable(format!(
+                "sketch of {keys} keys for a block of {}",
+                end - start
+            )));
+        }
+        own.push(sketch)?;
+        let block = own.blocks() - 1;
+        self.masks.words.resize_with(excluded.len(), Vec::new);
+        self.masks.searched.resize(excluded.len(), 0);
+        let sequences = self.masks.words.iter_mut().zip(&mut self.masks.searched);
+        for ((words, searched), excluded) in sequences.zip(excluded) {
+            *searched += own.searched(block, excluded, |_| start, words);
+        }
+        self.keys.push(segment.keys);
+        self.values.push(segment.values);
+        self.positions.push(start);
+        Ok(())
+    }
+
+    /// Adds all blocks of a column, of which `segments` are the keys and values: `None` where they are not there, and then not
+    /// searched. Nothing was added before.
+    ///
+    /// # Errors
+    /// [`IndexError::Invalid`] if `segments` are not the blocks of `column`.
+    ///
+    /// # Panics
+    /// As [`SketchScan::scan_each`].
+    pub fn scan_column(
         &mut self,
-        segment: Segment<'a>,
-        sketch: &'a [u8],
+        column: &'a Column,
+        segments: impl IntoIterator<Item = Option<Segment<'a>>>,
         excluded: &[Excluded],
     ) -> Result<(), IndexError> {
+        let d = self.head_dim();
+        let each = column.block_keys();
+        let mut missing = Vec::new();
+        let mut end = 0;
+        for segment in segments {
+            let segment = segment.unwrap_or_else(|| {
+                missing.push(self.keys.len());
+                Segment {
+                    keys: &[],
+                    values: &[],
+                    position: end,
+                }
+            });
+            let (start, _) = self.check(&segment, excluded);
+            end = start as usize + each;
+            self.keys.push(segment.keys);
+            self.values.push(segment.values);
+            self.positions.push(start);
+        }
+        let whole = |at: usize, keys: &&[f16]| at + 1 == column.blocks() || keys.len() == each * d || keys.is_empty();
+        let fits = Some(column.format()) == self.format
+            && self.keys.len() == column.blocks()
+            && self.keys.iter().enumerate().all(|(at, keys)| whole(at, keys))
+            && self
+                .keys
+                .last()
+                .is_none_or(|keys| keys.is_empty() || keys.len() == column.last_keys() * d);
+        if !fits {
+            return Err(invalid(
+                "segments",
+                format!("the blocks of a column of {} blocks of {each} keys", column.blocks()),
+            ));
+        }
+        for excluded in excluded {
+            let mut words = Vec::with_capacity(column.groups());
+            let mut searched = column.searched(0, excluded, |block| self.positions[block], &mut words);
+            for &block in &missing {
+                let groups = column.block_groups();
+                let end = ((block + 1) * groups).min(words.len());
+                for word in &mut words[block * groups..end] {
+                    searched -= word.count_ones() as usize;
+                    *word = 0;
+                }
+            }
+            self.masks.words.push(words);
+            self.masks.searched.push(searched);
+        }
+        self.column = Some(column);
+        Ok(())
+    }
+
+    /// Positions of a segment that can be added.
+    fn check(&self, segment: &Segment<'_>, excluded: &[Excluded]) -> (u32, u32) {
         let d = self.head_dim();
         assert!(
             segment.keys.len() == segment.values.len() && segment.keys.len().is_multiple_of(d),
             "scan: as many values as keys, rows of head_dim {d}"
         );
-        let heads = self.table.heads();
         assert!(
-            !excluded.is_empty() && heads.is_multiple_of(excluded.len()),
+            !excluded.is_empty() && self.table.heads().is_multiple_of(excluded.len()),
             "scan: heads are divided evenly among the sequences"
         );
         let n = segment.keys.len() / d;
         let range = u32::try_from(segment.position)
             .ok()
             .zip(u32::try_from(segment.position + n).ok());
-        let Some((start, end)) = range else {
+        let Some(range) = range else {
             panic!("scan: positions have 32 bits")
         };
-        let view = View::new(self.format.unwrap_or(SketchFormat::new(d)), sketch)?;
-        if view.keys != n {
-            return Err(IndexError::Unusable(format!(
-                "sketch of {} keys for a block of {n}",
-                view.keys
-            )));
-        }
-        let groups = n.div_ceil(GROUP);
-        let each = heads / excluded.len();
-        let mut searched = false;
-        for (sequence, excluded) in excluded.iter().enumerate() {
-            let mut mask = [0_u16; 16];
-            for part in excluded.searched(start..end) {
-                set(&mut mask, (part.start - start) as usize, (part.end - start) as usize);
-            }
-            for (group, word) in mask[..groups].iter_mut().enumerate() {
-                *word &= view.mask(group);
-            }
-            let mask = &mask[..groups];
-            searched |= mask.iter().any(|word| *word != 0);
-            self.table.add(&view, sequence * each..(sequence + 1) * each, mask);
-        }
-        // Where nobody looks nothing is kept: the next block writes over it.
-        if searched {
-            self.block_of
-                .resize(self.block_of.len() + groups, self.blocks.len() as u32);
-            self.blocks.push(Block {
-                segment,
-                means: view.means,
-                slot: self.table.slots as u32,
-                run: self.table.runs as u32,
-            });
-            self.table.end_block(groups);
-            self.cost.bytes_read += (view.codes.len()) as u64;
-        }
-        Ok(())
+        range
     }
 
-    /// Keys searched so far, the most of any head.
+    /// Keys that are searched, the most of any head.
     pub fn keys_scanned(&self) -> usize {
-        self.table.searched.iter().copied().max().unwrap_or(0)
+        self.masks.searched.iter().copied().max().unwrap_or(0)
     }
 
     /// Replaces the queries by the real ones after a scan with predicted ones: candidates are those of the prediction, scores
@@ -193,32 +271,23 @@ impl<'a> SketchScan<'a> {
         }
         self.q.copy_from_slice(q);
         self.predicted = true;
-        for (head, q) in q.chunks_exact(self.head_dim()).enumerate() {
-            if !q.iter().all(|q| q.is_finite()) {
-                self.table.kinds[head] = Kind::Dead;
-            }
-        }
+        self.spoil_dead();
         self.candidates.clear();
         Ok(())
     }
 
     /// Token positions of the at most `count` best keys per head by sketch alone, the union rising: what a prediction parks.
     pub fn candidates(&mut self, count: usize) -> Vec<u32> {
-        self.find(|_, _| (count, 1.0));
-        let mut positions = Vec::new();
-        for slot in self.union.iter() {
-            let place = self.place(slot);
-            positions.push(self.blocks[place.0].segment.position as u32 + place.1);
-        }
-        positions
+        self.find(&|_| (count, 1.0));
+        self.union.iter().map(|slot| self.position(slot)).collect()
     }
 
     /// The union of the `k` best keys of each query head among re-scored candidates: at most the share `effort` of the keys
     /// per head. `effort` 1 is exact.
     pub fn rows(&mut self, k: usize, effort: f32) -> Rows {
-        self.find(|_, searched| (share_of(effort, searched), 1.0));
+        self.find(&|searched| (share_of(effort, searched), 1.0));
         self.rescore();
-        self.union.reset(self.table.slots);
+        self.union.reset(self.slots());
         for head in 0..self.table.heads() {
             let own = self.candidates.of(head);
             let (slots, scores) = (&self.candidates.slots[own.clone()], &self.candidates.scores[own]);
@@ -232,10 +301,9 @@ impl<'a> SketchScan<'a> {
         }
         let mut rows = Rows::default();
         for slot in self.union.iter() {
-            let place = self.place(slot);
-            rows.positions
-                .push(self.blocks[place.0].segment.position as u32 + place.1);
-            rows.places.push((place.0 as u32, place.1));
+            let (block, row) = self.place(slot);
+            rows.positions.push(self.position(slot));
+            rows.places.push((block as u32, row as u32));
         }
         rows.mass = (0..self.table.heads()).map(|head| self.mass_of_union(head)).collect();
         rows
@@ -252,13 +320,18 @@ impl<'a> SketchScan<'a> {
             .map(|(_, score)| *score)
             .collect();
         let found = log_sum_exp2(scores);
-        let levels = self.table.levels(head);
         let mut own = slots;
         let mut others = 0.0_f64;
+        let (mut levels, mut group) = ([0; GROUP * RUN_GROUPS], usize::MAX);
         for slot in self.union.iter() {
             own = &own[own.partition_point(|own| *own < slot)..];
             if own.first() != Some(&slot) {
-                others += f64::from(Level(levels[slot as usize]).weight());
+                let at = slot as usize / GROUP;
+                if at != group {
+                    group = at;
+                    self.levels(head, at..at + 1, &mut levels);
+                }
+                others += f64::from(Level(levels[slot as usize % GROUP]).weight());
             }
         }
         let chosen = log_add(log_sum_exp2(&inside), self.by_sketch(head, others));
@@ -273,9 +346,8 @@ impl<'a> SketchScan<'a> {
     pub fn each_row(&self, rows: &Rows, mut take: impl FnMut(&'a [f16], &'a [f16])) {
         let d = self.head_dim();
         for &(at, row) in &rows.places {
-            let segment = self.blocks[at as usize].segment;
             let span = row as usize * d..(row as usize + 1) * d;
-            take(&segment.keys[span.clone()], &segment.values[span]);
+            take(&self.keys[at as usize][span.clone()], &self.values[at as usize][span]);
         }
     }
 
@@ -284,10 +356,31 @@ impl<'a> SketchScan<'a> {
         self.cost
     }
 
+    /// The sketches that are read.
+    fn column(&self) -> Option<&Column> {
+        self.column.or(self.own.as_ref())
+    }
+
+    fn slots(&self) -> usize {
+        self.column().map_or(0, |column| column.groups() * GROUP)
+    }
+
     /// Block and row in it of a slot.
-    fn place(&self, slot: u32) -> (usize, u32) {
-        let block = self.block_of[slot as usize / GROUP] as usize;
-        (block, slot - self.blocks[block].slot)
+    fn place(&self, slot: u32) -> (usize, usize) {
+        Scattered::new(&[], 1, self.column().map_or(1, Column::block_groups)).place(slot)
+    }
+
+    fn position(&self, slot: u32) -> u32 {
+        let (block, row) = self.place(slot);
+        self.positions[block] + row as u32
+    }
+
+    /// Levels of at most a run of groups for one head; of what it does not search 0.
+    fn levels(&self, head: usize, groups: std::ops::Range<usize>, levels: &mut [u16; GROUP * RUN_GROUPS]) {
+        let words = &self.masks.words[self.masks.sequence(head, self.table.heads())];
+        if let Some(column) = self.column() {
+            self.table.levels(column, words, groups, head, levels);
+        }
     }
 }
 
@@ -301,22 +394,12 @@ fn log_add(a: f32, b: f32) -> f32 {
     log_sum_exp2(&[a, b])
 }
 
-/// Sets the bits `from..to`.
-fn set(mask: &mut [u16; 16], from: usize, to: usize) {
-    for (group, word) in mask.iter_mut().enumerate() {
-        let (low, high) = (from.max(group * GROUP), to.min((group + 1) * GROUP));
-        if low < high {
-            *word |= (((1_u32 << (high - low)) - 1) << (low % GROUP)) as u16;
-        }
-    }
-}
-
 impl std::fmt::Debug for SketchScan<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SketchScan")
             .field("format", &self.format)
             .field("heads", &self.table.heads())
-            .field("blocks", &self.blocks.len())
+            .field("blocks", &self.keys.len())
             .finish_non_exhaustive()
     }
 }

@@ -1,10 +1,16 @@
 //! Partial attention: chosen keys exactly, the tail by its sketches.
 
-use half::f16;
-use kvasir_simd::{exp2_weights, weigh_rows};
+use kvasir_simd::{Scattered, exp2_weights, weigh_dense, weigh_slots};
 
-use super::{SketchScan, certificate::Missed, choose::Choice, log_add, rescore::Candidates, share_of};
-use crate::sketch::format::RUN;
+use super::{
+    SketchScan,
+    certificate::Missed,
+    choose::Choice,
+    log_add,
+    rescore::{RUN_SLOTS, each_tile},
+    share_of,
+};
+use crate::sketch::{column::Column, search::Candidates};
 
 /// How [`SketchScan::attend`] decides.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -67,7 +73,7 @@ const LIKE_CHOSEN: f32 = 8.0;
 
 /// Buffers of an answer.
 #[derive(Default)]
-pub(super) struct Tail<'a> {
+pub(super) struct Tail {
     choice: Choice,
     /// `2^(score - highest)` of one head's candidates.
     weights: Vec<f32>,
@@ -75,12 +81,17 @@ pub(super) struct Tail<'a> {
     chosen: Candidates,
     /// Weights of the means, `[heads, runs]`.
     runs: Vec<f32>,
-    /// Keys chosen per run, then the bits of what each of them stands for.
-    taken: Vec<u32>,
-    means: Vec<&'a [f16]>,
+    /// Keys chosen per run, then what each of them stands for.
+    taken: Vec<f32>,
 }
 
-impl<'a> SketchScan<'a> {
+/// Buffers of walks over rows.
+#[derive(Default)]
+pub(super) struct Rows {
+    pub(super) next: Vec<usize>,
+}
+
+impl SketchScan<'_> {
     /// Attends as `how` says; see [`Attend`].
     pub fn attend(&mut self, how: Attend) -> SketchAttended {
         let mut out = SketchAttended::default();
@@ -97,6 +108,8 @@ impl<'a> SketchScan<'a> {
             let missed = out.missed_max.iter().copied().fold(0.0, f32::max);
             match how.missed_mass_max {
                 Some(limit) if how.certificate && missed > limit && now.effort < 1.0 => {
+                    // More than was parked is wanted.
+                    self.parked = false;
                     now.effort = if now.effort < 0.25 { now.effort * 2.0 } else { 1.0 };
                     // The bound is about chosen keys: at last the target is what the caller can miss.
                     now.target_mass = now.target_mass.max(1.0 - limit / 2.0);
@@ -108,9 +121,9 @@ impl<'a> SketchScan<'a> {
         }
     }
 
-    fn attend_once(&mut self, how: Attend, out: &mut SketchAttended) {
-        let (d, heads) = (self.head_dim(), self.table.heads());
-        self.find(|_, searched| {
+    /// Finds the candidates that `how` asks for.
+    pub(super) fn find_for(&mut self, how: Attend) {
+        self.find(&|searched| {
             let count = share_of(how.effort, searched);
             let limited = how.k_max.map_or(count, |k| count.min(k.saturating_mul(2)));
             if how.effort >= 1.0 {
@@ -119,6 +132,11 @@ impl<'a> SketchScan<'a> {
                 (limited, how.target_mass)
             }
         });
+    }
+
+    fn attend_once(&mut self, how: Attend, out: &mut SketchAttended) {
+        let (d, heads) = (self.head_dim(), self.table.heads());
+        self.find_for(how);
         out.keys_scored = self.union.count();
         self.rescore();
         reset(&mut out.lse, heads);
@@ -130,35 +148,31 @@ impl<'a> SketchScan<'a> {
         let means = how.tail && self.format.is_some_and(|format| format.values);
         let mut tail = std::mem::take(&mut self.tail);
         tail.chosen.clear();
-        reset(&mut tail.runs, if means { heads * self.table.runs } else { 0 });
-        self.union.reset(self.table.slots);
+        let runs = self.column().map_or(0, Column::runs);
+        reset(&mut tail.runs, if means { heads * runs } else { 0 });
+        self.union.reset(self.slots());
         for head in 0..heads {
             self.choose(head, how, &mut tail, out);
         }
         out.value_rows = self.union.count();
-        tail.chosen.each_tile(
-            (&self.blocks, &self.block_of),
-            d,
-            |segment| segment.values,
-            &mut self.rows,
-            self.rest.room(),
-            |head, rows, at| weigh_rows(&tail.chosen.scores[at], rows, d, &mut out.o[head * d..][..d]),
-        );
+        let rows = Scattered::new(&self.values, d, self.column().map_or(1, Column::block_groups));
+        let chosen = &tail.chosen;
+        each_tile(chosen, self.slots(), &mut self.rows.next, |head, at| {
+            let sums = &mut out.o[head * d..][..d];
+            let own = &chosen.slots[at.start..chosen.ends[head]];
+            weigh_slots(&chosen.scores[at], rows, own, sums);
+        });
         self.cost.bytes_read += (out.value_rows * d * 2) as u64;
-        if means {
-            tail.means.clear();
-            for block in &self.blocks {
-                tail.means.extend(block.means.chunks_exact(d));
-            }
-            self.cost.bytes_read += (tail.means.len() * d * 2) as u64;
-            weigh_rows(&tail.runs, &tail.means, d, &mut out.o);
+        if means && let Some(column) = self.column() {
+            weigh_dense(&tail.runs, column.means(), d, &mut out.o);
+            self.cost.bytes_read += (column.means().len() * 2) as u64;
         }
         self.tail = tail;
         out.bytes_read = self.cost.bytes_read;
     }
 
     /// Chooses one head's keys, and leaves their weights and those of its means.
-    fn choose(&mut self, head: usize, how: Attend, tail: &mut Tail<'a>, out: &mut SketchAttended) {
+    fn choose(&mut self, head: usize, how: Attend, tail: &mut Tail, out: &mut SketchAttended) {
         let own = self.candidates.of(head);
         let Tail { choice, weights, .. } = tail;
         weights.resize(own.len(), 0.0);
@@ -213,41 +227,39 @@ impl<'a> SketchScan<'a> {
     }
 
     /// Weights of the means of a head's runs: of keys that were not scored by sketch, of those that were and not chosen exactly.
-    fn weigh_tail(&mut self, head: usize, lse: f32, rest: f32, factor: f32, tail: &mut Tail<'a>) {
-        let runs = self.table.runs;
+    fn weigh_tail(&self, head: usize, lse: f32, rest: f32, factor: f32, tail: &mut Tail) {
+        let Some(column) = self.column() else { return };
+        let (runs, left, total) = (column.runs(), self.table.left(head), self.table.total[head]);
         let weights = &mut tail.runs[head * runs..][..runs];
-        // What is left of the sums is scaled to what the rest was found to be.
-        if self.rest.total > 0.0 && rest > f32::NEG_INFINITY {
-            let scale = (f64::from(rest - lse).exp2() / self.rest.total) as f32;
-            for (weight, left) in weights.iter_mut().zip(&self.rest.left) {
-                *weight = left * scale;
-            }
+        // What is left is scaled to what the rest was found to be.
+        let scale = if total > 0.0 && rest > f32::NEG_INFINITY {
+            (f64::from(rest - lse).exp2() / total) as f32
+        } else {
+            0.0
+        };
+        for (weight, left) in weights.iter_mut().zip(left) {
+            *weight = left * scale;
         }
-        for (run, weight) in self.rest.runs.iter().zip(&tail.weights) {
-            weights[*run as usize] += weight * factor;
-        }
-        // What no f32 sum would notice is not read.
-        for weight in weights.iter_mut().filter(|weight| **weight < 1e-9) {
-            *weight = 0.0;
+        let slots = &self.candidates.slots[self.candidates.of(head)];
+        for (slot, weight) in slots.iter().zip(&tail.weights) {
+            weights[(slot / RUN_SLOTS) as usize] += weight * factor;
         }
         // Values of keys that a query attends to are alike: the others of a run are thought of as its mean and its chosen ones.
-        let start = tail.chosen.ends.last().copied().unwrap_or(0);
         reset(&mut tail.taken, runs);
-        for at in &tail.choice.picked {
-            tail.taken[self.rest.runs[*at as usize] as usize] += 1;
+        let start = tail.chosen.ends.last().copied().unwrap_or(0);
+        let chosen = &tail.chosen.slots[start..];
+        for slot in chosen {
+            tail.taken[(slot / RUN_SLOTS) as usize] += 1.0;
         }
-        let keys = self.blocks.iter().flat_map(|block| {
-            let keys = block.means.len() / self.head_dim();
-            let rows = block.segment.keys.len() / self.head_dim();
-            (0..keys).map(move |run| RUN.min(rows - run * RUN))
-        });
-        for ((weight, taken), keys) in weights.iter_mut().zip(&mut tail.taken).zip(keys) {
-            let each = LIKE_CHOSEN * *weight / (keys as f32 + LIKE_CHOSEN * *taken as f32);
-            *weight -= each * *taken as f32;
-            *taken = each.to_bits();
+        for ((weight, taken), keys) in weights.iter_mut().zip(&mut tail.taken).zip(column.run_keys()) {
+            // What no f32 sum would notice is nothing.
+            let whole = if *weight < 1e-9 { 0.0 } else { *weight };
+            let each = LIKE_CHOSEN * whole / (keys + LIKE_CHOSEN * *taken).max(1.0);
+            *weight = whole - each * *taken;
+            *taken = each;
         }
-        for (at, weight) in tail.choice.picked.iter().zip(&mut tail.chosen.scores[start..]) {
-            *weight += f32::from_bits(tail.taken[self.rest.runs[*at as usize] as usize]);
+        for (slot, weight) in chosen.iter().zip(&mut tail.chosen.scores[start..]) {
+            *weight += tail.taken[(slot / RUN_SLOTS) as usize];
         }
     }
 }

@@ -6,9 +6,9 @@
 //! than the stated one. The draw is seeded from the query and the number of keys: an answer is a function of its inputs.
 
 use half::f16;
-use kvasir_simd::{Level, score_rows};
+use kvasir_simd::{GROUP, Level, RUN_GROUPS, score_rows};
 
-use super::{super::format::RUN, SketchScan};
+use super::SketchScan;
 
 const BY_WEIGHT: usize = 115;
 const EVENLY: usize = 13;
@@ -25,13 +25,14 @@ pub(super) struct Missed {
 
 #[derive(Default)]
 pub(super) struct Sampler<'a> {
-    drawn: Vec<u32>,
+    /// Slots with their levels.
+    drawn: Vec<(u32, Level)>,
     rows: Vec<&'a [f16]>,
     scores: Vec<f32>,
 }
 
 impl SketchScan<'_> {
-    /// Samples for one head; `self.leave(head)` was just called and is not empty.
+    /// Samples for one head of which `self.leave(head)` is not empty.
     pub(super) fn missed(&mut self, head: usize) -> Missed {
         let mut sampler = std::mem::take(&mut self.sampler);
         let missed = self.sample(head, &mut sampler);
@@ -43,30 +44,37 @@ impl SketchScan<'_> {
 impl<'a> SketchScan<'a> {
     fn sample(&mut self, head: usize, sampler: &mut Sampler<'a>) -> Missed {
         let d = self.head_dim();
-        let levels = self.table.levels(head);
         let q = &self.q[head * d..][..d];
-        let mut random = Random::new(q, levels.len());
+        let all = self.slots();
+        let mut random = Random::new(q, all);
         let slots = &self.candidates.slots[self.candidates.of(head)];
-        let total = self.rest.total;
-        let others = self.table.searched[head] - slots.len();
+        let total = self.table.total[head];
+        let searched = self.masks.searched[self.masks.sequence(head, self.table.heads())];
+        let others = searched - slots.len();
         sampler.drawn.clear();
         self.draw_by_weight(head, slots, total, sampler, &mut random);
+        let mut levels = [0; GROUP * RUN_GROUPS];
         for _ in 0..EVENLY {
             // A slot that cannot be drawn is drawn again; where nearly all are scored some draws come to nothing, which the
             // estimate counts as keys without mass outside.
             for _ in 0..64 {
-                let slot = (random.next() * self.table.slots as f64) as u32;
-                if levels[slot as usize] > 0 && slots.binary_search(&slot).is_err() {
-                    sampler.drawn.push(slot);
+                let slot = (random.next() * all as f64) as u32;
+                if slots.binary_search(&slot).is_ok() {
+                    continue;
+                }
+                let group = slot as usize / GROUP;
+                self.levels(head, group..group + 1, &mut levels);
+                let level = Level(levels[slot as usize % GROUP]);
+                if level >= Level::LOWEST {
+                    sampler.drawn.push((slot, level));
                     break;
                 }
             }
         }
         sampler.rows.clear();
-        for slot in &sampler.drawn {
-            let at = self.blocks.partition_point(|block| block.slot <= *slot) - 1;
-            let row = (slot - self.blocks[at].slot) as usize * d;
-            sampler.rows.push(&self.blocks[at].segment.keys[row..row + d]);
+        for (slot, _) in &sampler.drawn {
+            let (block, row) = self.place(*slot);
+            sampler.rows.push(&self.keys[block][row * d..(row + 1) * d]);
         }
         sampler.scores.clear();
         sampler.scores.resize(sampler.rows.len(), 0.0);
@@ -82,8 +90,8 @@ impl<'a> SketchScan<'a> {
             return Missed { mean: high, most: high };
         }
         let (mut sum, mut squares) = (0.0_f64, 0.0_f64);
-        for (slot, score) in sampler.drawn.iter().zip(&sampler.scores) {
-            let weight = f64::from(Level(levels[*slot as usize]).weight());
+        for ((_, level), score) in sampler.drawn.iter().zip(&sampler.scores) {
+            let weight = f64::from(level.weight());
             let chance = (BY_WEIGHT as f64 * weight / total.max(f64::MIN_POSITIVE)
                 + EVENLY as f64 / others.max(1) as f64)
                 / DRAWS as f64;
@@ -102,34 +110,32 @@ impl<'a> SketchScan<'a> {
 
     /// One draw from each equal share of the weight.
     fn draw_by_weight(&self, head: usize, slots: &[u32], total: f64, sampler: &mut Sampler<'a>, random: &mut Random) {
-        let levels = self.table.levels(head);
         let mut targets = (0..BY_WEIGHT).map(|share| (share as f64 + random.next()) / BY_WEIGHT as f64 * total);
         let Some(mut target) = targets.next() else { return };
-        let (mut before, mut block) = (0.0_f64, 0);
-        for (run, weight) in self.rest.left.iter().enumerate() {
+        let groups = self.slots() / GROUP;
+        let mut levels = [0; GROUP * RUN_GROUPS];
+        let mut before = 0.0_f64;
+        for (run, weight) in self.table.left(head).iter().enumerate() {
             let weight = f64::from(*weight);
             if before + weight <= target {
                 before += weight;
                 continue;
             }
-            while self.blocks.get(block + 1).is_some_and(|next| next.run as usize <= run) {
-                block += 1;
-            }
-            let from = self.blocks[block].slot + (run as u32 - self.blocks[block].run) * RUN as u32;
-            let end = self
-                .blocks
-                .get(block + 1)
-                .map_or(self.table.slots as u32, |next| next.slot);
+            let first = run * RUN_GROUPS;
+            let own = first..(first + RUN_GROUPS).min(groups);
+            let from = (first * GROUP) as u32;
             let mut scored = &slots[slots.partition_point(|slot| *slot < from)..];
+            self.levels(head, own.clone(), &mut levels);
             let mut sum = before;
-            for slot in from..(from + RUN as u32).min(end) {
+            for (slot, level) in (from..).zip(&levels[..own.len() * GROUP]) {
                 if scored.first() == Some(&slot) {
                     scored = &scored[1..];
                     continue;
                 }
-                sum += f64::from(Level(levels[slot as usize]).weight());
-                while levels[slot as usize] > 0 && target < sum {
-                    sampler.drawn.push(slot);
+                let level = Level(*level);
+                sum += f64::from(level.weight());
+                while level >= Level::LOWEST && target < sum {
+                    sampler.drawn.push((slot, level));
                     match targets.next() {
                         Some(next) => target = next,
                         None => return,

@@ -1,0 +1,270 @@
+//! Sketches of a context's blocks in columns, as a scan reads them: codes beside codes, then steps, masks and means.
+//!
+//! Derived from the sketches of blocks and never stored. A scan over blocks as they come would wait for each block's header and
+//! skip over its means; here a core reads one stream.
+
+use half::f16;
+use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS};
+
+use super::format::{RUN, SketchFormat, View, invalid};
+use crate::{Excluded, IndexError};
+
+/// Sketches of consecutive blocks of one KV head. All blocks but the last have the same number of keys.
+#[derive(Clone, Debug)]
+pub struct Column {
+    format: SketchFormat,
+    /// Keys of each block but the last, which may have fewer; 0 while there is none.
+    block_keys: usize,
+    keys: usize,
+    blocks: usize,
+    codes: Vec<Line>,
+    /// Per group.
+    steps: Vec<f32>,
+    masks: Vec<u16>,
+    step_max: f32,
+    /// `[runs, head_dim]`
+    means: Vec<f16>,
+    /// Keys per run.
+    run_keys: Vec<f32>,
+}
+
+impl Column {
+    /// Of no blocks yet.
+    pub fn new(format: SketchFormat) -> Self {
+        Self {
+            format,
+            block_keys: 0,
+            keys: 0,
+            blocks: 0,
+            codes: Vec::new(),
+            steps: Vec::new(),
+            masks: Vec::new(),
+            step_max: 0.0,
+            means: Vec::new(),
+            run_keys: Vec::new(),
+        }
+    }
+
+    /// As new, with the room that was made.
+    pub(super) fn clear(&mut self, format: SketchFormat) {
+        (self.format, self.block_keys, self.keys, self.blocks, self.step_max) = (format, 0, 0, 0, 0.0);
+        self.codes.clear();
+        self.steps.clear();
+        self.masks.clear();
+        self.means.clear();
+        self.run_keys.clear();
+    }
+
+    /// Appends a block by its sketch.
+    ///
+    /// # Errors
+    /// [`IndexError::Unusable`] if `sketch` is not one of this format; [`IndexError::Invalid`] if it is of another number of
+    /// keys than the blocks before, or follows one of fewer.
+    pub fn push(&mut self, sketch: &[u8]) -> Result<(), IndexError> {
+        let keys = View::new(self.format, sketch)?.keys;
+        self.push_missing(keys)?;
+        self.set(self.blocks - 1, sketch)
+    }
+
+    /// Gives block `at`, which was pushed as missing, its sketch. Once per block: blocks that share a run share its mean.
+    ///
+    /// # Errors
+    /// [`IndexError::Unusable`] if `sketch` is not one of this format, [`IndexError::Invalid`] if it is not one of that block.
+    pub fn set(&mut self, at: usize, sketch: &[u8]) -> Result<(), IndexError> {
+        let view = View::new(self.format, sketch)?;
+        let expected = if at + 1 < self.blocks {
+            self.block_keys
+        } else {
+            self.last_keys()
+        };
+        if at >= self.blocks || view.keys != expected {
+            return Err(invalid(
+                "block",
+                format!(
+                    "{} keys for block {at} of {}, which has {expected}",
+                    view.keys, self.blocks
+                ),
+            ));
+        }
+        let first = at * self.block_groups();
+        let groups = view.keys.div_ceil(GROUP);
+        let lines = self.lines();
+        let codes = &mut self.codes[first * lines..(first + groups) * lines];
+        for (line, bytes) in codes.iter_mut().zip(view.codes.as_chunks::<64>().0) {
+            line.0 = *bytes;
+        }
+        self.steps[first..first + groups].fill(view.step);
+        for (group, mask) in self.masks[first..first + groups].iter_mut().enumerate() {
+            *mask = view.mask(group);
+        }
+        self.step_max = self.step_max.max(view.step);
+        for group in 0..groups {
+            let keys = GROUP.min(view.keys - group * GROUP) as f32;
+            let run = (first + group) / RUN_GROUPS;
+            let before = self.run_keys[run];
+            self.run_keys[run] = before + keys;
+            if self.format.values {
+                let d = self.format.head_dim;
+                let mean = &view.means[group / (RUN / GROUP) * d..][..d];
+                let into = &mut self.means[run * d..][..d];
+                if before == 0.0 {
+                    into.copy_from_slice(mean);
+                } else if into != mean {
+                    for (into, mean) in into.iter_mut().zip(mean) {
+                        let both = into.to_f32() * before + mean.to_f32() * keys;
+                        *into = f16::from_f32(both / (before + keys));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends a block of `keys` that has no sketch: none of it is found.
+    ///
+    /// # Errors
+    /// [`IndexError::Invalid`] as of [`Column::push`].
+    pub fn push_missing(&mut self, keys: usize) -> Result<(), IndexError> {
+        self.begin_block(keys)?;
+        let groups = self.masks.len() + keys.div_ceil(GROUP);
+        let lines = groups * self.lines();
+        self.codes.resize(lines, Line([0; 64]));
+        self.steps.resize(groups, 0.0);
+        self.masks.resize(groups, 0);
+        self.grow_runs();
+        Ok(())
+    }
+
+    fn begin_block(&mut self, keys: usize) -> Result<(), IndexError> {
+        if self.block_keys == 0 {
+            self.block_keys = keys;
+        } else if keys > self.block_keys || self.keys != self.blocks * self.block_keys {
+            return Err(invalid(
+                "blocks",
+                format!(
+                    "all but the last have as many keys: {} before one of {keys}",
+                    self.block_keys
+                ),
+            ));
+        }
+        self.blocks += 1;
+        self.keys += keys;
+        Ok(())
+    }
+
+    fn grow_runs(&mut self) {
+        let runs = self.masks.len().div_ceil(RUN_GROUPS);
+        self.run_keys.resize(runs, 0.0);
+        if self.format.values {
+            self.means.resize(runs * self.format.head_dim, f16::ZERO);
+        }
+    }
+
+    /// Lines of codes per group.
+    fn lines(&self) -> usize {
+        self.format.nibbles() / 8
+    }
+
+    /// Blocks.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        self.codes.len() * 64
+            + self.steps.len() * 4
+            + self.masks.len() * 2
+            + self.means.len() * 2
+            + self.run_keys.len() * 4
+    }
+
+    /// Bytes of all codes.
+    pub(super) fn coded_bytes(&self) -> usize {
+        self.codes.len() * 64
+    }
+
+    pub(super) fn format(&self) -> SketchFormat {
+        self.format
+    }
+
+    pub(super) fn block_keys(&self) -> usize {
+        self.block_keys
+    }
+
+    /// Keys of the last block.
+    pub(super) fn last_keys(&self) -> usize {
+        self.keys - self.blocks.saturating_sub(1) * self.block_keys
+    }
+
+    /// Groups of a block.
+    pub(super) fn block_groups(&self) -> usize {
+        self.block_keys.div_ceil(GROUP).max(1)
+    }
+
+    pub(super) fn groups(&self) -> usize {
+        self.masks.len()
+    }
+
+    pub(super) fn runs(&self) -> usize {
+        self.run_keys.len()
+    }
+
+    pub(super) fn step_max(&self) -> f32 {
+        self.step_max
+    }
+
+    pub(super) fn means(&self) -> &[f16] {
+        &self.means
+    }
+
+    pub(super) fn run_keys(&self) -> &[f32] {
+        &self.run_keys
+    }
+
+    /// Keys of some groups, of which those are searched that `masks` (of all groups) names.
+    pub(super) fn coded<'a>(&'a self, groups: std::ops::Range<usize>, masks: &'a [u16]) -> CodedKeys<'a> {
+        let lines = self.lines();
+        CodedKeys {
+            codes: &self.codes[groups.start * lines..groups.end * lines],
+            steps: &self.steps[groups.clone()],
+            masks: &masks[groups],
+        }
+    }
+
+    /// Appends to `masks` which keys of blocks from `first` on are searched, where block `i` lies at `position(i)`; answers how
+    /// many.
+    pub(super) fn searched(
+        &self,
+        first: usize,
+        excluded: &Excluded,
+        position: impl Fn(usize) -> u32,
+        masks: &mut Vec<u16>,
+    ) -> usize {
+        let each = self.block_groups();
+        let start = masks.len();
+        masks.resize(start + self.groups() - first * each, 0);
+        for block in first..self.blocks {
+            let at = position(block);
+            let keys = self.block_keys.min(self.keys - block * self.block_keys) as u32;
+            let words = &mut masks[start + (block - first) * each..];
+            for part in excluded.searched(at..at + keys) {
+                set(words, (part.start - at) as usize, (part.end - at) as usize);
+            }
+        }
+        let mut count = 0;
+        for (mask, own) in masks[start..].iter_mut().zip(&self.masks[first * each..]) {
+            *mask &= own;
+            count += mask.count_ones() as usize;
+        }
+        count
+    }
+}
+
+/// Sets the bits `from..to`.
+fn set(words: &mut [u16], from: usize, to: usize) {
+    for (group, word) in words[..to.div_ceil(GROUP)].iter_mut().enumerate().skip(from / GROUP) {
+        let (low, high) = (from.max(group * GROUP), to.min((group + 1) * GROUP));
+        *word |= (((1_u32 << (high - low)) - 1) << (low % GROUP)) as u16;
+    }
+}

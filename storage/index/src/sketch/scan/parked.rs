@@ -1,0 +1,99 @@
+//! A scan with predicted queries, kept until the real ones arrive.
+//!
+//! It owns what it keeps: candidates with their levels and a weight per run, some tens of kilobytes a head, and nothing of the
+//! blocks. So it can wait beside a stream while the blocks are free.
+
+use super::{Attend, SketchScan};
+use crate::{
+    IndexError,
+    sketch::{
+        format::invalid,
+        search::{Candidates, Kind, Table},
+    },
+};
+
+/// What [`SketchScan::park`] keeps.
+#[derive(Clone, Debug)]
+pub struct Parked {
+    /// Predicted.
+    q: Vec<f32>,
+    table: Table,
+    candidates: Candidates,
+    /// Of all blocks, searched or not.
+    slots: usize,
+}
+
+impl Parked {
+    /// How far the real queries `q` are from the predicted ones, relative to their own length: the furthest of all heads.
+    /// Infinite where they cannot be compared. What to scan anew for is the caller's to say.
+    pub fn distance(&self, q: &[f32]) -> f32 {
+        let heads = self.table.heads();
+        if heads == 0 || q.len() != self.q.len() {
+            return f32::INFINITY;
+        }
+        let d = q.len() / heads;
+        let far = |(q, predicted): (&[f32], &[f32])| {
+            let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>();
+            let off = square(&mut q.iter().zip(predicted).map(|(a, b)| a - b));
+            let far = (off / square(&mut q.iter().copied())).sqrt();
+            if far.is_nan() { f32::INFINITY } else { far }
+        };
+        q.chunks_exact(d)
+            .zip(self.q.chunks_exact(d))
+            .map(far)
+            .fold(0.0, f32::max)
+    }
+
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.q.len() * 4 + self.candidates.slots.len() * 6 + self.table.bytes()
+    }
+}
+
+impl SketchScan<'_> {
+    /// Scans with the queries of [`SketchScan::begin`], which are predicted, and keeps the candidates that `how` will ask for.
+    /// The scan is empty then.
+    pub fn park(&mut self, how: Attend) -> Parked {
+        self.find_for(how);
+        let parked = Parked {
+            q: std::mem::take(&mut self.q),
+            table: std::mem::take(&mut self.table),
+            candidates: std::mem::take(&mut self.candidates),
+            slots: self.slots(),
+        };
+        self.clear();
+        parked
+    }
+
+    /// Starts anew, as [`SketchScan::begin`], with the real queries after a prediction was parked. The same blocks are added
+    /// then as were before it, and what is asked then costs no scan of them: candidates are those of the prediction, scores are
+    /// exact, and the tail is estimated as after [`SketchScan::resume`].
+    ///
+    /// # Errors
+    /// [`IndexError::Invalid`] if `q` has not the shape of the prediction.
+    pub fn begin_parked(&mut self, parked: Parked, q: &[f32]) -> Result<(), IndexError> {
+        if q.len() != parked.q.len() {
+            return Err(invalid(
+                "q",
+                format!("{} elements, the predicted queries have {}", q.len(), parked.q.len()),
+            ));
+        }
+        self.clear();
+        self.q.clear();
+        self.q.extend_from_slice(q);
+        (self.table, self.candidates, self.parked_slots) = (parked.table, parked.candidates, parked.slots);
+        self.parked = true;
+        self.predicted = true;
+        self.spoil_dead();
+        Ok(())
+    }
+
+    /// Queries that are not finite find nothing.
+    pub(super) fn spoil_dead(&mut self) {
+        for (head, q) in self.q.chunks_exact(self.head_dim()).enumerate() {
+            if !q.iter().all(|q| q.is_finite()) {
+                self.table.kinds[head] = Kind::Dead;
+            }
+        }
+    }
+}
