@@ -147,7 +147,7 @@ fn subjects() -> Vec<Subject> {
             built: |data| roar(data, Samples::Shared(&data.samples)),
             decode: |bytes, origin| boxed(Roar::decode(bytes, origin)),
             exact_at_full_effort: true,
-            golden: golden(540, 73600, 29),
+            golden: golden(540, 72516, 22),
         },
         Subject {
             built: |data| {
@@ -156,7 +156,7 @@ fn subjects() -> Vec<Subject> {
             },
             decode: |bytes, origin| boxed(Roar::decode(bytes, origin)),
             exact_at_full_effort: true,
-            golden: golden(540, 73600, 29),
+            golden: golden(540, 72516, 22),
         },
         Subject {
             built: |data| {

@@ -77,9 +77,11 @@ impl Nearness {
                 to_f16(&seen, out);
             }
         });
+        // A product is a distance without the lengths.
+        let half = if metric == Metric::Keys { 0.0 } else { 0.5 };
         let halves = rows
             .chunks_exact(rank)
-            .map(|row| 0.5 * row.iter().map(|x| x.to_f32().powi(2)).sum::<f32>());
+            .map(|row| half * row.iter().map(|x| x.to_f32().powi(2)).sum::<f32>());
         Self {
             rank,
             halves: halves.collect(),
@@ -202,6 +204,18 @@ mod tests {
             (nearness.near(&from, 15) + 0.5 * 16.0).abs() < 1e-3,
             "half the squared distance, 4 times 2 squared"
         );
+    }
+
+    #[test]
+    fn as_published_near_is_the_product_of_centred_keys() {
+        let keys = keys();
+        let blocks = [&keys[..]];
+        let nearness = Nearness::of(KeyRows::new(&blocks, 16, 4), &[1.0; 8], Metric::Keys, &Pool::new(1));
+        let mut from = Point::default();
+        for (key, other, expected) in [(0, 0, 4.0), (0, 15, -4.0), (0, 1, 2.0), (3, 5, 0.0)] {
+            nearness.from(key, &mut from);
+            assert!((nearness.near(&from, other) - expected).abs() < 1e-3, "{key} {other}");
+        }
     }
 
     #[test]
