@@ -23,7 +23,7 @@ const BASIS_STRIDE: usize = 4;
 
 /// Recordings, layer by layer.
 pub(super) enum Source {
-    Dump(Dump),
+    Dump(Box<Dump>),
     Synthetic(Box<MadeUp>),
 }
 
@@ -54,7 +54,7 @@ pub(super) struct Layer {
 impl Source {
     pub(super) fn open(args: &IndexBenchArgs, configuration: &Configuration, pool: &Pool) -> Result<Self> {
         match (&args.dump, args.synthetic) {
-            (Some(folder), None) => Ok(Self::Dump(Dump::open(folder, args, configuration)?)),
+            (Some(folder), None) => Ok(Self::Dump(Box::new(Dump::open(folder, args, configuration)?))),
             (None, Some(tokens)) => Ok(Self::Synthetic(Box::new(MadeUp::new(tokens, args, pool)?))),
             _ => {
                 bail!("nothing to measure on: name a folder that `kvasir bench dump` wrote, or give --synthetic TOKENS")

@@ -40,7 +40,7 @@ pub(super) struct Subject {
 /// One index has more to say than the seam knows.
 enum Built {
     Any(Box<dyn KeyIndex>),
-    Wave(Wave),
+    Wave(Box<Wave>),
 }
 
 impl Subject {
@@ -75,7 +75,7 @@ impl Subject {
                 };
                 let mut wave = Wave::new(d, params, true, origin)?;
                 wave.append_rows(prefill.keys, prefill.values)?;
-                Built::Wave(wave)
+                Built::Wave(Box::new(wave))
             }
         };
         Ok(Self {
@@ -88,7 +88,7 @@ impl Subject {
     fn index(&self) -> &dyn KeyIndex {
         match &self.index {
             Built::Any(index) => index.as_ref(),
-            Built::Wave(wave) => wave,
+            Built::Wave(wave) => wave.as_ref(),
         }
     }
 
