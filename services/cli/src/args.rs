@@ -194,7 +194,7 @@ impl IndexName {
 #[derive(Debug, clap::Args)]
 pub(crate) struct IndexBenchArgs {
     /// A folder that `kvasir bench dump` wrote
-    #[arg(value_name = "DIR", required_unless_present = "synthetic")]
+    #[arg(value_name = "DIR")]
     pub(crate) dump: Option<PathBuf>,
     /// Make up one KV head of this many tokens instead, accepted only where it is like attention
     #[arg(long, value_name = "TOKENS", conflicts_with = "dump")]
