@@ -21,8 +21,10 @@ const EVENLY: usize = 13;
 const BY_WEIGHT_WIDE: usize = 499;
 /// Variance of the natural logarithm of exact over sketched weight from which on they do: 1.8 powers of two, squared.
 const WIDE: f64 = 1.5;
-/// Standard errors above the mean.
+/// Standard errors above the mean of a sample.
 const SURE: f64 = 3.0;
+/// The same of the mean of a log-normal distribution, which that of errors is only about.
+const SURE_OF_ERRORS: f64 = 4.0;
 
 /// Base-2 logarithms of the mass of the keys that were not scored.
 #[derive(Clone, Copy, Debug)]
@@ -231,7 +233,7 @@ impl Errors {
     fn mean_at_most(self) -> Option<f64> {
         let Self { count, mean, variance } = self;
         let error = (variance / count + variance * variance / (2.0 * (count - 1.0))).sqrt();
-        (count >= 16.0).then_some(mean + variance / 2.0 + SURE * error)
+        (count >= 16.0).then_some(mean + variance / 2.0 + SURE_OF_ERRORS * error)
     }
 }
 
