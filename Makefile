@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench peers-bench calibrate system rust tools model openai nvrtc peers stores faults planted clean-cache
+.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench peers-bench recall calibrate system rust tools model openai nvrtc peers stores faults planted clean-cache
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvasir
 CARGO_HOME_BIN := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -57,6 +57,10 @@ bench: build model peers ## prefill and decode speed beside llama.cpp, same mode
 peers-bench: build stores ## our store beside Mooncake, LMCache and Redis, the same requests in turns (installs 6 GB)
 	tests/peers/run.sh
 
+# QUICK=1 measures three layers and 32K made-up tokens instead of nine and 128K.
+recall: build model ## every attention index beside faiss and hnswlib on the same arrays: tables and a page of plots (an hour)
+	tests/recall/run.sh $(if $(QUICK),--quick)
+
 calibrate: build model ## the basis that the model's keys are sketched in, learnt from two windows of text (minutes)
 	$(KVASIR) calibrate
 
@@ -81,4 +85,4 @@ system rust tools model openai nvrtc peers stores:
 rust tools: system
 
 clean-cache: ## removes what bootstrap put into the cache folder (models, tools, Python environments)
-	rm -rf "$(CACHE)/models" "$(CACHE)/tools" "$(CACHE)/openai" "$(CACHE)/peers" "$(CACHE)/stores" "$(CACHE)/lmcache"
+	rm -rf "$(CACHE)/models" "$(CACHE)/tools" "$(CACHE)/openai" "$(CACHE)/peers" "$(CACHE)/stores" "$(CACHE)/lmcache" "$(CACHE)/recall"

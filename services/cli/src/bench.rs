@@ -3,5 +3,6 @@
 pub(crate) mod dump;
 pub(crate) mod engine;
 pub(crate) mod gpu;
+pub(crate) mod index;
 pub(crate) mod store;
 pub(crate) mod trace;

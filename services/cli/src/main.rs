@@ -81,6 +81,7 @@ fn run(args: Args) -> Result<()> {
             BenchCommand::Store(options) => runtime()?.block_on(bench::store::run(&options, &args.config)),
             BenchCommand::Trace(options) => runtime()?.block_on(bench::trace::run(&options, &args.config)),
             BenchCommand::Dump(options) => bench::dump::dump(&configuration, &options),
+            BenchCommand::Index(options) => bench::index::run(&configuration, &options),
         },
         Command::Calibrate(options) => calibrate::run(&configuration, &options),
         Command::SearchHeads(options) => search_heads::run(&configuration, &options),

@@ -6,6 +6,8 @@ mod calibrate;
 mod kvasir;
 #[path = "process/peers.rs"]
 mod peers;
+#[path = "process/recall.rs"]
+mod recall;
 
 use std::{path::Path, time::Duration};
 

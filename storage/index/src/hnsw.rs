@@ -172,13 +172,16 @@ impl KeyIndex for Hnsw {
         Ok(())
     }
 
-    /// The effort chooses the width of the search (an eighth of the keys it allows); what was scored is counted and may differ.
+    /// The effort chooses the width of the search: an eighth of the keys it allows; an effort of 1 is as wide as there are keys.
+    /// What was scored is counted and may differ. It finds no more keys than it is wide, whatever `k` is, and of those it leaves
+    /// out the excluded.
     fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError> {
         let heads = check(search, self.head_dim, self.keys)?;
-        let excluded = self.keys - search.excluded.searched_count(self.keys as u32) as usize;
-        let width = (budget(search, self.keys) / SCORED_PER_WIDTH)
-            .max(search.k.saturating_add(excluded.min(search.k)))
-            .min(self.inserted);
+        let width = match budget(search, self.keys) {
+            all if all == self.keys => all,
+            some => (some / SCORED_PER_WIDTH).max(1),
+        };
+        let width = width.min(self.inserted);
         let mut cost = Cost::default();
         let mut best = vec![Best::new(search.k); heads];
         if self.inserted == 0 {

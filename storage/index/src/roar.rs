@@ -9,11 +9,12 @@
 //! lie. It is built once: [`KeyIndex::append`] refuses, and who has newer keys scans them flat beside it.
 
 mod build;
+mod nearness;
 mod walk;
 
 use half::f16;
 
-pub use self::build::{RoarParams, Samples};
+pub use self::build::{Metric, RoarParams, Samples};
 use self::walk::{Graph, Walk};
 use crate::{
     Cost, Hits, IndexError, KeyIndex, Search,

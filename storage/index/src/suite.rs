@@ -135,6 +135,7 @@ fn roar(data: &Data, samples: Samples<'_>) -> Box<dyn KeyIndex> {
         degree: 16,
         connections: 16,
         beam: 64,
+        metric: Metric::Keys,
     };
     let keys = KeyRows::new(&blocks, BLOCK, data.head_dim);
     boxed(Roar::build(keys, samples, params, ORIGIN, &Pool::new(2))).expect("roar")

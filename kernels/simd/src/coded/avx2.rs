@@ -74,6 +74,10 @@ pub(super) unsafe fn group<const H: usize, const LINES: usize>(
 ) -> [__m256i; H] {
     let nibble = _mm256_set1_epi8(15);
     let mut products = [[_mm256_setzero_si256(); 2]; H];
+    for (products, weights) in products.iter_mut().zip(call.heads) {
+        // In one of the two lanes of 16 bits that a key's sum is in until they are added.
+        *products = [_mm256_set1_epi32(weights.start & 0xffff); 2];
+    }
     for line in 0..LINES {
         for half in 0..2 {
             // SAFETY: each group has LINES lines of 64 bytes and each head 2 * LINES lanes of 32, by this function's contract.
@@ -164,7 +168,10 @@ pub(super) fn searched(word: u16) -> __m256i {
 /// Levels of sixteen products in the order of the keys.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn finish(product: __m256i, map: Map, mask: __m256i) -> __m256i {
+pub(super) fn finish(mut product: __m256i, map: Map, mask: __m256i) -> __m256i {
+    for _ in 0..map.doubled {
+        product = _mm256_adds_epi16(product, product);
+    }
     let scaled = _mm256_mulhrs_epi16(product, _mm256_set1_epi16(map.factor));
     let level = _mm256_adds_epi16(scaled, _mm256_set1_epi16(map.offset));
     let level = _mm256_max_epi16(level, _mm256_set1_epi16(LOWEST));

@@ -36,6 +36,7 @@ const AHEAD: usize = 2;
 /// Products to levels of two groups.
 #[derive(Clone, Copy)]
 struct Pair {
+    doubled: [__m512i; 2],
     factor: __m512i,
     offset: __m512i,
 }
@@ -58,6 +59,7 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
     let floors: [u16; H] = std::array::from_fn(|head| out.floors[head].0.max(Level::LOWEST.0));
     let zero = _mm512_setzero_si512();
     let mut maps = [[Pair {
+        doubled: [zero; 2],
         factor: zero,
         offset: zero,
     }; 2]; H];
@@ -76,10 +78,16 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
             for (maps, weights) in maps.iter_mut().zip(call.heads) {
                 let map = Map::new(*weights, own[0]);
                 let (factor, offset) = (_mm512_set1_epi16(map.factor), _mm512_set1_epi16(map.offset));
-                *maps = [Pair { factor, offset }; 2];
+                let doubled = [_mm512_set1_epi32(map.doubled); 2];
+                *maps = [Pair {
+                    doubled,
+                    factor,
+                    offset,
+                }; 2];
                 if !one {
                     for (pair, map) in maps.iter_mut().enumerate() {
                         let (even, odd) = (Map::new(*weights, own[pair * 2]), Map::new(*weights, own[pair * 2 + 1]));
+                        map.doubled = [_mm512_set1_epi32(even.doubled), _mm512_set1_epi32(odd.doubled)];
                         map.factor = alternate(even.factor, odd.factor);
                         map.offset = alternate(even.offset, odd.offset);
                     }
@@ -87,6 +95,9 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
             }
         }
         let mut products = [[zero; RUN_GROUPS]; H];
+        for (products, weights) in products.iter_mut().zip(call.heads) {
+            *products = [_mm512_set1_epi32(weights.start); RUN_GROUPS];
+        }
         for line in 0..LINES {
             // SAFETY: each group has LINES lines and each head 2 * LINES lanes, of which four bytes are read, by this function's
             // contract.
@@ -116,8 +127,15 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
         for (head, products) in products.iter().enumerate() {
             let mut total = _mm512_setzero_ps();
             for pair in 0..2 {
-                let Pair { factor, offset } = maps[head][pair];
-                let packed = _mm512_packs_epi32(products[pair * 2], products[pair * 2 + 1]);
+                let Pair {
+                    doubled,
+                    factor,
+                    offset,
+                } = maps[head][pair];
+                let packed = _mm512_packs_epi32(
+                    _mm512_sllv_epi32(products[pair * 2], doubled[0]),
+                    _mm512_sllv_epi32(products[pair * 2 + 1], doubled[1]),
+                );
                 let scaled = _mm512_mulhrs_epi16(packed, factor);
                 let level = _mm512_adds_epi16(scaled, offset);
                 let level = _mm512_min_epi16(_mm512_max_epi16(level, lowest), highest);

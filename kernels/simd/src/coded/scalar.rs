@@ -9,7 +9,7 @@ fn group(call: &Call<'_>, head: usize, group: usize) -> [u16; GROUP] {
     let codes = &call.keys.codes[group * call.lines..][..call.lines];
     let mut levels = [0; GROUP];
     for (slot, key) in SLOTS.into_iter().enumerate() {
-        let mut product = 0_i16;
+        let mut product = call.heads[head].start as i16;
         for (line, lanes) in codes.iter().zip(lanes.chunks_exact(2)) {
             for i in 0..4 {
                 let code = line.0[slot * 4 + i];
@@ -17,7 +17,8 @@ fn group(call: &Call<'_>, head: usize, group: usize) -> [u16; GROUP] {
                 product += i16::from(code >> 4) * i16::from(lanes[1].0[i]);
             }
         }
-        let scaled = (((i32::from(product) * i32::from(map.factor)) >> 14) + 1) >> 1;
+        let product = (i32::from(product) << map.doubled).clamp(i16::MIN.into(), i16::MAX.into());
+        let scaled = (((product * i32::from(map.factor)) >> 14) + 1) >> 1;
         let level = (scaled as i16).saturating_add(map.offset).clamp(LOWEST, HIGHEST);
         if (call.keys.masks[group] >> key) & 1 == 1 {
             levels[key] = level as u16;

@@ -64,8 +64,8 @@ proptest! {
         nibbles in prop::sample::select(vec![32_usize, 64]),
         masked in any::<bool>(),
         steps in 1_usize..4,
-        spread in prop::sample::select(vec![0.0_f32, 0.01, 0.3, 0.7]),
-        floor in prop::sample::select(vec![-300.0_f32, -3.0, 0.0, 2.0, 50.0]),
+        spread in prop::sample::select(vec![0.0_f32, 0.01, 0.3, 0.7, 3.0, 12.0, 40.0, 110.0]),
+        floor in prop::sample::select(vec![-300.0_f32, -3.0, 0.0, 2.0, 50.0, 126.5]),
         first in 0_usize..200_000,
     ) {
         let first = first.min(UNIT * (first / UNIT + 1) - groups * GROUP);
@@ -105,7 +105,9 @@ proptest! {
                     continue;
                 }
                 let digit = |i| f32::from(digit(&codes, nibbles, key, i)) - 7.5;
-                let score: f32 = weights.iter().enumerate().map(|(i, w)| w * digit(i) * step(key / GROUP)).sum();
+                // Beyond what levels reach they stay at their ends.
+                let (low, high) = (Level::LOWEST.above_average(), Level::HIGHEST.above_average());
+                let score: f32 = weights.iter().enumerate().map(|(i, w)| w * digit(i) * step(key / GROUP)).sum::<f32>().clamp(low, high);
                 // Weights of a query are rounded to a 254th of the largest (or of a share of their sum).
                 let rounding = weights.iter().fold(0.0_f32, |a, w| a.max(w.abs())) / 60.0 * 2.25 * nibbles as f32 / 8.0;
                 prop_assert!((level.above_average() - score).abs() <= rounding + 0.07, "{} {}", level.above_average(), score);
@@ -119,6 +121,56 @@ proptest! {
             }
         }
     }
+}
+
+/// A digit that moves the score by many powers of two: levels are as right as the query's eight bits, up to the ends.
+#[test]
+fn steep_queries_keep_their_order() {
+    for per_digit in [0.4_f32, 0.99, 1.0, 1.5, 2.7, 7.9, 16.0, 29.0] {
+        let mut weights = vec![0.0; 32];
+        weights[3] = per_digit;
+        let mut queries = CodedQueries::default();
+        queries.begin(32);
+        queries.push(&weights);
+        assert!(queries.fits(0, 1.0), "{per_digit}");
+        // Key i has the digit i in direction 3, all others have 0.
+        let mut codes = vec![Line([0; 64]); 4];
+        for (slot, key) in SLOTS.into_iter().enumerate() {
+            codes[0].0[slot * 4 + 3] = key as u8;
+        }
+        let keys = CodedKeys {
+            codes: &codes,
+            steps: &[1.0],
+            masks: &[u16::MAX],
+        };
+        let truth = run(Isa::Scalar, &queries, keys, 0, &[Level::HIGHEST]);
+        for isa in Isa::available() {
+            assert_eq!(
+                run(isa, &queries, keys, 0, &[Level::HIGHEST]),
+                truth,
+                "{isa:?} {per_digit}"
+            );
+        }
+        for (key, level) in truth.levels[..GROUP].iter().enumerate() {
+            let score = (key as f32 - 7.5) * per_digit;
+            let expected = score.clamp(Level::LOWEST.above_average(), Level::HIGHEST.above_average());
+            let found = Level(*level).above_average();
+            assert!(
+                (found - expected).abs() <= 0.02 + 0.004 * score.abs(),
+                "{per_digit}: {found}, not {expected}"
+            );
+        }
+        let beyond = (0..GROUP).filter(|key| (*key as f32 - 7.5) * per_digit > 128.0).count();
+        assert_eq!(
+            truth.kept[0].len(),
+            beyond,
+            "{per_digit}: all above the scale are at its end"
+        );
+    }
+    let mut queries = CodedQueries::default();
+    queries.begin(32);
+    queries.push(&[40.0; 32]);
+    assert!(!queries.fits(0, 1.0));
 }
 
 /// The worst digits for the worst weights: sums stay within 16 bits on every path.

@@ -5,6 +5,8 @@
 //! little-endian, `[heads, tokens, head_dim]`, rotated as attention sees them. `meta.json` says the sizes, and the perplexity of
 //! the text, which a mistaken rope or tokenizer would drive up at once.
 
+mod meta;
+
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -16,8 +18,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use half::f16;
 use kvasir_model::{CaptureOptions, CaptureSink, CapturedLayer, ModelShape, StepAborted, capture};
-use serde::Serialize;
 
+pub(super) use self::meta::Meta;
 use crate::{
     args::DumpArgs,
     calibrate::load,
@@ -27,29 +29,6 @@ use crate::{
     tree::Configuration,
     up::open_model_blocking,
 };
-
-/// `meta.json`. Written last: where it is, the dump is whole.
-#[derive(Debug, Serialize)]
-struct Meta {
-    format: &'static str,
-    dtype: &'static str,
-    /// Of each `.q` and `.p`; keys and values have KV heads.
-    q_shape: [usize; 3],
-    kv_shape: [usize; 3],
-    model: String,
-    /// `KvSchema::model_fingerprint`, which a basis names too.
-    model_fingerprint: String,
-    layers: Vec<usize>,
-    layers_total: usize,
-    /// What scores are multiplied by before the softmax.
-    softmax_scale: f32,
-    rope_theta: f32,
-    text: String,
-    /// Of all tokens but the first, and of those in the second half.
-    perplexity: f64,
-    perplexity_second_half: f64,
-    seconds: f64,
-}
 
 pub(crate) fn dump(configuration: &Configuration, args: &DumpArgs) -> Result<()> {
     let file = open_model_blocking(&configuration.tree().model.path)?;
@@ -92,27 +71,22 @@ pub(crate) fn dump(configuration: &Configuration, args: &DumpArgs) -> Result<()>
     let (whole, second) = dump.perplexities();
     let fingerprint = file.schema(1).model_fingerprint();
     let meta = Meta {
-        format: "kvasir-qkv/1",
-        dtype: "f16",
-        q_shape: [shape.q_heads, count, shape.head_dim],
-        kv_shape: [shape.kv_heads, count, shape.head_dim],
         model: file.name().to_owned(),
-        model_fingerprint: fingerprint.iter().map(|byte| format!("{byte:02x}")).collect(),
+        model_fingerprint: Some(fingerprint.iter().map(|byte| format!("{byte:02x}")).collect()),
         layers,
         layers_total: shape.layers,
         softmax_scale: model.softmax_scale(),
         rope_theta: shape.rope_theta,
         text: corpus.source,
-        perplexity: whole,
-        perplexity_second_half: second,
-        seconds: dump.bar.seconds(),
+        perplexity: Some(whole),
+        perplexity_second_half: Some(second),
+        seconds: Some(dump.bar.seconds()),
+        ..Meta::new(shape.q_heads, shape.kv_heads, count, shape.head_dim)
     };
-    let path = args.out.join("meta.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&meta)?)
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    let path = meta.write(&args.out)?;
     say(format_args!(
         "{count} tokens in {:.1} s, perplexity {whole:.2} ({second:.2} in the second half)",
-        meta.seconds
+        dump.bar.seconds()
     ));
     print(path.display());
     Ok(())

@@ -1,7 +1,10 @@
 use kvasir_simd::Pool;
 
 use super::*;
-use crate::{Cost, Origin, Quest, Wave, WaveParams, suite::Data};
+use crate::{
+    Attend, Cost, HeadBasis, Hits, KeyIndex, Moments, Origin, Quest, Search, Segment, SketchAttended, SketchFormat,
+    SketchScan, Wave, WaveParams, encode_block, suite::Data,
+};
 
 /// A recording of 3 query heads over 900 tokens and its truth in f64.
 struct Case {
@@ -153,6 +156,115 @@ fn bytes_for_a_mass_are_those_of_the_least_effort() {
     assert!(some.bytes.mean < whole.bytes.mean && some.effort.p10 < 1.0, "{some:?}");
     let never = bytes_for_mass(&quest, &exact, 1.1, &[0.1, 1.0]).expect("figures");
     assert_eq!((never.reached, never.bytes), (0.0, Summary::default()));
+}
+
+#[test]
+fn recordings_add_up() {
+    let case = Case::new();
+    let exact = Exact::of(case.recording(), &case.setting, 100, &Pool::new(1)).expect("a recording");
+    let (quest, one) = (
+        case.quest(),
+        judge(&case.quest(), &exact, &[10], 50, 0.1, None).expect("a judgement"),
+    );
+    let mut tally = Tally::new(&[10]);
+    tally.add(&quest, &exact, 50, 0.1, None).expect("figures");
+    assert_eq!(tally.judgement(), one);
+    // The same once more, with everything found: every share lies in the middle.
+    tally.add(&quest, &exact, 840, 1.0, None).expect("figures");
+    let (both, all) = (
+        tally.judgement(),
+        judge(&quest, &exact, &[10], 840, 1.0, None).expect("a judgement"),
+    );
+    assert_eq!(both.queries, 30);
+    for (both, one, all) in [
+        (both.recall[0].1, one.recall[0].1, all.recall[0].1),
+        (both.keys_share, one.keys_share, all.keys_share),
+        (both.bytes_share, one.bytes_share, all.bytes_share),
+        (both.bytes_per_search, one.bytes_per_search, all.bytes_per_search),
+        (both.error.mean, one.error.mean, all.error.mean),
+    ] {
+        assert!(
+            (both - f64::midpoint(one, all)).abs() < 1e-9 * both.abs().max(1.0),
+            "{both} of {one} and {all}"
+        );
+    }
+}
+
+/// Attention by a sketch scan over the prefill, in blocks of 64.
+fn served(case: &Case, basis: &HeadBasis, how: Attend) -> AttendJudgement {
+    let exact = Exact::of(case.recording(), &case.setting, 10, &Pool::new(1)).expect("a recording");
+    let format = SketchFormat::new(32);
+    let (keys, values) = (case.prefill(), &case.data.values[..860 * 32]);
+    let blocks: Vec<_> = keys.chunks(64 * 32).zip(values.chunks(64 * 32)).collect();
+    let sketches: Vec<Vec<u8>> = blocks
+        .iter()
+        .map(|(keys, values)| {
+            let mut sketch = Vec::new();
+            encode_block(format, basis, keys, values, &mut sketch).expect("a block");
+            sketch
+        })
+        .collect();
+    let mut tally = AttendTally::default();
+    let mut scan = SketchScan::new(format, case.recording().scale());
+    tally
+        .add(&exact, |search| {
+            scan.begin(search.q, basis)?;
+            for (at, ((keys, values), sketch)) in blocks.iter().zip(&sketches).enumerate() {
+                let position = at * 64;
+                let segment = Segment { keys, values, position };
+                scan.scan(segment, sketch, search.excluded)?;
+            }
+            Ok(scan.attend(how))
+        })
+        .expect("figures");
+    tally.judgement()
+}
+
+#[test]
+fn finished_attention_is_judged_by_the_truth() {
+    let case = Case::new();
+    let mut moments = Moments::new(32);
+    moments.add_queries(&case.data.samples);
+    moments.add_keys(case.prefill());
+    let basis = moments.basis(32).expect("directions").basis;
+    let all = Attend {
+        target_mass: 1.0,
+        effort: 1.0,
+        ..Attend::default()
+    };
+    let exact = served(&case, &basis, all);
+    assert_eq!((exact.queries, exact.rows_share), (15, 1.0));
+    assert!(exact.error.p99 < 1e-4 && exact.mass.p10 > 1.0 - 1e-4, "{exact:?}");
+    let some = Attend {
+        k_max: Some(20),
+        effort: 0.05,
+        ..all
+    };
+    let with = served(&case, &basis, some);
+    let without = served(&case, &basis, Attend { tail: false, ..some });
+    assert!(
+        with.rows_share < 0.03 && with.bytes_share < exact.bytes_share,
+        "{with:?}"
+    );
+    assert_eq!(with.certificates.count, 15);
+    assert!(with.mass.p90 < 1.0 && with.mass.p10 > 0.0, "{with:?}");
+    assert!(
+        with.error.mean < without.error.mean,
+        "{} without {}",
+        with.error.mean,
+        without.error.mean
+    );
+}
+
+#[test]
+fn an_answer_of_another_shape_is_refused() {
+    let case = Case::new();
+    let exact = Exact::of(case.recording(), &case.setting, 10, &Pool::new(1)).expect("a recording");
+    let wrong = AttendTally::default().add(&exact, |_| Ok(SketchAttended::default()));
+    assert_eq!(
+        wrong.expect_err("no rows").to_string(),
+        "not usable as an index: an answer for 0 of 3 heads"
+    );
 }
 
 /// An index that finds nothing: what is left is the worker's own attention.

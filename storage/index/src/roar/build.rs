@@ -6,24 +6,28 @@
 //! 3. Connectivity: each key walks the projected graph with a beam and is linked to what it finds, both ways, so that
 //!    keys which no sampled query wanted can be reached too.
 //!
-//! Nearness between keys is the product of *centred* keys: keys share a large mean, which makes long ones near to
-//! everything, and occlusion by plain products then prunes to hubs (recall@10 0.97 instead of 0.94 at the same number of keys).
+//! Nearness between keys is the product of centred keys, or their distance as the sampled queries see it (`nearness.rs`).
 //!
 //! Deterministic: the result depends neither on threads nor on chance.
 
-use half::f16;
-use kvasir_simd::{Pool, scores, to_f16, to_f32};
+use kvasir_simd::{Pool, scores};
 
 use super::{
     Roar,
+    nearness::{Nearness, Point},
     walk::{Graph, Walk},
 };
-use crate::{
-    IndexError, KeyRows,
-    cluster::mean_row,
-    file::Origin,
-    search::{check_rows, is_finite},
-};
+use crate::{IndexError, KeyRows, file::Origin, search::check_rows};
+
+/// How near two keys are, where edges are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metric {
+    /// The product of *centred* keys: keys share a large mean, which makes long ones near to everything, and occlusion by plain
+    /// products then prunes to hubs (recall@10 0.97 instead of 0.94 at the same number of keys).
+    Keys,
+    /// The distance of keys as the sampled queries see it.
+    Seen,
+}
 
 /// How a graph is built. The defaults are those of RoarGraph's authors, but for `connections`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +41,8 @@ pub struct RoarParams {
     pub connections: usize,
     /// Width of the beam in the connectivity step, at least `connections`, at most 65,536 (500).
     pub beam: usize,
+    /// How near keys are to each other ([`Metric::Keys`]).
+    pub metric: Metric,
 }
 
 impl Default for RoarParams {
@@ -46,6 +52,20 @@ impl Default for RoarParams {
             degree: 35,
             connections: 8,
             beam: 500,
+            metric: Metric::Keys,
+        }
+    }
+}
+
+impl RoarParams {
+    /// With edges as queries see keys, and what suits them: better from about 100K keys on, and mixed below (tests/recall).
+    pub fn seen() -> Self {
+        Self {
+            degree: 24,
+            connections: 12,
+            beam: 200,
+            metric: Metric::Seen,
+            ..Self::default()
         }
     }
 }
@@ -114,11 +134,7 @@ impl Roar {
                 return invalid("samples", "an element is not finite");
             }
         }
-        let centred = Centred::of(keys);
-        let graphs = sets
-            .iter()
-            .map(|samples| graph(keys, &centred, samples, params, pool))
-            .collect();
+        let graphs = sets.iter().map(|samples| graph(keys, samples, params, pool)).collect();
         Ok(Self {
             origin,
             head_dim: keys.head_dim(),
@@ -128,63 +144,13 @@ impl Roar {
     }
 }
 
-/// Keys less their mean: what nearness between keys is measured with. Rows that are not numbers are zeros.
-struct Centred {
-    head_dim: usize,
-    rows: Vec<f16>,
-    finite: Vec<bool>,
-}
-
-impl Centred {
-    fn of(keys: KeyRows<'_>) -> Self {
-        let head_dim = keys.head_dim();
-        let all = || (0..keys.len()).map(|at| keys.row(at));
-        let finite: Vec<bool> = all().map(is_finite).collect();
-        let mean: Vec<f32> = mean_row(
-            all().zip(&finite).filter(|(_, finite)| **finite).map(|(row, _)| row),
-            head_dim,
-        )
-        .iter()
-        .map(|x| x.to_f32())
-        .collect();
-        let mut rows = vec![f16::ZERO; keys.len() * head_dim];
-        let mut row = vec![0.0; head_dim];
-        for (at, out) in rows.chunks_exact_mut(head_dim).enumerate() {
-            if finite[at] {
-                to_f32(keys.row(at), &mut row);
-                // Clamped: the difference of two halves may be beyond one.
-                row.iter_mut()
-                    .zip(&mean)
-                    .for_each(|(x, mean)| *x = (*x - mean).clamp(-65_504.0, 65_504.0));
-                to_f16(&row, out);
-            }
-        }
-        Self { head_dim, rows, finite }
-    }
-
-    fn row(&self, key: u32) -> &[f16] {
-        &self.rows[key as usize * self.head_dim..][..self.head_dim]
-    }
-
-    fn wide(&self, key: u32, out: &mut Vec<f32>) {
-        out.resize(self.head_dim, 0.0);
-        to_f32(self.row(key), out);
-    }
-
-    /// Nearness of a wide row to a key.
-    fn near(&self, row: &[f32], key: u32) -> f32 {
-        let mut out = [0.0];
-        scores(row, self.row(key), self.head_dim, 1.0, &mut out);
-        out[0]
-    }
-}
-
-fn graph(keys: KeyRows<'_>, centred: &Centred, samples: &[f32], params: RoarParams, pool: &Pool) -> Graph {
+fn graph(keys: KeyRows<'_>, samples: &[f32], params: RoarParams, pool: &Pool) -> Graph {
+    let nearness = Nearness::of(keys, samples, params.metric, pool);
     let lists = nearest_keys(keys, samples, params.nearest, pool);
-    let mut neighbours = project(centred, &lists, params.degree, pool);
+    let mut neighbours = project(&nearness, &lists, params.degree, pool);
     drop(lists);
     let projected = Graph::of(entry(keys, samples), &neighbours);
-    connect(centred, &projected, &mut neighbours, params, pool);
+    connect(&nearness, &projected, &mut neighbours, params, pool);
     Graph::of(projected.entry, &neighbours)
 }
 
@@ -274,50 +240,50 @@ impl Nearest {
 }
 
 /// Links the nearest key of each list with the rest of it, as far as pruning keeps them.
-fn project(centred: &Centred, lists: &[Vec<u32>], degree: usize, pool: &Pool) -> Vec<Vec<u32>> {
+fn project(nearness: &Nearness, lists: &[Vec<u32>], degree: usize, pool: &Pool) -> Vec<Vec<u32>> {
     let mut links = vec![(0, Vec::new()); lists.len()];
     pool.run_chunks(&mut links, TASK_KEYS, &|task, links| {
         for (links, list) in links.iter_mut().zip(&lists[task * TASK_KEYS..]) {
             if let [pivot, others @ ..] = list.as_slice() {
-                *links = (*pivot, prune(centred, *pivot, others, degree));
+                *links = (*pivot, prune(nearness, *pivot, others, degree));
             }
         }
     });
-    let mut neighbours = vec![Vec::new(); centred.finite.len()];
+    let mut neighbours = vec![Vec::new(); nearness.keys()];
     for (pivot, links) in links {
         for key in links {
-            link(centred, &mut neighbours, pivot, key, degree);
-            link(centred, &mut neighbours, key, pivot, degree);
+            link(nearness, &mut neighbours, pivot, key, degree);
+            link(nearness, &mut neighbours, key, pivot, degree);
         }
     }
     neighbours
 }
 
 /// Adds an edge. A key that holds twice the degree is pruned back to it.
-fn link(centred: &Centred, neighbours: &mut [Vec<u32>], from: u32, to: u32, degree: usize) {
+fn link(nearness: &Nearness, neighbours: &mut [Vec<u32>], from: u32, to: u32, degree: usize) {
     let list = &mut neighbours[from as usize];
     if list.contains(&to) {
         return;
     }
     list.push(to);
     if list.len() > 2 * degree {
-        *list = prune(centred, from, list, degree);
+        *list = prune(nearness, from, list, degree);
     }
 }
 
 /// Links each key with the nearest that it finds by walking the projected graph.
-fn connect(centred: &Centred, projected: &Graph, neighbours: &mut [Vec<u32>], params: RoarParams, pool: &Pool) {
+fn connect(nearness: &Nearness, projected: &Graph, neighbours: &mut [Vec<u32>], params: RoarParams, pool: &Pool) {
     let mut found = vec![Vec::new(); neighbours.len()];
     pool.run_chunks(&mut found, TASK_KEYS, &|task, found| {
-        let mut walk = Walk::new(centred.finite.len());
-        let mut row = Vec::new();
+        let mut walk = Walk::new(nearness.keys());
+        let mut from = Point::default();
         for (at, found) in found.iter_mut().enumerate() {
             let key = (task * TASK_KEYS + at) as u32;
-            if centred.finite[key as usize] {
-                centred.wide(key, &mut row);
-                let near = walk.beam(projected, params.beam, |other| centred.near(&row, other));
+            if nearness.is_finite(key) {
+                nearness.from(key, &mut from);
+                let near = walk.beam(projected, params.beam, |other| nearness.near(&from, other));
                 let near: Vec<u32> = near.into_iter().map(|(other, _)| other).collect();
-                *found = prune(centred, key, &near, params.connections);
+                *found = prune(nearness, key, &near, params.connections);
             }
         }
     });
@@ -325,8 +291,8 @@ fn connect(centred: &Centred, projected: &Graph, neighbours: &mut [Vec<u32>], pa
     let mut added = vec![Vec::new(); neighbours.len()];
     for (key, found) in found.iter().enumerate() {
         for &other in found {
-            link(centred, &mut added, key as u32, other, params.connections);
-            link(centred, &mut added, other, key as u32, params.connections);
+            link(nearness, &mut added, key as u32, other, params.connections);
+            link(nearness, &mut added, other, key as u32, params.connections);
         }
     }
     for (list, added) in neighbours.iter_mut().zip(added) {
@@ -340,13 +306,13 @@ fn connect(centred: &Centred, projected: &Graph, neighbours: &mut [Vec<u32>], pa
 
 /// At most `degree` of `candidates` for `key`: nearest first, without those that a chosen one is nearer to than `key` is;
 /// then filled up with the nearest of the rest.
-fn prune(centred: &Centred, key: u32, candidates: &[u32], degree: usize) -> Vec<u32> {
-    let mut row = Vec::new();
-    centred.wide(key, &mut row);
+fn prune(nearness: &Nearness, key: u32, candidates: &[u32], degree: usize) -> Vec<u32> {
+    let mut from = Point::default();
+    nearness.from(key, &mut from);
     let mut ranked: Vec<(f32, u32)> = candidates
         .iter()
-        .filter(|other| **other != key && centred.finite[**other as usize])
-        .map(|&other| (centred.near(&row, other), other))
+        .filter(|other| **other != key && nearness.is_finite(**other))
+        .map(|&other| (nearness.near(&from, other), other))
         .collect();
     ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     ranked.dedup_by_key(|(_, other)| *other);
@@ -356,8 +322,8 @@ fn prune(centred: &Centred, key: u32, candidates: &[u32], degree: usize) -> Vec<
         if chosen.len() == degree {
             break;
         }
-        centred.wide(other, &mut row);
-        if chosen.iter().any(|&chosen| centred.near(&row, chosen) > near) {
+        nearness.from(other, &mut from);
+        if chosen.iter().any(|&chosen| nearness.near(&from, chosen) > near) {
             rest.push(other);
         } else {
             chosen.push(other);

@@ -10,6 +10,7 @@ const SMALL: RoarParams = RoarParams {
     degree: 8,
     connections: 8,
     beam: 32,
+    metric: Metric::Keys,
 };
 
 fn built(data: &Data, samples: Samples<'_>, params: RoarParams, threads: usize) -> Result<Roar, IndexError> {

@@ -22,12 +22,15 @@ const SAMPLE: usize = 256;
 const TILE: usize = 256;
 /// Levels per bucket of the guess: an eighth of a power of two.
 const BUCKET: u16 = 16;
+/// A best key at or below this level is 36 powers of two below the calibration's average key: too near the scale's end for
+/// the others to be told apart.
+const DEEP: u16 = 31 * 128;
 
 /// What a query head is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Sketched,
-    /// Its scores spread too far for levels: every key is a candidate.
+    /// Its scores spread too far for levels, or lie at an end of their scale: every key is a candidate.
     Exact,
     /// Not finite: nothing is found.
     Dead,
@@ -337,9 +340,15 @@ impl Table {
             down = down.saturating_mul(2);
             self.scan(column, masks, head..head + 1, room);
         }
+        let mut highest = room.highest(head);
+        if self.kinds[head] == Kind::Sketched && (highest >= Level::HIGHEST.0 || highest <= DEEP) {
+            self.kinds[head] = Kind::Exact;
+            room.floors[head] = Level::LOWEST;
+            self.scan(column, masks, head..head + 1, room);
+            highest = room.highest(head);
+        }
         let floor = room.floors[head].0;
         let kept = &room.kept[head * room.stride..][..room.found[head]];
-        let highest = kept.iter().map(|kept| (kept >> 16) as u16).max().unwrap_or(floor);
         let mut edge = floor;
         let mut ties = usize::MAX;
         let mut wanted = if self.kinds[head] == Kind::Exact {
@@ -399,6 +408,13 @@ impl Table {
 impl Room {
     pub(super) fn weights(&mut self) -> &mut Vec<f32> {
         &mut self.weights
+    }
+
+    /// Highest level that was kept of a head, or its floor.
+    fn highest(&self, head: usize) -> u16 {
+        let kept = &self.kept[head * self.stride..][..self.found[head]];
+        let levels = kept.iter().map(|kept| (kept >> 16) as u16);
+        levels.max().unwrap_or(self.floors[head].0)
     }
 
     fn prepare(&mut self, heads: usize, groups: usize) {

@@ -419,6 +419,62 @@ fn odd_queries() {
     close(&found.o[64..128], &truth.o[64..128], 1e-4);
 }
 
+/// A digit of the leading direction moves a real head's score by two powers of two and more: such heads are still searched by
+/// sketch, and find what exact scores say.
+#[test]
+fn steep_heads_are_searched_by_sketch() {
+    for steep in [1.0_f32, 4.0, 12.0] {
+        let mut case = Case::new(31, 64, 4, 64, 4000);
+        case.q.iter_mut().for_each(|q| *q *= steep);
+        let none = Excluded::none();
+        let mut scan = case.scan(&none);
+        let found = scan.attend(Attend {
+            target_mass: 1.0,
+            effort: 0.05,
+            certificate: false,
+            ..Attend::default()
+        });
+        assert_eq!(
+            found.keys,
+            vec![201; 4],
+            "{steep}: a twentieth of the keys, of each head"
+        );
+        let truth = case.flat(&none).attend(1.0, None);
+        for head in 0..4 {
+            let missed = truth.lse[head] - found.lse[head];
+            assert!(missed.abs() < 0.05, "{steep}: head {head} is off by {missed}");
+        }
+    }
+}
+
+/// Where the best keys are beyond the end of the scale of levels, at either end, all keys are scored.
+#[test]
+fn heads_off_the_scale_are_scored_whole() {
+    for (far, steep) in [(60.0_f32, 1.0_f32), (-130.0, 8.0)] {
+        let mut case = Case::new(32, 64, 1, 64, 640);
+        case.q.iter_mut().for_each(|q| *q *= steep);
+        let truth = case.flat(&Excluded::none()).attend(1.0, None);
+        // The calibration's average key is far from every key, along the query: no key is near the middle of the scale.
+        let square: f32 = case.q.iter().map(|q| q * q).sum();
+        let q = case.q.clone();
+        let off = far * 10.0 / square;
+        case.basis
+            .mean
+            .iter_mut()
+            .zip(&q)
+            .for_each(|(mean, q)| *mean += off * q);
+        case.sketch();
+        let found = case.scan(&Excluded::none()).attend(Attend {
+            target_mass: 1.0,
+            effort: 0.1,
+            certificate: false,
+            ..Attend::default()
+        });
+        assert_eq!(found.keys, [640], "{far}");
+        close(&found.lse, &truth.lse, 1e-4);
+    }
+}
+
 #[test]
 fn everything_excluded_or_nothing_there() {
     for (n, excluded) in [(0, Excluded::none()), (100, Excluded::new(&[0..100, 0..7]))] {

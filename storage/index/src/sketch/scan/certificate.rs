@@ -2,8 +2,13 @@
 //!
 //! 128 keys are drawn that are not its candidates: nine in ten in proportion to their weight by sketch, one to each equal share of it,
 //! the others evenly. Each one's exact weight over its probability estimates the whole; the mean is right on average, and the
-//! mean and three standard errors are a bound that holds nearly always. Drawing within shares makes the true error smaller
-//! than the stated one. The draw is seeded from the query and the number of keys: an answer is a function of its inputs.
+//! mean and three standard errors are a bound that holds nearly always where sketches are good. Drawing within shares makes the true
+//! error smaller than the stated one. The draw is seeded from the query and the number of keys: an answer is a function of its inputs.
+//!
+//! Where sketches err by several powers of two, most of the mass is in few keys whose sketch is far too low: a sample mostly
+//! misses them, and its variance with them. Errors of sketches are sums of many small ones, so exact over sketched weight is
+//! about log-normal: the upper limit of the mean of such a distribution (Cox's, in Zhou and Gao 1997) knows of keys that were
+//! not drawn. The bound is the higher of both, and such heads draw four times as many.
 
 use half::f16;
 use kvasir_simd::{GROUP, Level, RUN_GROUPS, score_rows};
@@ -12,7 +17,14 @@ use super::SketchScan;
 
 const BY_WEIGHT: usize = 115;
 const EVENLY: usize = 13;
-const DRAWS: usize = BY_WEIGHT + EVENLY;
+/// Drawn by weight where sketches err much.
+const BY_WEIGHT_WIDE: usize = 499;
+/// Variance of the natural logarithm of exact over sketched weight from which on they do: 1.8 powers of two, squared.
+const WIDE: f64 = 1.5;
+/// Standard errors above the mean of a sample.
+const SURE: f64 = 3.0;
+/// The same of the mean of a log-normal distribution, which that of errors is only about.
+const SURE_OF_ERRORS: f64 = 4.0;
 
 /// Base-2 logarithms of the mass of the keys that were not scored.
 #[derive(Clone, Copy, Debug)]
@@ -25,8 +37,12 @@ pub(super) struct Missed {
 
 #[derive(Default)]
 pub(super) struct Sampler<'a> {
-    /// Slots with their levels.
+    /// Slots with their levels, those by weight first.
     drawn: Vec<(u32, Level)>,
+    /// How many were to be drawn by weight.
+    asked: usize,
+    /// How many were.
+    by_weight: usize,
     rows: Vec<&'a [f16]>,
     scores: Vec<f32>,
 }
@@ -43,16 +59,43 @@ impl SketchScan<'_> {
 
 impl<'a> SketchScan<'a> {
     fn sample(&mut self, head: usize, sampler: &mut Sampler<'a>) -> Missed {
+        let mut random = Random::new(&self.q[head * self.head_dim()..][..self.head_dim()], self.slots());
+        self.draw(head, BY_WEIGHT, sampler, &mut random);
+        let mut errors = self.errors(head, sampler);
+        if errors.variance > WIDE {
+            self.draw(head, BY_WEIGHT_WIDE, sampler, &mut random);
+            errors = self.errors(head, sampler);
+        }
+        let by_sketch = self.by_sketch(head, self.table.total[head]);
+        let mut missed = self.estimate(head, sampler);
+        if let Some(most) = errors.mean_at_most() {
+            // Finite: what is more than all else is all.
+            let most = (most / std::f64::consts::LN_2).min(1e30);
+            missed.most = missed.most.max(by_sketch + most as f32);
+        }
+        missed
+    }
+
+    /// What sketches err by, of the keys that were drawn by weight.
+    fn errors(&self, head: usize, sampler: &Sampler<'a>) -> Errors {
+        let own = sampler.drawn.iter().zip(&sampler.scores).take(sampler.by_weight);
+        let errors = own.filter(|(_, score)| score.is_finite()).map(|((_, level), score)| {
+            let by_sketch = self.by_sketch(head, f64::from(level.weight()));
+            f64::from(score - by_sketch) * std::f64::consts::LN_2
+        });
+        Errors::of(errors)
+    }
+
+    /// Draws keys and scores them.
+    fn draw(&mut self, head: usize, by_weight: usize, sampler: &mut Sampler<'a>, random: &mut Random) {
         let d = self.head_dim();
         let q = &self.q[head * d..][..d];
         let all = self.slots();
-        let mut random = Random::new(q, all);
         let slots = &self.candidates.slots[self.candidates.of(head)];
         let total = self.table.total[head];
-        let searched = self.masks.searched[self.masks.sequence(head, self.table.heads())];
-        let others = searched - slots.len();
         sampler.drawn.clear();
-        self.draw_by_weight(head, slots, total, sampler, &mut random);
+        self.draw_by_weight(head, slots, (total, by_weight), sampler, random);
+        (sampler.asked, sampler.by_weight) = (by_weight, sampler.drawn.len());
         let mut levels = [0; GROUP * RUN_GROUPS];
         for _ in 0..EVENLY {
             // A slot that cannot be drawn is drawn again; where nearly all are scored some draws come to nothing, which the
@@ -81,6 +124,15 @@ impl<'a> SketchScan<'a> {
         score_rows(q, &sampler.rows, d, self.scale, &mut sampler.scores);
         self.cost.keys_scored += sampler.rows.len() as u64;
         self.cost.bytes_read += (sampler.rows.len() * d * 2) as u64;
+    }
+
+    /// From what was drawn.
+    fn estimate(&self, head: usize, sampler: &Sampler<'a>) -> Missed {
+        let total = self.table.total[head];
+        let searched = self.masks.searched[self.masks.sequence(head, self.table.heads())];
+        let others = searched - self.candidates.of(head).len();
+        // Those that came to nothing are counted.
+        let draws = (sampler.asked + EVENLY) as f64;
         let finite = |score: f32| if score.is_finite() { score } else { f32::NEG_INFINITY };
         let high = sampler
             .scores
@@ -92,16 +144,16 @@ impl<'a> SketchScan<'a> {
         let (mut sum, mut squares) = (0.0_f64, 0.0_f64);
         for ((_, level), score) in sampler.drawn.iter().zip(&sampler.scores) {
             let weight = f64::from(level.weight());
-            let chance = (BY_WEIGHT as f64 * weight / total.max(f64::MIN_POSITIVE)
+            let chance = (sampler.asked as f64 * weight / total.max(f64::MIN_POSITIVE)
                 + EVENLY as f64 / others.max(1) as f64)
-                / DRAWS as f64;
+                / draws;
             let x = f64::from(finite(*score) - high).exp2() / chance;
             sum += x;
             squares += x * x;
         }
-        let mean = sum / DRAWS as f64;
-        let variance = (squares / DRAWS as f64 - mean * mean).max(0.0);
-        let most = mean + 3.0 * (variance / DRAWS as f64).sqrt();
+        let mean = sum / draws;
+        let variance = (squares / draws - mean * mean).max(0.0);
+        let most = mean + SURE * (variance / draws).sqrt();
         Missed {
             mean: mean.log2() as f32 + high,
             most: most.log2() as f32 + high,
@@ -109,8 +161,15 @@ impl<'a> SketchScan<'a> {
     }
 
     /// One draw from each equal share of the weight.
-    fn draw_by_weight(&self, head: usize, slots: &[u32], total: f64, sampler: &mut Sampler<'a>, random: &mut Random) {
-        let mut targets = (0..BY_WEIGHT).map(|share| (share as f64 + random.next()) / BY_WEIGHT as f64 * total);
+    fn draw_by_weight(
+        &self,
+        head: usize,
+        slots: &[u32],
+        (total, count): (f64, usize),
+        sampler: &mut Sampler<'a>,
+        random: &mut Random,
+    ) {
+        let mut targets = (0..count).map(|share| (share as f64 + random.next()) / count as f64 * total);
         let Some(mut target) = targets.next() else { return };
         let groups = self.slots() / GROUP;
         let mut levels = [0; GROUP * RUN_GROUPS];
@@ -144,6 +203,37 @@ impl<'a> SketchScan<'a> {
             }
             before += weight;
         }
+    }
+}
+
+/// Natural logarithms of exact over sketched weights.
+#[derive(Clone, Copy, Default)]
+struct Errors {
+    count: f64,
+    mean: f64,
+    variance: f64,
+}
+
+impl Errors {
+    fn of(errors: impl Iterator<Item = f64> + Clone) -> Self {
+        let count = errors.clone().count() as f64;
+        if count < 2.0 {
+            return Self::default();
+        }
+        let mean = errors.clone().sum::<f64>() / count;
+        let squares: f64 = errors.map(|error| (error - mean).powi(2)).sum();
+        Self {
+            count,
+            mean,
+            variance: squares / (count - 1.0),
+        }
+    }
+
+    /// Logarithm of what the mean of the ratio hardly exceeds; none where there are too few.
+    fn mean_at_most(self) -> Option<f64> {
+        let Self { count, mean, variance } = self;
+        let error = (variance / count + variance * variance / (2.0 * (count - 1.0))).sqrt();
+        (count >= 16.0).then_some(mean + variance / 2.0 + SURE_OF_ERRORS * error)
     }
 }
 

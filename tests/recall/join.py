@@ -1,0 +1,190 @@
+"""Joins what Kvasir and the peers measured on the same arrays into one table and one page of plots.
+
+    python3 join.py OURS.json PEERS.json [OURS.json PEERS.json ..] --out FOLDER
+
+Needs nothing but Python. A recall at a share of keys between two points of a curve is read off the line between them, over the
+logarithm of the share; outside of a curve nothing is said.
+"""
+
+import argparse
+import json
+import sys
+from math import log
+from pathlib import Path
+
+import svg
+
+OUR_SCHEMA = PEER_SCHEMA = 1
+SHARES = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+WANTED = 0.95
+
+
+def between(points, x):
+    """The value at `x` of a curve `[(x, y)]`, linear over the logarithm of x; `None` outside of it."""
+    points = sorted(points)
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if x0 < x < x1:
+            return y0 + (y1 - y0) * log(x / x0) / log(x1 / x0)
+    return next((y for at, y in points if at == x), None)
+
+
+def first_above(points, y):
+    """The least x at which a curve reaches `y`; `None` if it never does. Below its first point nothing is known."""
+    points = sorted(points)
+    if points and points[0][1] >= y:
+        return points[0][0]
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if y0 < y <= y1:
+            return x0 * (x1 / x0) ** ((y - y0) / (y1 - y0))
+    return None
+
+
+def curve(index, x, y):
+    return [(at[x], y(at)) for at in index["curve"] if at[x] is not None]
+
+
+def joined(ours, peers):
+    """Our groups, each with the peers' indexes of the same name behind its own."""
+    for recorded, schema, whose in ((ours, OUR_SCHEMA, "kvasir bench index"), (peers, PEER_SCHEMA, "peers.py")):
+        if recorded is not None and recorded.get("schema") != schema:
+            raise ValueError(f"{whose} recorded schema {recorded.get('schema')}; this reads {schema}")
+    theirs = {group["name"]: group["indexes"] for group in peers["groups"]} if peers else {}
+    return [{**group, "indexes": group["indexes"] + theirs.get(group["name"], [])} for group in ours["groups"]]
+
+
+def title(ours, group):
+    source = ours["source"]
+    if source["kind"] == "synthetic":
+        return f"made up, {source['tokens']:,} tokens, d {group['head_dim']}, {group['heads']} query heads, seed {source['seed']}"
+    return f"{source['model']}, {source['tokens']:,} tokens, {group['name']}"
+
+
+def cell(value, form):
+    return "-" if value is None else format(value, form)
+
+
+def share(value):
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def table(group):
+    """One line per index."""
+    head = ["index", *(f"{100 * at:g} %" for at in SHARES), f"keys for {WANTED}", "bytes for .95 of the mass", "of all keys'",
+            "build s", "bytes per token", "us"]  # fmt: skip
+    rows = [head, ["---"] * len(head)]
+    for index in group["indexes"]:
+        if index["name"] in ("flat", "faiss-flat"):
+            continue
+        recall = curve(index, "keys_share", lambda at: at["recall_100"])
+        mass = index["for_mass"]
+        near = [at for at in index["curve"] if at["recall_100"] >= WANTED]
+        rows.append(
+            [
+                index["name"],
+                *(cell(between(recall, at), ".3f") for at in SHARES),
+                share(first_above(recall, WANTED)),
+                f"{mass['bytes']['mean'] / 1024:,.0f} KiB" if mass and mass["reached"] == 1 else "-",
+                share(mass["bytes_share"]["mean"]) if mass and mass["reached"] == 1 else "-",
+                f"{index['build_seconds']:.1f}",
+                f"{index['bytes_per_token']:.0f}",
+                cell(near[0]["micros_per_search"] if near else None, ",.0f"),
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def served_table(group):
+    rows = [
+        "| rows | bytes of keys and values | mass on rows | error mean | p50 | p90 | p99 | bounds kept | median bound (missed) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for at in group["served"]:
+        asked = f"mass {at['target_mass']:.2f}: " if at["target_mass"] < 1 else ""
+        error = at["error"]
+        rows.append(
+            f"| {asked}{100 * at['rows_share']:.2f} % | {share(at['bytes_share'])} | {at['mass']['mean']:.3f} | "
+            f"{error['mean']:.4f} | {error['p50']:.4f} | {error['p90']:.4f} | {error['p99']:.4f} | "
+            f"{at['certificates_kept']:.3f} | {at['bound']['p50']:.3f} ({at['missed']['p50']:.3f}) |"
+        )
+    exact = next((index for index in group["indexes"] if index["name"] == "flat"), None)
+    if exact:
+        errors = ", ".join(f"{at['error']['mean']:.3f} with {100 * at['effort']:g} %" for at in exact["curve"])
+        rows += ["", f"The exact best keys alone err by {errors} of the rows."]
+    return "\n".join(rows)
+
+
+def markdown(runs):
+    out = []
+    for ours, peers in runs:
+        for group in joined(ours, peers):
+            out += [
+                f"### {title(ours, group)}",
+                "",
+                f"{group['recordings']} KV heads, {group['searched_keys']:,} keys searched. Recall@100 by keys scored per query head; "
+                f"then the keys for a recall@100 of {WANTED}; the bytes that the group reads for .95 of the searched mass of every "
+                "query head; microseconds of a search (all query heads of the group) at the first effort with that recall.",
+                "",
+                table(group),
+                "",
+            ]
+            if group["served"]:
+                out += ["Attention as a store serves it by sketches:", "", served_table(group), ""]
+    return "\n".join(out)
+
+
+def plots(ours, group):
+    name = title(ours, group)
+    visible = [index for index in group["indexes"] if index["name"] not in ("flat", "faiss-flat")]
+    recall = {index["name"]: curve(index, "keys_share", lambda at: at["recall_100"]) for index in visible}
+    by_bytes = {index["name"]: curve(index, "bytes_share", lambda at: at["recall_100"]) for index in visible}
+    error = {index["name"]: curve(index, "bytes_share", lambda at: at["error"]["mean"]) for index in visible}
+    needed = {
+        index["name"]: (index["for_mass"]["bytes_share"]["mean"], share(index["for_mass"]["bytes_share"]["mean"]))
+        for index in visible
+        if index["for_mass"] and index["for_mass"]["reached"] == 1
+    }
+    return [
+        svg.lines(name, "keys scored per query head", "recall@100", recall, (0.0025, 0.5), (0, 1), mark=(WANTED, "0.95")),
+        svg.lines("the same by bytes", "bytes read by the group, of the keys'", "recall@100", by_bytes, (0.02, 2), (0, 1), mark=(WANTED, "0.95")),
+        svg.lines("output error", "bytes read by the group, of the keys'", "mean |o - o*| / |o*|, rows alone, no tail", error, (0.02, 2), (0.002, 1), "log"),
+        svg.bars("bytes for .95 of the mass", "of the bytes of all keys", needed),
+    ]
+
+
+def arguments(line):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", help="ours and the peers' in turn; - where there is none of the peers")
+    parser.add_argument("--out", required=True, help="folder for recall.md and recall.svg")
+    args = parser.parse_args(line)
+    if len(args.results) % 2:
+        parser.error("results come in pairs: ours, then the peers' or -")
+    return args
+
+
+def read(path):
+    if path == "-":
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def main(line):
+    args = arguments(line)
+    paths = iter(args.results)
+    runs = [(read(ours), read(peers)) for ours, peers in zip(paths, paths, strict=True)]
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recall.md").write_text(markdown(runs), encoding="utf-8")
+    first = runs[0][0]
+    notes = [
+        f"kvasir {first['kvasir']} ({first['profile']}), {first['machine']['cpu']}, {first['machine']['cores']} cores. "
+        "Counts and bytes are the same on any machine.",
+        "hnswlib counts neither keys nor bytes, so it has no line; its recalls by width are in the JSON.",
+    ]
+    rows = [plots(ours, group) for ours, peers in runs for group in joined(ours, peers)]
+    (out / "recall.svg").write_text(svg.page("Attention indexes on the same keys and queries", notes, rows), encoding="utf-8")
+    print(f"{out / 'recall.md'}\n{out / 'recall.svg'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
