@@ -200,6 +200,8 @@ impl Runs {
         if pages > self.pages {
             return None;
         }
+        // What is moved has to fit somewhere: a run that is longer than all free ones cannot be.
+        let longest = self.longest_free();
         let (mut best, mut best_cost) = (None, u32::MAX);
         let (mut first, mut cost) = (self.start_from(self.cursor), 0);
         let mut at = first;
@@ -210,7 +212,7 @@ impl Runs {
             let run = self.run(at);
             at = run.end();
             if !run.free {
-                if !movable(run.start) {
+                if run.pages > longest || !movable(run.start) {
                     (first, cost) = (at, 0);
                     continue;
                 }
@@ -227,6 +229,16 @@ impl Runs {
         }
         self.cursor = at;
         best
+    }
+
+    /// The pages of a free run that is one of the longest, within a sixteenth; 0 where none is free.
+    fn longest_free(&self) -> u32 {
+        let words = self.filled.iter().enumerate().rev();
+        let mut filled = words.filter(|(_, bits)| **bits != 0);
+        filled.next().map_or(0, |(word, bits)| {
+            let bin = word * 64 + 63 - bits.leading_zeros() as usize;
+            self.run(self.bins[bin]).pages
+        })
     }
 
     /// The start of the run that covers `page`.

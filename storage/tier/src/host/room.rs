@@ -10,6 +10,8 @@ use super::{
 
 /// Blocks that a search passes over because they must stay, before it gives up. The next one goes on where it stopped.
 const SPARED_MAX: usize = 4096;
+/// Blocks that are evicted for one run of pages when a good part of the memory is free already and moving found no place.
+const BEYOND_MAX: usize = 16;
 
 /// Victims found, with what each gives.
 #[derive(Default)]
@@ -51,6 +53,7 @@ impl HostTier {
             return Err(self.no_room(bytes, owner, evicted));
         }
         // Enough is free; now one run of it.
+        let mut beyond = 0;
         loop {
             if let Some(buffer) = self.arena.try_reserve(bytes) {
                 return Ok((buffer, evicted));
@@ -62,9 +65,10 @@ impl HostTier {
             {
                 return Ok((buffer, evicted));
             }
-            // Buffers and readers may hold pages everywhere: do not empty the tier for one payload.
-            let enough = 4 * footprint + self.arena.capacity() / 8;
-            if free >= enough || !self.evict_one(owner, &must_stay, &mut evicted) {
+            // Buffers and readers may hold pages everywhere: do not empty the tier for one payload. But what is free may be in
+            // pieces too small to move anything to, and whoever asks again must get further than the one before.
+            beyond += usize::from(free >= 4 * footprint + self.arena.capacity() / 8);
+            if beyond > BEYOND_MAX || !self.evict_one(owner, &must_stay, &mut evicted) {
                 return Err(self.no_room(bytes, owner, evicted));
             }
         }
