@@ -10,8 +10,10 @@ use super::{AttendOptions, Certificate};
 pub(super) const RANK: usize = 32;
 /// Tokens of a block that a sketch takes.
 pub(super) const BLOCK_TOKENS_MAX: usize = 256;
-/// Share of the keys that are scored exactly if the caller does not say.
+/// Share of the keys that are scored exactly first if the caller does not say.
 const EFFORT: f32 = 0.05;
+/// By how much more are, where they did not cover the mass that he wants.
+const EFFORT_GROWTH: f32 = 4.0;
 
 /// Sketches of a chain's blocks in one layer: per KV head a column; of streaming heads none.
 #[derive(Clone, Debug, Default)]
@@ -113,7 +115,7 @@ pub(super) fn attend(
     options: AttendOptions,
 ) -> (Attended, Extra) {
     let demand = (options.missed_mass_max > 0.0).then_some(options.missed_mass_max);
-    let found = scan.attend(Attend {
+    let mut wanted = Attend {
         target_mass,
         k_max,
         // The whole mass is every key.
@@ -126,7 +128,14 @@ pub(super) fn attend(
         // A demand is checked by the bound, also where the caller does not want to see it.
         certificate: options.certificate != Certificate::None || demand.is_some(),
         missed_mass_max: demand,
-    });
+    };
+    let mut found = scan.attend(wanted);
+    // A head that looks at many keys needs more of them. Who names an effort or a number of keys wants no more than that.
+    let bounded = options.effort != 0.0 || k_max.is_some();
+    while !bounded && wanted.effort < 1.0 && found.cut_short {
+        wanted.effort = (wanted.effort * EFFORT_GROWTH).min(1.0);
+        found = scan.attend(wanted);
+    }
     let extra = Extra {
         bounds: found.missed_max,
         rescored: found.keys_scored as u64,
