@@ -1,8 +1,8 @@
 // blocks: a Block-Sparse list from the prompt itself. Means of 128 queries and of 64 keys, the products of all such means, and
 // (with top_k between) a list of tiles for each row block.
 //
-// Means are rounded to the keys' type, products summed in f32 and written: [heads, row blocks, key blocks], causal, what is
-// always chosen above all else. A launch takes as many heads or row blocks as there is room for products.
+// Means are rounded to the keys' type, products summed in f32 and written: [heads, row blocks, key blocks], causal, the
+// blocks that a row block lies in above all else. A launch takes as many heads or row blocks as there is room for products.
 #include "kv.cuh"
 #include "tile.cuh"
 
@@ -15,13 +15,13 @@ struct BlocksParams {
     u64 queries; // means, [q_heads, row_blocks, D]
     u64 keys;    // means, [kv_heads, key_blocks, D]
     u64 scores;  // f32 [gridDim.z, row blocks of the launch, key_blocks]
-    u64 best;    // u32 [q_heads, row_blocks, chosen], key blocks, rising
+    u64 best;    // u32 [q_heads, row_blocks, 1 + chosen]: a free place, then key blocks, rising
     u64 heads;   // u32 [q_heads, 2]: see prefill.cuh
     u64 lists;   // u32 [q_heads, row_blocks, 7]
     u32 rows, offset, q_heads, heads_per_kv;
     u32 row_blocks, key_blocks;
     u32 first_head, first_block, blocks; // of the launch
-    u32 chosen, sink;                    // key blocks of a row block, and the first ones, which are always among them
+    u32 chosen; // key blocks of a row block
 };
 
 // Key blocks that the row block sees any of.
@@ -141,21 +141,24 @@ __device__ __forceinline__ void block_scores(const BlocksParams& params) {
             for (u32 j = 0; j < 2; ++j) {
                 const u32 key = first_key + 8 * n + 2 * t + j;
                 if (key >= params.key_blocks) continue;
-                const bool always = key < params.sink || key >= own;
-                to[key] = key >= seen ? NEGATIVE_INFINITY : always ? LARGEST : s[n][2 * i + j];
+                to[key] = key >= seen ? NEGATIVE_INFINITY : key >= own ? LARGEST : s[n][2 * i + j];
             }
         }
     }
 }
 
-// Chosen blocks become tiles where they stand. Grid: (row blocks, query heads).
+// Chosen blocks become tiles where they stand, behind the first block if it is not among them. Grid: (row blocks, query heads).
 extern "C" __global__ void __launch_bounds__(128) blocks_build(const __grid_constant__ BlocksParams params) {
-    const u32 list = blockIdx.y * params.row_blocks + blockIdx.x, first = list * params.chosen;
-    u32* best = reinterpret_cast<u32*>(params.best) + first;
-    for (u32 i = threadIdx.x; i < params.chosen; i += blockDim.x) best[i] *= TILE;
+    const u32 list = blockIdx.y * params.row_blocks + blockIdx.x, place = list * (1 + params.chosen);
+    u32* best = reinterpret_cast<u32*>(params.best) + place;
+    const bool has_first = best[1] == 0;
+    __syncthreads();
+    for (u32 i = 1 + threadIdx.x; i <= params.chosen; i += blockDim.x) best[i] *= TILE;
     if (threadIdx.x > 0) return;
+    best[0] = 0;
     // Unseen blocks come last, for they are behind all others and their scores below.
-    const u32 entry[7] = {first, min(params.chosen, seen_by(params, blockIdx.x)), 0, 0, 0, 0, 1};
+    const u32 count = min(params.chosen, seen_by(params, blockIdx.x));
+    const u32 entry[7] = {place + u32(has_first), count + u32(!has_first), 0, 0, 0, 0, 1};
 #pragma unroll
     for (u32 i = 0; i < 7; ++i) reinterpret_cast<u32*>(params.lists)[list * 7 + i] = entry[i];
     if (blockIdx.x == 0) {

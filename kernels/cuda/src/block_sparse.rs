@@ -15,21 +15,12 @@ const SIDE: usize = 64;
 const OWN_MAX: usize = 3;
 
 /// How many blocks of [`TILE`] keys each row block of [`ROWS`] queries keeps: those whose mean key has the largest product
-/// with the mean query (MInference, arXiv 2407.02490, algorithm 3, at the kernel's own height). The first ones and those
-/// that the row block lies in are always among them.
+/// with the mean query (MInference, arXiv 2407.02490, algorithm 3, at the kernel's own height). Those that the row block lies in
+/// are always among them, and the first one comes on top where it is not, as in `kvasir_sparse`'s own planner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockSparse {
     /// Key blocks of a row block.
     pub blocks: usize,
-    /// First key blocks that are always kept.
-    pub sink: usize,
-}
-
-impl BlockSparse {
-    /// Keeps `blocks`, of them the first one whatever it is.
-    pub const fn new(blocks: usize) -> Self {
-        Self { blocks, sink: 1 }
-    }
 }
 
 /// A Block-Sparse list and what it is built from; made once per prompt, used for every layer.
@@ -40,7 +31,6 @@ pub struct BlockSparseTiles {
     rows: usize,
     tokens: usize,
     chosen: usize,
-    sink: usize,
     /// Heads of a launch; row blocks of a launch, all of them unless it is of one head.
     heads: usize,
     blocks: usize,
@@ -71,14 +61,13 @@ struct BlocksParams {
     first_block: u32,
     blocks: u32,
     chosen: u32,
-    sink: u32,
 }
 
 impl BlockSparseTiles {
     /// Buffers for the last `rows` of `tokens` positions, of layers with `q_heads` query heads over keys of `shape`.
     ///
     /// # Errors
-    /// If the shape has no kernel, fewer blocks are asked for than are always kept, or the device has no room.
+    /// If the shape has no kernel, fewer blocks are asked for than a row block may lie in, or the device has no room.
     pub fn new(
         gpu: &Gpu,
         plan: BlockSparse,
@@ -97,13 +86,13 @@ impl BlockSparseTiles {
             && shape.dtype != Dtype::E4m3
             && (1..=1 << 24).contains(&tokens)
             && (1..=tokens).contains(&rows)
-            && plan.blocks >= plan.sink.saturating_add(OWN_MAX);
+            && plan.blocks >= OWN_MAX;
         if !fits {
             return Err(refuse());
         }
         let (row_blocks, key_blocks) = (rows.div_ceil(ROWS), tokens.div_ceil(TILE));
         let chosen = plan.blocks.min(key_blocks);
-        let numbers = q_heads * row_blocks * chosen.max(7);
+        let numbers = q_heads * row_blocks * (1 + chosen).max(7);
         if u32::try_from(numbers).is_err() {
             return Err(refuse());
         }
@@ -120,11 +109,10 @@ impl BlockSparseTiles {
             tiles: DeviceTiles {
                 heads: gpu.zeros(2 * q_heads)?,
                 lists: gpu.zeros(7 * q_heads * row_blocks)?,
-                numbers: gpu.zeros(q_heads * row_blocks * chosen)?,
+                numbers: gpu.zeros(q_heads * row_blocks * (1 + chosen))?,
                 q_heads,
                 blocks: row_blocks,
             },
-            sink: plan.sink,
             shape,
             q_heads,
             rows,
@@ -180,7 +168,6 @@ impl BlockSparseTiles {
             first_block: 0,
             blocks: 0,
             chosen: self.chosen as u32,
-            sink: self.sink.min(key_blocks) as u32,
         };
         let [queries, keys, scores] = match (shape.dtype, shape.head_dim) {
             (Dtype::Bf16, 64) => ["mean_queries_bf16_64", "mean_keys_bf16_64", "block_scores_bf16_64"],
@@ -216,9 +203,10 @@ impl BlockSparseTiles {
                 let set = TopKSet {
                     scores: self.scores.pointer,
                     out: self.tiles.numbers.pointer
-                        + (4 * (first_head * row_blocks + first_block) * self.chosen) as u64,
+                        + 4 * (1 + (first_head * row_blocks + first_block) * (1 + self.chosen)) as u64,
                     n: key_blocks as u32,
                     k: self.chosen as u32,
+                    stride: 1 + self.chosen as u32,
                 };
                 // The rows of a launch follow each other in the numbers too: it is of whole heads, or of one.
                 launch_top_k(gpu, [set, TopKSet::default()], heads * blocks, heads * blocks)?;
@@ -229,12 +217,14 @@ impl BlockSparseTiles {
         Ok(&self.tiles)
     }
 
-    /// The first key of each block that was chosen last, `[q_heads, row blocks, blocks]` in rising order, blocks that the row
-    /// block does not see at the end; waits for the device.
+    /// The first key of each block that was chosen last, in rising order, a list for each row block of each query head; waits for
+    /// the device.
     ///
     /// # Errors
     /// If the device failed.
-    pub fn chosen(&self) -> Result<Vec<u32>, GpuError> {
-        self.tiles.numbers.download()
+    pub fn chosen(&self) -> Result<Vec<Vec<u32>>, GpuError> {
+        let (numbers, lists) = (self.tiles.numbers.download()?, self.tiles.lists.download()?);
+        let tiles = |list: &[u32; 7]| numbers[list[0] as usize..][..list[1] as usize].to_vec();
+        Ok(lists.as_chunks::<7>().0.iter().map(tiles).collect())
     }
 }

@@ -77,12 +77,15 @@ pub(crate) struct TopKSet {
     pub(crate) out: u64,
     pub(crate) n: u32,
     pub(crate) k: u32,
+    /// Of the rows of `out`.
+    pub(crate) stride: u32,
 }
 
 #[repr(C)]
 struct TopKParams {
     sets: [TopKSet; 2],
     rows: u32,
+    all: u32,
 }
 
 /// Indices of the `k` largest scores of each of `rows` rows, `[rows, k]`, in rising order of index; ties go to the lower
@@ -95,7 +98,7 @@ pub fn top_k(gpu: &Gpu, scores: &Buffer<f32>, rows: usize, k: usize, out: &mut B
     launch_top_k(gpu, sets, rows, rows)
 }
 
-/// The same of two sets of as many rows in one launch: one row occupies one multiprocessor, so a few of them more take no
+/// The same of two sets of as many rows in one launch: a long row occupies one multiprocessor, so a few of them more take no
 /// longer.
 ///
 /// # Errors
@@ -128,18 +131,26 @@ fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result
         out: out.pointer,
         n: n as u32,
         k: k as u32,
+        stride: k as u32,
     })
 }
 
-/// `ctas` rows, of which the first `rows` are the first set's; addresses and lengths are the caller's to check.
-pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, ctas: usize) -> Result<(), GpuError> {
-    if ctas == 0 || sets.iter().all(|set| set.k == 0) {
+/// `all` rows, of which the first `rows` are the first set's; addresses and lengths are the caller's to check.
+pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, all: usize) -> Result<(), GpuError> {
+    if all == 0 || sets.iter().all(|set| set.k == 0) {
         return Ok(());
     }
     let params = TopKParams {
         sets,
         rows: rows as u32,
+        all: all as u32,
     };
-    // SAFETY: `TopKParams` is top_k.cu's; this crate's callers checked the lengths, and there are no more CTAs than rows.
-    unsafe { gpu.launch(Family::TopK, "top_k", (ctas as u32, 1, 1), 1024, &params) }
+    let (kernel, ctas, threads) = match sets.iter().map(|set| set.n).max().unwrap_or(0) {
+        ..=512 => ("top_k_512", all.div_ceil(4), 128),
+        ..=2048 => ("top_k_2048", all.div_ceil(4), 128),
+        ..=16_384 => ("top_k_16384", all, 256),
+        _ => ("top_k", all, 1024),
+    };
+    // SAFETY: `TopKParams` is top_k.cu's; this crate's callers checked the lengths, and the kernels look at no row beyond `all`.
+    unsafe { gpu.launch(Family::TopK, kernel, (ctas as u32, 1, 1), threads, &params) }
 }

@@ -28,7 +28,7 @@ pub const DENSE_UP_TO: usize = 16 * 1024;
 
 impl VerticalSlash {
     /// Whether a list is worth its making for a prompt of `tokens`: beyond [`DENSE_UP_TO`]. The caller takes
-    /// [`HeadTiles::dense`](crate::HeadTiles::dense) otherwise.
+    /// [`HeadMask::Dense`](crate::HeadMask::Dense) otherwise.
     pub const fn pays(tokens: usize) -> bool {
         tokens > DENSE_UP_TO
     }

@@ -19,7 +19,7 @@ mod weights;
 use std::path::PathBuf;
 
 use kvasir_block::KvSchema;
-use kvasir_cuda::{DeviceTiles, Dtype, Gpu, GpuError, HeadTiles, KvShape, Options, Pairs, Products, Rope, TileList};
+use kvasir_cuda::{DeviceTiles, Dtype, Gpu, GpuError, KvShape, Options, Pairs, Products, Rope};
 
 use self::{scratch::Scratch, weights::GpuWeights};
 use crate::{LoadError, MadeUp, ModelFile, ModelShape, PagePool, PoolError, StepError, file::FORWARD};
@@ -27,7 +27,7 @@ use crate::{LoadError, MadeUp, ModelFile, ModelShape, PagePool, PoolError, StepE
 pub(crate) use self::pages::DevicePages;
 
 /// How the kernels and the forward order their floating-point steps; changes whenever the bits of named blocks change.
-const KERNELS: &str = "cuda/1";
+const KERNELS: &str = "cuda/2";
 
 /// Which GPU, and where its compiler is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -103,7 +103,7 @@ pub(crate) struct GpuModel {
     kv: KvShape,
     weights: GpuWeights,
     rope: Rope,
-    /// Full causal attention over the longest context.
+    /// Full causal attention.
     dense: DeviceTiles,
     products: Products,
     scratch: Option<Scratch>,
@@ -155,8 +155,6 @@ impl GpuModel {
         }
         let weights = weights(&gpu)?;
         let (context, dims) = (shape.context_tokens_max, shape.rope_dims);
-        let tiles = TileList::new(vec![HeadTiles::dense(context); shape.q_heads])
-            .map_err(|error| LoadError::Gpu(error.to_string()))?;
         Ok(Self {
             kv: KvShape {
                 dtype: Dtype::F16,
@@ -164,7 +162,7 @@ impl GpuModel {
                 head_dim: shape.head_dim,
             },
             rope: Rope::new(&gpu, context, dims, shape.rope_theta, Pairs::Interleaved).map_err(load_error)?,
-            dense: DeviceTiles::upload(&gpu, &tiles).map_err(load_error)?,
+            dense: DeviceTiles::dense(&gpu, shape.q_heads).map_err(load_error)?,
             products: Products::best(&gpu),
             scratch: None,
             weights,

@@ -3,7 +3,7 @@
 use std::{ops::Range, sync::Arc};
 
 use kvasir_cuda::{
-    Dtype, GpuError, KvView, Prefill, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm, silu_mul,
+    Dtype, GpuError, KvView, Prefill, PrefillSequence, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm, silu_mul,
 };
 
 use super::{
@@ -245,23 +245,27 @@ impl GpuModel {
         pages: &mut DevicePages,
         scratch: &mut Scratch,
     ) -> Result<(), GpuError> {
-        let width = self.shape.q_heads * self.shape.head_dim;
+        let pool = &*pages.layer(layer);
         let prompts = layout.sequences.iter().enumerate();
-        for (index, sequence) in prompts.filter(|(_, sequence)| !sequence.prompt.is_empty()) {
-            let rows = sequence.prompt.start - sequence.filling..sequence.prompt.end;
-            let pool = &*pages.layer(layer);
-            let view = KvView::of_step(self.kv, pool, &scratch.step, index, sequence.prompt_end)?;
-            let query = Query::rows(&scratch.q, Dtype::F16, rows.clone(), width)?;
-            let prefill = Prefill {
-                rows: rows.len(),
-                q_heads: self.shape.q_heads,
-                scale: self.shape.softmax_scale(),
-                products: self.products,
-            };
-            let (out, lse) = (&mut scratch.attended, &mut scratch.lse);
-            prefill.attend_at(&self.gpu, query, &view, &self.dense, out, rows.start, lse)?;
-        }
-        Ok(())
+        let sequences = prompts
+            .filter(|(_, sequence)| !sequence.prompt.is_empty())
+            .map(|(index, sequence)| {
+                Ok(PrefillSequence {
+                    rows: sequence.prompt.start - sequence.filling..sequence.prompt.end,
+                    view: KvView::of_step(self.kv, pool, &scratch.step, index, sequence.prompt_end)?,
+                })
+            })
+            .collect::<Result<Vec<_>, GpuError>>()?;
+        let prefill = Prefill {
+            rows: layout.prompt,
+            q_heads: self.shape.q_heads,
+            scale: self.shape.softmax_scale(),
+            products: self.products,
+        };
+        let width = self.shape.q_heads * self.shape.head_dim;
+        let query = Query::rows(&scratch.q, Dtype::F16, 0..layout.prompt, width)?;
+        let (out, lse) = (&mut scratch.attended, &mut scratch.lse);
+        prefill.attend_batch(&self.gpu, query, &sequences, &self.dense, out, 0, lse)
     }
 
     fn attend_sampled(

@@ -1,8 +1,8 @@
 //! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it.
 
 use kvasir_cuda::{
-    BlockSparse, BlockSparseTiles, Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, KvView,
-    PageTable, Prefill, Products, Query, TileList, VerticalSlash, VerticalSlashTiles, noise,
+    BlockSparse, BlockSparseTiles, Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadMask, KvShape, KvView, Mask,
+    PageTable, Prefill, Products, Query, VerticalSlash, VerticalSlashTiles, noise, plan::ROWS,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Map, Value, json};
@@ -96,7 +96,7 @@ impl Inputs {
         &mut self,
         gpu: &Gpu,
         pages: Option<(&Buffer<u16>, &PageTable)>,
-        head: &HeadTiles,
+        head: &HeadMask,
         products: Products,
     ) -> Result<Value, GpuError> {
         let Layer {
@@ -109,9 +109,9 @@ impl Inputs {
             Some((pool, table)) => KvView::paged(self.layer.shape(), pool, PAGE_TOKENS, table, self.tokens)?,
             None => KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?,
         };
-        let one = TileList::new(vec![head.clone()]).expect("in order");
+        let one = Mask::new(ROWS, vec![head.clone()]).expect("in order");
         let work = one.work(0, 0, self.tokens);
-        let list = TileList::new(vec![head.clone(); q_heads]).expect("in order");
+        let list = Mask::new(ROWS, vec![head.clone(); q_heads]).expect("in order");
         let tiles = DeviceTiles::upload(gpu, &list)?;
         let prefill = Prefill {
             rows: self.tokens,
@@ -123,7 +123,7 @@ impl Inputs {
         let (out, lse) = (&mut self.out, &mut self.lse);
         let ms = median(gpu, self.tokens, || prefill.attend(gpu, query, &view, &tiles, out, lse))?;
         // Of tiles, each 128 rows by 64 keys; for dense of the causal half.
-        let flops = if *head == HeadTiles::dense(self.tokens) {
+        let flops = if *head == HeadMask::Dense {
             2.0 * (self.tokens * self.tokens * head_dim * q_heads) as f64
         } else {
             (work * 4 * 128 * 64 * head_dim * q_heads) as f64
@@ -171,7 +171,7 @@ impl Inputs {
 }
 
 /// 1,000 columns at random; 6,096 diagonals: side by side, or as 95 runs of 64.
-fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadTiles; 2] {
+fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadMask; 2] {
     let columns: Vec<u32> = (0..1000).map(|_| rng.random_range(0..tokens as u32)).collect();
     let near: Vec<u32> = (0..6096).collect();
     let mut start = |run| {
@@ -183,8 +183,8 @@ fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadTiles; 2] {
     };
     let runs: Vec<u32> = (0..95).map(&mut start).flat_map(|start| start..start + 64).collect();
     [
-        HeadTiles::vertical_slash(&columns, &near),
-        HeadTiles::vertical_slash(&columns, &runs),
+        HeadMask::vertical_slash(ROWS, &columns, &near),
+        HeadMask::vertical_slash(ROWS, &columns, &runs),
     ]
 }
 
@@ -198,10 +198,10 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         pages.shuffle(rng);
         let table = PageTable::upload(gpu, &pages)?;
         let [near, runs] = vertical_slash(rng, tokens);
-        let dense = HeadTiles::dense(tokens);
+        let dense = HeadMask::Dense;
         let mut entry = Map::new();
         for &products in products(gpu) {
-            let a_shape = HeadTiles::a_shape(1024, 4096);
+            let a_shape = HeadMask::a_shape(ROWS, 1024, 4096);
             let cases = [
                 ("dense", None, &dense),
                 ("dense_in_pages_of_64", Some((&pool, &table)), &dense),
@@ -217,7 +217,7 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         let [estimated, chosen] = inputs.index(gpu, VerticalSlash::new(1000, 6096))?;
         entry.insert("vs_estimate_ms".into(), estimated.into());
         entry.insert("top_k_and_vs_build_ms".into(), chosen.into());
-        let [planned, attended] = inputs.block_sparse(gpu, BlockSparse::new(100))?;
+        let [planned, attended] = inputs.block_sparse(gpu, BlockSparse { blocks: 100 })?;
         entry.insert("block_sparse_100_plan_ms".into(), planned.into());
         entry.insert("block_sparse_100_ms".into(), attended.into());
         figures.insert(tokens.to_string(), entry.into());
@@ -227,7 +227,7 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         let mut entry = Map::new();
         for tokens in [8192usize, 32 * 1024, 128 * 1024] {
             let mut inputs = Inputs::new(gpu, rng, layer, tokens)?;
-            let dense = HeadTiles::dense(tokens);
+            let dense = HeadMask::Dense;
             entry.insert(
                 tokens.to_string(),
                 inputs.attend(gpu, None, &dense, Products::best(gpu))?,
@@ -254,8 +254,8 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     let near = inputs.attend(gpu, None, &near, best)?;
     let runs = inputs.attend(gpu, None, &runs, best)?;
     let [estimated, chosen] = inputs.index(gpu, VerticalSlash::new(1000, 6096))?;
-    let [planned, attended] = inputs.block_sparse(gpu, BlockSparse::new(100))?;
-    let dense = inputs.attend(gpu, None, &HeadTiles::dense(tokens), best)?;
+    let [planned, attended] = inputs.block_sparse(gpu, BlockSparse { blocks: 100 })?;
+    let dense = inputs.attend(gpu, None, &HeadMask::Dense, best)?;
     Ok(json!({
         "gpu": gpu.name(),
         "shape": format!("{}, batch 1", LLAMA.text()),

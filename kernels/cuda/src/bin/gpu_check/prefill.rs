@@ -2,8 +2,10 @@
 
 use half::{bf16, f16};
 use kvasir_cuda::{
-    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadTiles, KvShape, Prefill, Products, Query, TileList,
-    VerticalSlash, VerticalSlashTiles, reference,
+    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadMask, KvShape, Mask, Prefill, Products, Query,
+    VerticalSlash, VerticalSlashTiles,
+    plan::{ROWS, TILE},
+    reference,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -54,7 +56,7 @@ fn limit(dtype: Dtype) -> f64 {
     if dtype == Dtype::Bf16 { 1e-2 } else { 2e-3 }
 }
 
-fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
+fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadMask {
     let tokens = (offset + rows) as u32;
     let mut some = |most: usize| -> Vec<u32> {
         (0..rng.random_range(0..most))
@@ -63,23 +65,23 @@ fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
     };
     let (columns, slashes) = (some(150), some(6));
     match rng.random_range(0..5) {
-        0 => HeadTiles::dense(offset + rows),
-        1 => HeadTiles::a_shape(rng.random_range(0..100), rng.random_range(0..200)),
+        0 => HeadMask::Dense,
+        1 => HeadMask::a_shape(ROWS, rng.random_range(0..100), rng.random_range(0..200)),
         2 => {
             let blocks = (0..rows.div_ceil(128)).map(|_| (0..3).map(|_| rng.random_range(0..=tokens / 64)).collect());
-            HeadTiles::block_sparse(offset, &blocks.collect::<Vec<_>>())
+            HeadMask::block_sparse(ROWS, offset, &blocks.collect::<Vec<_>>())
         }
         // No tile at all: only columns, so that some rows see nothing.
         3 if rng.random_bool(0.3) => {
             let mut columns = columns;
             columns.sort_unstable();
             columns.dedup();
-            HeadTiles::Relative {
+            HeadMask::Relative {
                 tiles: Vec::new(),
                 columns,
             }
         }
-        _ => HeadTiles::vertical_slash(&columns, &slashes),
+        _ => HeadMask::vertical_slash(ROWS, &columns, &slashes),
     }
 }
 
@@ -136,7 +138,7 @@ pub(crate) fn prefilled(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut T
     for _ in 0..cases {
         let (held, rows, q_heads) = any_case(gpu, rng)?;
         let offset = held.rows.tokens - rows;
-        let list = TileList::new((0..q_heads).map(|_| any_head(rng, offset, rows)).collect()).expect("in order");
+        let list = Mask::new(ROWS, (0..q_heads).map(|_| any_head(rng, offset, rows)).collect()).expect("in order");
         let q = Queries::new(gpu, rng, held.shape.dtype, rows * q_heads * held.shape.head_dim)?;
         let scale = 0.1;
         let expected = reference::prefill(held.shape, &q.numbers, q_heads, &held.rows, &list, scale);
@@ -182,7 +184,7 @@ pub(crate) fn delayed(
             let (held, rows, q_heads) = any_case(gpu, &mut rng)?;
             let offset = held.rows.tokens - rows;
             let heads = (0..q_heads).map(|_| any_head(&mut rng, offset, rows)).collect();
-            let list = TileList::new(heads).expect("in order");
+            let list = Mask::new(ROWS, heads).expect("in order");
             let q = Queries::new(gpu, &mut rng, held.shape.dtype, rows * q_heads * held.shape.head_dim)?;
             let tiles = DeviceTiles::upload(gpu, &list)?;
             let prefill = Prefill {
@@ -215,6 +217,22 @@ pub(crate) fn delayed(
         }
     }
     Ok(())
+}
+
+/// As [`HeadMask::vertical_slash`], but the query itself is seen only if diagonal 0 is among the rising `slashes`.
+fn diagonals_alone(columns: &[u32], slashes: &[u32]) -> HeadMask {
+    let (mut tiles, mut covered) = (Vec::new(), 0);
+    for &slash in slashes {
+        covered = slash.max(covered);
+        while covered < slash + ROWS as u32 {
+            tiles.push(covered);
+            covered += TILE as u32;
+        }
+    }
+    HeadMask::Relative {
+        tiles,
+        columns: columns.to_vec(),
+    }
 }
 
 /// The estimate against its reference, and attention over the list that was built on the device against attention over the
@@ -259,14 +277,10 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
         let (verticals, slashes) = built.chosen()?;
         let (k_v, k_s) = (verticals.len() / q_heads, slashes.len() / q_heads);
         let heads = (0..q_heads).map(|head| {
-            let slashes = &slashes[head * k_s..(head + 1) * k_s];
-            match HeadTiles::vertical_slash(&verticals[head * k_v..(head + 1) * k_v], slashes) {
-                // The constructor adds the diagonal that the device is told to choose.
-                HeadTiles::Relative { columns, .. } if slashes[0] != 0 => HeadTiles::slashes_alone(columns, slashes),
-                with_diagonal => with_diagonal,
-            }
+            let (columns, slashes) = (&verticals[head * k_v..(head + 1) * k_v], &slashes[head * k_s..(head + 1) * k_s]);
+            diagonals_alone(columns, slashes)
         });
-        let list = TileList::new(heads.collect()).expect("in order");
+        let list = Mask::new(ROWS, heads.collect()).expect("in order");
         let expected = reference::prefill(shape, &q.numbers, q_heads, &held.rows, &list, scale);
         let tiles = built.build(gpu, &estimate)?;
         let prefill = Prefill {
