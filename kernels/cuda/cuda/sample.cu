@@ -51,7 +51,7 @@ __device__ __forceinline__ float weigh(float logit, float high, float temperatur
     p = __fmaf_rn(p, r, 8.333452e-3f);
     p = __fmaf_rn(p, r, 4.1665796e-2f);
     p = __fmaf_rn(p, r, 1.6666665e-1f);
-    p = __fmaf_rn(p, r, 5.0000001e-1f);
+    p = __fmaf_rn(p, r, 0.5f);
     const float near_one = __fadd_rn(__fmaf_rn(p, __fmul_rn(r, r), r), 1.0f);
     return __int_as_float(__float_as_int(near_one) + (int(n) << 23));
 }

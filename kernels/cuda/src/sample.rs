@@ -165,7 +165,10 @@ impl SampleRows {
     /// If the device failed, or there are fewer rows.
     pub fn read(&self, rows: usize) -> Result<Vec<Sampled>, GpuError> {
         if rows > self.room {
-            return Err(GpuError::shape("sample", format!("{rows} rows in room for {}", self.room)));
+            return Err(GpuError::shape(
+                "sample",
+                format!("{rows} rows in room for {}", self.room),
+            ));
         }
         let words = self.on_host.read()?.as_chunks::<4>().0.as_chunks::<2>().0;
         let drawn = words.iter().take(rows).map(|[token, logprob]| Sampled {

@@ -7,7 +7,10 @@ use kvasir_cuda::{
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Value, json};
 
-use crate::bench::{median, round};
+use crate::{
+    bench::{median, round},
+    bench_step,
+};
 
 /// Results and columns of the matrices of a layer: query, key and value; output; gate and up; down.
 const MATRICES: [(&str, usize, usize); 4] = [
@@ -40,14 +43,14 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
                     linear(gpu, kind, &matrices[i % copies], &x, 0..m, sums, 0)
                 })
             };
-            for m in [512, 4096, 8192] {
+            for m in [128, 512, 2048, 4096, 8192] {
                 let time = measure(Rows::Many, m)?;
                 let rate = 2.0 * (m * n * k) as f64 / time / 1e6;
                 many.push(json!({
                     "dtype": format!("{dtype:?}"), "matrix": name, "rows": m, "us": round(time), "tflop_s": round(rate),
                 }));
             }
-            for m in [1, 8, 32] {
+            for m in [1, 8, 16, 32] {
                 let time = measure(Rows::Few, m)?;
                 let rate = (2 * n * k) as f64 / time / 1e6;
                 few.push(json!({
@@ -60,7 +63,11 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     for (count, sees) in [(1, 128 * 1024), (8, 16 * 1024), (32, 4096), (32, 16 * 1024)] {
         rows.push(step_rows(gpu, rng, count, sees)?);
     }
-    Ok(json!({"gpu": gpu.name(), "many": many, "few": few, "decode_rows": rows}))
+    let (sampling, batches) = (bench_step::sampling(gpu, rng)?, bench_step::batches(gpu, rng)?);
+    Ok(json!({
+        "gpu": gpu.name(), "many": many, "few": few, "decode_rows": rows,
+        "sampling": sampling, "prefill_of_several": batches,
+    }))
 }
 
 fn step_rows(gpu: &Gpu, rng: &mut StdRng, count: usize, sees: usize) -> Result<Value, GpuError> {

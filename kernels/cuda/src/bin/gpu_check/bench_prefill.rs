@@ -1,8 +1,8 @@
 //! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it.
 
 use kvasir_cuda::{
-    BlockSparse, BlockSparseTiles, Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadMask, KvShape, KvView, Mask,
-    PageTable, Prefill, Products, Query, VerticalSlash, VerticalSlashTiles, noise, plan::ROWS,
+    BlockSparse, BlockSparseTiles, Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadMask, KvShape, KvView,
+    Mask, PageTable, Prefill, Products, Query, VerticalSlash, VerticalSlashTiles, noise, plan::ROWS,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Map, Value, json};

@@ -74,7 +74,10 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
             });
             heads[list / row_blocks].push(tiles.clone());
         }
-        let list = Mask::new(ROWS, heads.into_iter().map(|rows| HeadMask::Absolute { rows }).collect());
+        let list = Mask::new(
+            ROWS,
+            heads.into_iter().map(|rows| HeadMask::Absolute { rows }).collect(),
+        );
         let list = list.expect("in order");
         let expected = reference::prefill(shape, &q.numbers, q_heads, &held.rows, &list, scale);
         let tiles = built.build(gpu, q.query(), &held.view()?)?;

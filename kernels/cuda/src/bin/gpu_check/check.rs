@@ -1,8 +1,8 @@
 //! Every kernel against its reference, on random shapes with tails, empty sets and poisoned outputs.
 
 use kvasir_cuda::{
-    Decode, Dtype, Gpu, GpuError, KvShape, KvViewMut, Layout, MAX_VIEWS, PageTable, Partials, Query, copy_rows,
-    key_scores, merge,
+    Decode, Dtype, Gpu, GpuError, KvShape, KvViewMut, Layout, MAX_VIEWS, PageTable, Partials, Query, SampleRow,
+    SampleRows, VOCAB_MAX, copy_rows, key_scores, merge,
     reference::{self, Placement},
     top_k,
 };
@@ -76,8 +76,9 @@ pub(crate) type Slow<'a> = &'a dyn Fn() -> Result<Gpu, String>;
 pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Option<&str>) -> Result<bool, GpuError> {
     type Check = fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     type Checked<'a> = &'a dyn Fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
-    let delayed: Checked<'_> = &|gpu, rng, cases, tally| crate::prefill::delayed(gpu, slow, rng, cases, tally);
-    let checks: [(&str, Check); 15] = [
+    let attended: Checked<'_> = &|gpu, rng, cases, tally| crate::prefill::delayed(gpu, slow, rng, cases, tally);
+    let multiplied: Checked<'_> = &|gpu, rng, cases, tally| crate::forward::delayed(gpu, slow, rng, cases, tally);
+    let checks: [(&str, Check); 17] = [
         ("decode", decode),
         ("decode in a graph", recorded),
         ("merge", merged),
@@ -85,18 +86,22 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
         ("key_scores", scored),
         ("top_k", selected),
         ("prefill", crate::prefill::prefilled),
+        ("prefill, batched", crate::batch::prefilled),
         ("vertical-slash", crate::prefill::planned),
         ("block-sparse", crate::blocks::planned),
         ("linear", crate::forward::products),
         ("rows", crate::forward::rows),
         ("steps", crate::forward::steps),
+        ("sample", crate::sample::sampled),
         ("noise", crate::transfer::noises),
         ("pages sent", crate::transfer::sent),
         ("refusals", refused),
     ];
     let (mut passed, mut failed) = (0, 0);
     let checks = checks.iter().map(|(name, check)| (*name, check as Checked<'_>));
-    let all = checks.chain([("prefill, delayed", delayed)]).enumerate();
+    let all = checks
+        .chain([("prefill, delayed", attended), ("linear, delayed", multiplied)])
+        .enumerate();
     for (i, (name, check)) in all.filter(|(_, (name, _))| only.is_none_or(|only| only == *name)) {
         let mut rng = StdRng::seed_from_u64(seed.wrapping_add(i as u64));
         let mut tally = Tally::default();
@@ -346,7 +351,19 @@ fn refused(gpu: &Gpu, rng: &mut StdRng, _: usize, tally: &mut Tally) -> Result<(
     let mut picks = gpu.zeros::<u32>(8)?;
     let odd = KvShape { head_dim: 80, ..shape };
     let view = held.view()?;
+    let mut rows = SampleRows::new(gpu, 31, 2)?;
+    let fair = SampleRow {
+        uniform: 1.0,
+        ..SampleRow::GREEDY
+    };
     let outcomes = [
+        (
+            "a vocabulary too large",
+            SampleRows::new(gpu, VOCAB_MAX + 1, 1).map(|_| ()),
+        ),
+        ("more rows than room", rows.set(gpu, &[SampleRow::GREEDY; 3])),
+        ("chance of 1", rows.set(gpu, &[fair])),
+        ("more rows than logits", rows.sample(gpu, &gpu.zeros::<f32>(61)?, 2)),
         ("a short block", KvView::block(shape, &small, 32, 32).map(|_| ())),
         ("tokens past the room", KvView::block(shape, &pool, 16, 17).map(|_| ())),
         ("a head dim without kernel", KvView::block(odd, &pool, 1, 1).map(|_| ())),

@@ -2,14 +2,14 @@
 
 use half::{bf16, f16};
 use kvasir_cuda::{
-    Buffer, DecodeRows, Dtype, Gpu, GpuError, KvShape, Layout, Matrix, Pairs, Partials, Rope, Rows, RowsOut,
+    Buffer, DecodeRows, Dtype, Gpu, GpuError, KvShape, Layout, Matrix, Pairs, Partials, Products, Rope, Rows, RowsOut,
     StepLimits, StepRow, StepRows, Sums, embed, linear, reference, reference::Placement, rms_norm, round, silu_mul,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 
 use crate::{
     cases::{PAGE_TOKENS, numbers},
-    check::{Tally, distance, limit},
+    check::{Slow, Tally, distance, limit},
 };
 
 fn bits(dtype: Dtype, x: f32) -> u16 {
@@ -110,6 +110,45 @@ pub(crate) fn products(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Ta
         let differ = one.iter().zip(company).filter(|(a, b)| a.to_bits() != b.to_bits());
         tally.count(differ.count() as f64, 0.0, || {
             format!("{} row {alone} alone", describe())
+        });
+    }
+    Ok(())
+}
+
+/// As `prefill::delayed`, of products.
+pub(crate) fn delayed(
+    gpu: &Gpu,
+    slow: Slow<'_>,
+    rng: &mut StdRng,
+    cases: usize,
+    tally: &mut Tally,
+) -> Result<(), GpuError> {
+    if Products::best(gpu) != Products::Wgmma {
+        println!("the kernels of this GPU have no barriers of their own to dawdle at");
+        return Ok(());
+    }
+    let slow = match slow() {
+        Ok(slow) => slow,
+        Err(why) => {
+            tally.count(1.0, 0.0, || format!("the GPU cannot be opened twice: {why}"));
+            return Ok(());
+        }
+    };
+    for _ in 0..cases {
+        let (dtype, m) = (any_dtype(rng), rng.random_range(1..600));
+        let (n, k) = (rng.random_range(1..2000), 32 * rng.random_range(1..40));
+        let ((x, _), (w, _)) = (rounded(rng, dtype, m * k), rounded(rng, dtype, n * k));
+        let bits = |gpu: &Gpu| {
+            let (matrix, x) = (Matrix::upload(gpu, dtype, n, k, &w)?, gpu.upload(&x)?);
+            let mut out = gpu.zeros::<f32>(m * n)?;
+            out.fill(0xff)?;
+            linear(gpu, Rows::Many, &matrix, &x, 0..m, Sums::StoreF32(&mut out), 0)?;
+            Ok::<_, GpuError>(out.download()?.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+        };
+        let (quick, dawdled) = (bits(gpu)?, bits(&slow)?);
+        let wrong = quick.iter().zip(&dawdled).filter(|(a, b)| a != b).count();
+        tally.count(wrong as f64, 0.0, || {
+            format!("other bits when threads dawdle: {dtype:?} [{m}, {k}], {n} results")
         });
     }
     Ok(())

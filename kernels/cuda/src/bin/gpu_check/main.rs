@@ -5,14 +5,17 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 #![forbid(unsafe_code)]
 
+mod batch;
 mod bench;
 mod bench_forward;
 mod bench_prefill;
+mod bench_step;
 mod blocks;
 mod cases;
 mod check;
 mod forward;
 mod prefill;
+mod sample;
 mod transfer;
 
 use std::{path::PathBuf, process::ExitCode, time::SystemTime};

@@ -42,7 +42,7 @@ impl Queries {
     }
 }
 
-fn floats(dtype: Dtype, bits: &[u16]) -> Vec<f32> {
+pub(crate) fn floats(dtype: Dtype, bits: &[u16]) -> Vec<f32> {
     bits.iter()
         .map(|&bits| match dtype {
             Dtype::Bf16 => bf16::from_bits(bits).to_f32(),
@@ -52,7 +52,7 @@ fn floats(dtype: Dtype, bits: &[u16]) -> Vec<f32> {
 }
 
 /// Limit of the output, which is itself rounded to bf16 or f16.
-fn limit(dtype: Dtype) -> f64 {
+pub(crate) fn limit(dtype: Dtype) -> f64 {
     if dtype == Dtype::Bf16 { 1e-2 } else { 2e-3 }
 }
 
@@ -277,7 +277,10 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
         let (verticals, slashes) = built.chosen()?;
         let (k_v, k_s) = (verticals.len() / q_heads, slashes.len() / q_heads);
         let heads = (0..q_heads).map(|head| {
-            let (columns, slashes) = (&verticals[head * k_v..(head + 1) * k_v], &slashes[head * k_s..(head + 1) * k_s]);
+            let (columns, slashes) = (
+                &verticals[head * k_v..(head + 1) * k_v],
+                &slashes[head * k_s..(head + 1) * k_s],
+            );
             diagonals_alone(columns, slashes)
         });
         let list = Mask::new(ROWS, heads.collect()).expect("in order");
