@@ -25,7 +25,8 @@ struct SampleParams {
     u32 vocab, parts;
 };
 
-constexpr u32 PART = 8192, THREADS = 256, DRAWERS = 1024, LIST = 2048;
+constexpr u32 PART = 8192, THREADS = 1024, LIST = 2048;
+constexpr u32 AT_ONCE = PART / THREADS; // logits that a thread asks for before it looks at any
 constexpr u32 LEAST = (127 - 42) << 23; // the bits of 2^-42
 constexpr u32 BINS = 42 * 32 + 1, COARSE = 18, FINE_BINS = 512;
 constexpr u64 UNIT = 1ull << 42;
@@ -147,16 +148,27 @@ struct Masses {
     }
 };
 
+// The CTA's next logits from `first` on, one in THREADS to a thread; what is behind the row has no weight.
+__device__ __forceinline__ void ask(float (&to)[AT_ONCE], const float* logits, u32 first, u32 vocab) {
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; ++i) {
+        const u32 id = first + i * THREADS + threadIdx.x;
+        to[i] = id < vocab ? logits[id] : NEGATIVE_INFINITY;
+    }
+}
+
 // Grid: (parts, rows).
-extern "C" __global__ void __launch_bounds__(THREADS) sample_best(const __grid_constant__ SampleParams params) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample_best(const __grid_constant__ SampleParams params) {
     __shared__ u64 slots[THREADS / 32];
     const float* logits = reinterpret_cast<const float*>(params.logits) + u64(blockIdx.y) * params.vocab;
-    const u32 begin = blockIdx.x * PART, end = min(begin + PART, params.vocab);
+    float own[AT_ONCE];
+    ask(own, logits, blockIdx.x * PART, params.vocab);
     u64 most = 0;
-#pragma unroll 8
-    for (u32 id = begin + threadIdx.x; id < end; id += THREADS) {
-        const u64 one = (u64(ordered(logits[id])) << 32) | u32(~id);
-        most = one > most ? one : most;
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; ++i) {
+        const u32 id = blockIdx.x * PART + i * THREADS + threadIdx.x;
+        const u64 one = (u64(ordered(own[i])) << 32) | u32(~id);
+        if (id < params.vocab && one > most) most = one;
     }
 #pragma unroll
     for (u32 step = 16; step > 0; step /= 2) {
@@ -171,21 +183,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_best(const __grid_c
 }
 
 // Grid: (parts, rows).
-extern "C" __global__ void __launch_bounds__(THREADS) sample_weigh(const __grid_constant__ SampleParams params) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample_weigh(const __grid_constant__ SampleParams params) {
     __shared__ u64 slot, masses_of[THREADS / 32];
     __shared__ float sums_of[THREADS / 32];
     __shared__ u32 words[3][BINS];
+    float own[AT_ONCE];
+    ask(own, reinterpret_cast<const float*>(params.logits) + u64(blockIdx.y) * params.vocab, blockIdx.x * PART, params.vocab);
     const Row row(params, blockIdx.y, &slot);
     const u64 at = u64(blockIdx.y) * params.parts + blockIdx.x;
-    const u32 begin = blockIdx.x * PART, end = min(begin + PART, params.vocab);
     const bool drawn = row.is_drawn(), by_weight = drawn && row.has_nucleus();
     const Masses<BINS> masses{words};
     if (by_weight) masses.clear();
     float sum = 0.0f;
     u64 mass = 0;
-    for (u32 first = begin + threadIdx.x / 32 * 32; first < end; first += THREADS) {
-        const u32 id = first + (threadIdx.x & 31u);
-        const float logit = id < end ? row.logits[id] : NEGATIVE_INFINITY;
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; ++i) {
+        const float logit = own[i];
         if (logit == logit) sum += exp2_fast((logit - row.high) * 1.44269504f);
         if (!drawn) continue;
         const float weight = weigh(logit, row.high, row.how.temperature);
@@ -247,7 +260,7 @@ __device__ __forceinline__ Place select_bin(u64 needed, Mass mass) {
 struct Drawing {
     u64 coarse[BINS]; // masses of the row
     u32 fine[3][FINE_BINS];
-    u64 sums[DRAWERS];
+    u64 sums[THREADS];
     u32 list_keys[LIST], list_ids[LIST];
     u32 listed; // tokens that belong on the list, whether it had room or not
     u32 floor;  // coarse bin at and above which tokens are listed; above all while there is no list
@@ -266,19 +279,22 @@ struct Spot {
 template <class Visit>
 __device__ __forceinline__ void each(const Row& row, u32 vocab, const Drawing& held, Visit visit) {
     if (held.floor < BINS && held.listed <= LIST) {
-        for (u32 first = threadIdx.x / 32 * 32; first < held.listed; first += DRAWERS) {
+        for (u32 first = threadIdx.x / 32 * 32; first < held.listed; first += THREADS) {
             const u32 i = first + (threadIdx.x & 31u);
             const bool there = i < held.listed;
             visit(there, there ? held.list_keys[i] : 0, there ? held.list_ids[i] : 0);
         }
         return;
     }
-#pragma unroll 4
-    for (u32 first = threadIdx.x / 32 * 32; first < vocab; first += DRAWERS) {
-        const u32 id = first + (threadIdx.x & 31u);
-        const float weight = id < vocab ? row.weight(id) : 0.0f;
-        const bool there = whole(weight) > 0;
-        visit(there, there ? key_of(weight) : 0, id);
+    for (u32 first = 0; first < vocab; first += PART) {
+        float own[AT_ONCE];
+        ask(own, row.logits, first, vocab);
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+            const float weight = weigh(own[i], row.high, row.how.temperature);
+            const bool there = whole(weight) > 0;
+            visit(there, there ? key_of(weight) : 0, first + i * THREADS + threadIdx.x);
+        }
     }
 }
 
@@ -328,7 +344,7 @@ __device__ __forceinline__ Spot find(const Row& row, u32 vocab, Drawing& held, u
 // The id in [begin, end) at which `mass(id)` sum to `needed`, which they do. Called by all threads.
 template <class Mass>
 __device__ __forceinline__ u32 walk(Drawing& held, u32 begin, u32 end, u64 needed, Mass mass) {
-    const u32 stretch = (end - begin + DRAWERS - 1) / DRAWERS;
+    const u32 stretch = (end - begin + THREADS - 1) / THREADS;
     const u32 low = min(begin + threadIdx.x * stretch, end), high = min(low + stretch, end);
     u64 own = 0;
     for (u32 id = low; id < high; ++id) own += mass(id);
@@ -336,8 +352,8 @@ __device__ __forceinline__ u32 walk(Drawing& held, u32 begin, u32 end, u64 neede
     __syncthreads();
     if (threadIdx.x < 32) {
         // It counts from the highest bin down, and ids rise.
-        const Place place = select_bin<DRAWERS>(needed, [&](u32 bin) { return held.sums[DRAWERS - 1 - bin]; });
-        if (threadIdx.x == 0) held.place = {DRAWERS - 1 - place.bin, place.rest};
+        const Place place = select_bin<THREADS>(needed, [&](u32 bin) { return held.sums[THREADS - 1 - bin]; });
+        if (threadIdx.x == 0) held.place = {THREADS - 1 - place.bin, place.rest};
     }
     __syncthreads();
     if (threadIdx.x == held.place.bin) {
@@ -362,7 +378,7 @@ __device__ __forceinline__ u32 locate(const Row& row, u32 vocab, Drawing& held, 
         };
         return walk(held, 0, vocab, spot.rank, has);
     }
-    for (u32 i = threadIdx.x; i < held.listed; i += DRAWERS) {
+    for (u32 i = threadIdx.x; i < held.listed; i += THREADS) {
         if (held.list_keys[i] != spot.key) continue;
         u32 rank = 1;
         for (u32 j = 0; j < held.listed; ++j) rank += held.list_keys[j] == spot.key && held.list_ids[j] < held.list_ids[i];
@@ -379,7 +395,7 @@ __device__ __forceinline__ u64 chance(double uniform, u64 mass) {
 }
 
 // Grid: rows.
-extern "C" __global__ void __launch_bounds__(DRAWERS, 1) sample_draw(const __grid_constant__ SampleParams params) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample_draw(const __grid_constant__ SampleParams params) {
     __shared__ Drawing held;
     const u32 index = blockIdx.x;
     const Row row(params, index, &held.slot);
@@ -387,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(DRAWERS, 1) sample_draw(const __gri
     if (row.is_drawn() && row.has_nucleus()) {
         u64* masses = reinterpret_cast<u64*>(params.masses) + u64(index) * BINS;
         u64 all = 0;
-        for (u32 bin = threadIdx.x; bin < BINS; bin += DRAWERS) {
+        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
             all += held.coarse[bin] = masses[bin];
             masses[bin] = 0;
         }

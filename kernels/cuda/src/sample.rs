@@ -152,8 +152,8 @@ impl SampleRows {
         let by_part = (self.parts as u32, rows as u32, 1);
         // SAFETY: `SampleParams` is sample.cu's; `new` made the buffers for these rows and parts, the logits were checked above.
         unsafe {
-            gpu.launch(Family::Sample, "sample_best", by_part, 256, &params)?;
-            gpu.launch(Family::Sample, "sample_weigh", by_part, 256, &params)?;
+            gpu.launch(Family::Sample, "sample_best", by_part, 1024, &params)?;
+            gpu.launch(Family::Sample, "sample_weigh", by_part, 1024, &params)?;
             gpu.launch(Family::Sample, "sample_draw", (rows as u32, 1, 1), 1024, &params)?;
         }
         gpu.copy_to_host(&self.drawn, &mut self.on_host, 0, 8 * rows)

@@ -51,7 +51,7 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
                 }));
             }
             for m in [1, 8, 16, 32] {
-                let time = measure(Rows::Few, m)?;
+                let time = in_a_graph(gpu, rng, &matrices, m)?;
                 let rate = (2 * n * k) as f64 / time / 1e6;
                 few.push(json!({
                     "dtype": format!("{dtype:?}"), "matrix": name, "rows": m, "us": round(time), "tb_s": round(rate),
@@ -68,6 +68,20 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         "gpu": gpu.name(), "many": many, "few": few, "decode_rows": rows,
         "sampling": sampling, "prefill_of_several": batches,
     }))
+}
+
+/// Microseconds of a product of a few rows where many follow each other in a graph, as decode runs them.
+fn in_a_graph(gpu: &Gpu, rng: &mut StdRng, matrices: &[Matrix], m: usize) -> Result<f64, GpuError> {
+    const LAUNCHES: usize = 12;
+    let (n, k, dtype) = (matrices[0].rows(), matrices[0].columns(), matrices[0].dtype());
+    let (x, mut out) = (random(gpu, rng, dtype, m * k)?, gpu.zeros::<u16>(m * n)?);
+    let mut one = |i: usize| {
+        let matrix = &matrices[i % matrices.len()];
+        linear(gpu, Rows::Few, matrix, &x, 0..m, Sums::Store(&mut out), 0)
+    };
+    one(0)?;
+    let graph = gpu.record(|_| (0..LAUNCHES).try_for_each(&mut one))?;
+    Ok(median(gpu, |_| graph.replay())? / LAUNCHES as f64)
 }
 
 fn step_rows(gpu: &Gpu, rng: &mut StdRng, count: usize, sees: usize) -> Result<Value, GpuError> {
