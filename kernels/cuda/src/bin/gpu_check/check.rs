@@ -77,7 +77,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
     type Check = fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     type Checked<'a> = &'a dyn Fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     let attended: Checked<'_> = &|gpu, rng, cases, tally| crate::prefill::delayed(gpu, slow, rng, cases, tally);
-    let multiplied: Checked<'_> = &|gpu, rng, cases, tally| crate::forward::delayed(gpu, slow, rng, cases, tally);
+    let multiplied: Checked<'_> = &|gpu, rng, cases, tally| crate::linear::delayed(gpu, slow, rng, cases, tally);
     let checks: [(&str, Check); 17] = [
         ("decode", decode),
         ("decode in a graph", recorded),
@@ -89,7 +89,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
         ("prefill, batched", crate::batch::prefilled),
         ("vertical-slash", crate::prefill::planned),
         ("block-sparse", crate::blocks::planned),
-        ("linear", crate::forward::products),
+        ("linear", crate::linear::products),
         ("rows", crate::forward::rows),
         ("steps", crate::forward::steps),
         ("sample", crate::sample::sampled),

@@ -14,6 +14,7 @@ mod blocks;
 mod cases;
 mod check;
 mod forward;
+mod linear;
 mod prefill;
 mod sample;
 mod transfer;
