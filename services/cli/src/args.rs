@@ -234,6 +234,12 @@ pub(crate) enum IndexName {
     Ivf,
     /// A graph of keys, as a vector database makes it
     Hnsw,
+    /// faiss' lists
+    #[cfg(feature = "faiss")]
+    IvfFaiss,
+    /// faiss' graph
+    #[cfg(feature = "faiss")]
+    HnswFaiss,
 }
 
 impl IndexName {
@@ -247,6 +253,10 @@ impl IndexName {
             Self::Quest => "quest",
             Self::Ivf => "ivf",
             Self::Hnsw => "hnsw",
+            #[cfg(feature = "faiss")]
+            Self::IvfFaiss => "ivf-faiss",
+            #[cfg(feature = "faiss")]
+            Self::HnswFaiss => "hnsw-faiss",
         }
     }
 }
