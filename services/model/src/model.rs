@@ -3,8 +3,8 @@
 use kvasir_block::KvSchema;
 
 use crate::{
-    Architecture, GpuDevice, LoadError, LoadOptions, MadeUp, ModelFile, ModelShape, PagePool, PoolError, SparsePrefill, StepError,
-    StepHooks, StepOutput, StepSequence, forward::CpuModel, gpu::GpuModel,
+    Architecture, GpuDevice, LoadError, LoadOptions, MadeUp, ModelFile, ModelShape, PagePool, PoolError, SparsePrefill,
+    StepError, StepHooks, StepOutput, StepSequence, forward::CpuModel, gpu::GpuModel,
 };
 
 /// What computes a forward.

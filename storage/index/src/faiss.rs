@@ -78,7 +78,10 @@ impl Rows {
         for (head, labels) in labels.chunks_exact(per_head.max(1)).enumerate() {
             let mut one = Best::new(search.k);
             // A label of none stands where faiss found fewer.
-            for position in labels.iter().filter_map(|label| self.positions.get(label.get()? as usize)) {
+            for position in labels
+                .iter()
+                .filter_map(|label| self.positions.get(label.get()? as usize))
+            {
                 if !search.excluded.contains(*position) {
                     one.push(*position, score(search, head, search.keys.row(*position as usize)));
                 }
@@ -90,7 +93,11 @@ impl Rows {
 
     /// Rows that must be asked for so that `k` are left without the excluded.
     fn asked(&self, search: &Search<'_>) -> usize {
-        let searched: usize = search.excluded.searched(0..self.len() as u32).map(|range| range.len()).sum();
+        let searched: usize = search
+            .excluded
+            .searched(0..self.len() as u32)
+            .map(|range| range.len())
+            .sum();
         search.k.saturating_add(self.len() - searched).min(self.positions.len())
     }
 
@@ -151,7 +158,9 @@ impl FaissIvf {
         };
         let rows = out.rows.take(&keys.blocks().concat())?;
         let count = out.rows.positions.len();
-        let lists = lists.unwrap_or_else(|| (4.0 * (count as f64).sqrt()) as usize).min(count);
+        let lists = lists
+            .unwrap_or_else(|| (4.0 * (count as f64).sqrt()) as usize)
+            .min(count);
         if lists > 0 {
             out.train(&rows, lists)?;
             out.add(&rows)?;

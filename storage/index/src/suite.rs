@@ -217,7 +217,12 @@ fn subjects() -> Vec<Subject> {
         Subject {
             built: |data| {
                 let blocks = data.blocks();
-                boxed(FaissIvf::build(KeyRows::new(&blocks, BLOCK, data.head_dim), None, ORIGIN)).expect("ivf-faiss")
+                boxed(FaissIvf::build(
+                    KeyRows::new(&blocks, BLOCK, data.head_dim),
+                    None,
+                    ORIGIN,
+                ))
+                .expect("ivf-faiss")
             },
             decode: |bytes, origin| boxed(FaissIvf::decode(bytes, origin)),
             exact_at_full_effort: false,

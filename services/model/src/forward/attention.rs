@@ -79,7 +79,16 @@ impl CpuModel {
             Some(window) => self.threads.run(plan.tiles.len(), &|tile| {
                 let tile = &plan.tiles[tile];
                 if !last || tile.kept {
-                    self.attend_in_window(plan, tile, window, layer, qkv, q, pool, &mut jobs[tile.jobs.start].lock());
+                    self.attend_in_window(
+                        plan,
+                        tile,
+                        window,
+                        layer,
+                        qkv,
+                        q,
+                        pool,
+                        &mut jobs[tile.jobs.start].lock(),
+                    );
                 }
             }),
         }

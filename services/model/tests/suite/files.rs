@@ -110,9 +110,12 @@ fn metadata_is_checked() {
         ("tokenizer model \"bert\" is not supported", |g| {
             g.set("tokenizer.ggml.model", Value::Text("bert".to_owned()));
         }),
-        ("a space before each text (tokenizer.ggml.add_space_prefix) is not supported", |g| {
-            g.set("tokenizer.ggml.model", Value::Text("llama".to_owned()));
-        }),
+        (
+            "a space before each text (tokenizer.ggml.add_space_prefix) is not supported",
+            |g| {
+                g.set("tokenizer.ggml.model", Value::Text("llama".to_owned()));
+            },
+        ),
         (
             "pre-tokenizer \"qwen2\" is not supported: use a model with pre-tokenizer smollm, gpt-2 or llama-bpe",
             |g| {
@@ -176,14 +179,11 @@ fn tensors_are_checked() {
         ("unknown dtype for tensor 99", |g| {
             g.tensor("blk.0.attn_q.weight").kind = Kind::Unknown as u32
         }),
-        (
-            "tensor blk.0.attn_q.bias is not supported: use a plain model",
-            |g| {
-                let mut bias = g.tensor("blk.0.attn_norm.weight").clone();
-                bias.name = "blk.0.attn_q.bias".to_owned();
-                g.tensors.push(bias);
-            },
-        ),
+        ("tensor blk.0.attn_q.bias is not supported: use a plain model", |g| {
+            let mut bias = g.tensor("blk.0.attn_norm.weight").clone();
+            bias.name = "blk.0.attn_q.bias".to_owned();
+            g.tensors.push(bias);
+        }),
         ("rope scaling (tensor rope_freqs.weight) is not supported", |g| {
             let mut factors = g.tensor("blk.0.attn_norm.weight").clone();
             factors.name = "rope_freqs.weight".to_owned();

@@ -90,7 +90,12 @@ pub(crate) fn small() -> Gguf {
     }
     gguf.remove("tokenizer.ggml.merges");
 
-    let (hidden, inner, q, kv) = (HIDDEN as u64, INNER as u64, (Q_HEADS * HEAD_DIM) as u64, HEAD_DIM as u64);
+    let (hidden, inner, q, kv) = (
+        HIDDEN as u64,
+        INNER as u64,
+        (Q_HEADS * HEAD_DIM) as u64,
+        HEAD_DIM as u64,
+    );
     let of_layer = [
         ("attn_norm", vec![hidden]),
         ("attn_q", vec![q, hidden]),
@@ -146,7 +151,11 @@ impl Plain<'_> {
         let name = format!("{name}.weight");
         let tensor = self.gguf.tensors.iter().find(|tensor| tensor.name == name);
         let data = &tensor.expect("a tensor of the small model").data;
-        data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+        data.as_chunks::<4>()
+            .0
+            .iter()
+            .map(|bytes| f32::from_le_bytes(*bytes))
+            .collect()
     }
 
     fn product(&self, name: &str, x: &[f32]) -> Vec<f32> {
@@ -163,16 +172,29 @@ impl Plain<'_> {
     }
 
     fn normed_unless(&self, mistake: Mistake, name: &str, x: Vec<f32>) -> Vec<f32> {
-        if self.mistake == mistake { x } else { self.norm(name, &x) }
+        if self.mistake == mistake {
+            x
+        } else {
+            self.norm(name, &x)
+        }
     }
 
     /// Logits of the last of `tokens`.
     fn logits(&self, tokens: &[u32]) -> Vec<f32> {
         let embedding = self.weights("token_embd");
-        let scale = if self.mistake == Mistake::PlainEmbedding { 1.0 } else { (HIDDEN as f32).sqrt() };
+        let scale = if self.mistake == Mistake::PlainEmbedding {
+            1.0
+        } else {
+            (HIDDEN as f32).sqrt()
+        };
         let mut stream: Vec<Vec<f32>> = tokens
             .iter()
-            .map(|token| embedding[*token as usize * HIDDEN..][..HIDDEN].iter().map(|x| x * scale).collect())
+            .map(|token| {
+                embedding[*token as usize * HIDDEN..][..HIDDEN]
+                    .iter()
+                    .map(|x| x * scale)
+                    .collect()
+            })
             .collect();
         for layer in 0..LAYERS {
             self.layer(layer, &mut stream);
@@ -184,7 +206,11 @@ impl Plain<'_> {
     fn layer(&self, layer: usize, stream: &mut [Vec<f32>]) {
         let name = |part: &str| format!("blk.{layer}.{part}");
         let whole = layer % PERIOD == PERIOD - 1;
-        let theta = if whole || self.mistake == Mistake::OneTheta { 1e6 } else { 1e4 };
+        let theta = if whole || self.mistake == Mistake::OneTheta {
+            1e6
+        } else {
+            1e4
+        };
         let window = match self.mistake {
             _ if whole => usize::MAX,
             Mistake::NoWindow => usize::MAX,
@@ -219,7 +245,10 @@ impl Plain<'_> {
             let added = self.normed_unless(Mistake::NoNormBehindAttention, &name("post_attention_norm"), added);
             x.iter_mut().zip(added).for_each(|(x, added)| *x += added);
             let normed = self.norm(&name("ffn_norm"), x);
-            let (gate, up) = (self.product(&name("ffn_gate"), &normed), self.product(&name("ffn_up"), &normed));
+            let (gate, up) = (
+                self.product(&name("ffn_gate"), &normed),
+                self.product(&name("ffn_up"), &normed),
+            );
             let gated = match self.mistake {
                 Mistake::Silu => reference::silu_mul(&gate, &up),
                 _ => reference::gelu_mul(&gate, &up),
@@ -254,7 +283,11 @@ fn logits_are_those_of_a_plain_forward_and_of_no_mistaken_one() {
         attention: Attention::Full,
         logits: Logits::Last,
     };
-    let found = model.step(&[sequence], &mut pool, &mut ()).expect("a sound step").rows.remove(0);
+    let found = model
+        .step(&[sequence], &mut pool, &mut ())
+        .expect("a sound step")
+        .rows
+        .remove(0);
     let of = |mistake| Plain { gguf: &gguf, mistake }.logits(&tokens);
     let right = error(&found, &of(Mistake::None));
     assert!(right < 0.02, "{right}: int8 weights and activations should cost less");
@@ -271,7 +304,10 @@ fn logits_are_those_of_a_plain_forward_and_of_no_mistaken_one() {
         Mistake::InterleavedRope,
     ] {
         let wrong = error(&found, &of(mistake));
-        assert!(wrong > 2.0 * right, "{mistake:?} is not told from the truth: {wrong}, and {right}");
+        assert!(
+            wrong > 2.0 * right,
+            "{mistake:?} is not told from the truth: {wrong}, and {right}"
+        );
     }
 }
 
@@ -285,7 +321,10 @@ fn its_identity_says_what_layers_see() {
         period: PERIOD,
     };
     assert_eq!(shape.architecture, Architecture::Gemma3(sliding));
-    assert_eq!([0, 1, 2].map(|layer| shape.window(layer)), [Some(WINDOW), Some(WINDOW), None]);
+    assert_eq!(
+        [0, 1, 2].map(|layer| shape.window(layer)),
+        [Some(WINDOW), Some(WINDOW), None]
+    );
     let schema = file.schema(64);
     assert_eq!(schema.attention, "sliding(window=9,rope_theta=10000,full_every=3)");
     assert!(schema.numerics.ends_with("+gemma3/1+q8_0"), "{}", schema.numerics);
@@ -322,7 +361,10 @@ fn what_would_miss_keys_is_refused() {
         logits: Logits::Last,
     };
     let error = model.step(&[sequence], &mut pool, &mut ()).expect_err("local");
-    assert!(matches!(&error, StepError::Invalid(problem) if problem.contains("layers of the model see a window")), "{error}");
+    assert!(
+        matches!(&error, StepError::Invalid(problem) if problem.contains("layers of the model see a window")),
+        "{error}"
+    );
 }
 
 #[test]
@@ -342,7 +384,10 @@ fn pieces_are_joined_by_score_and_the_rest_is_bytes() {
         ("ab ab", vec![id("ab"), id(" "), id("ab")]),
         (" a", vec![id(" a")]),
         ("é\u{e8}", vec![id("é"), byte(0xc3), byte(0xa8)]),
-        ("a<two>b\n\n\n", vec![id("a"), id("<two>"), id("b"), id("\n\n"), byte(b'\n')]),
+        (
+            "a<two>b\n\n\n",
+            vec![id("a"), id("<two>"), id("b"), id("\n\n"), byte(b'\n')],
+        ),
         ("<eos>", "<eos>".bytes().map(byte).collect()),
     ];
     for (text, expected) in table {

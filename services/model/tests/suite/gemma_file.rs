@@ -44,7 +44,8 @@ fn file() -> ModelFile {
 #[test]
 #[ignore = "needs the optional model: `make gemma-test`"]
 fn ids_logits_and_losses_agree_with_numpy() {
-    let golden: Golden = serde_json::from_str(include_str!("../golden/golden_gemma.json")).expect("made by the generator");
+    let golden: Golden =
+        serde_json::from_str(include_str!("../golden/golden_gemma.json")).expect("made by the generator");
     assert_eq!(golden.cases.len(), 16);
     let file = file();
     let options = LoadOptions {
@@ -78,11 +79,18 @@ fn ids_logits_and_losses_agree_with_numpy() {
         }
         let losses = rows.iter().zip(&ids[1..]).map(|(row, next)| loss(row, *next as usize));
         let (found, truth) = (losses.sum::<f64>(), case.losses.iter().sum::<f64>());
-        assert!((found - truth).abs() <= LOSS_ERROR_MAX * truth, "{:?}: losses {found}, numpy {truth}", case.text);
+        assert!(
+            (found - truth).abs() <= LOSS_ERROR_MAX * truth,
+            "{:?}: losses {found}, numpy {truth}",
+            case.text
+        );
     }
     let mean = errors.iter().sum::<f32>() / errors.len() as f32;
     let max = errors.iter().copied().fold(0.0, f32::max);
-    assert!(mean <= LOGIT_ERROR_MEAN_MAX, "logits differ by {mean} on average, by {max} at most");
+    assert!(
+        mean <= LOGIT_ERROR_MEAN_MAX,
+        "logits differ by {mean} on average, by {max} at most"
+    );
 }
 
 fn loss(logits: &[f32], next: usize) -> f64 {
