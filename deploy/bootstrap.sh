@@ -11,7 +11,7 @@
 #   deploy/bootstrap.sh peers    a Python environment with llama.cpp, for `make bench` (builds it from source, minutes)
 #   deploy/bootstrap.sh stores   Mooncake Store, LMCache (6 GB, it brings PyTorch) and Redis, for `make peers-bench`
 #   deploy/bootstrap.sh recall   a Python environment with faiss and hnswlib, for `make recall` (hnswlib comes as source)
-#   deploy/bootstrap.sh faiss    BLAS, LAPACK and OpenMP, which the cargo feature `faiss` of kvasir-index builds on
+#   deploy/bootstrap.sh faiss    BLAS and LAPACK, which the cargo feature `faiss` of kvasir-index links to
 #   deploy/bootstrap.sh all      all of these but gemma, stores, recall and faiss
 #
 # Everything but the system packages and rustup goes into one folder, ${XDG_CACHE_HOME:-~/.cache}/kvasir, and can be
@@ -224,8 +224,8 @@ install_recall() {
 # The crate brings faiss' source and builds it (minutes, once); what it links to is the system's.
 install_faiss() {
     local packages=()
-    ldconfig -p | grep -q libopenblas.so || packages+=(libopenblas-dev)
-    ldconfig -p | grep -q 'libgomp.so' || packages+=(libgomp1)
+    # OpenMP comes with the C++ compiler.
+    { compgen -G '/usr/lib*/*/libblas.so' && compgen -G '/usr/lib*/*/liblapack.so'; } >/dev/null || packages+=(libopenblas-dev)
     install_system
     if [ "${#packages[@]}" -gt 0 ]; then
         have apt-get || die "this system has no apt-get; install the equivalents of these packages yourself: ${packages[*]}"
