@@ -223,7 +223,7 @@ impl Architecture {
 /// The metadata keys of an architecture.
 struct Keys<'a> {
     metadata: &'a Metadata,
-    name: &'static str,
+    name: &'a str,
 }
 
 impl Keys<'_> {
