@@ -88,10 +88,10 @@ def titled(title, label):
     ]
 
 
-def under(x, label):
+def under(x, label, marks=(1, 2, 5)):
     """The axis of shares below a plot: lines, ticks, and what they are."""
     out = []
-    for tick in x.ticks():
+    for tick in ticks_of(x.low, x.high, marks):
         out.append(line(x.at(tick), TOP, x.at(tick), HEIGHT - BOTTOM))
         out.append(text(x.at(tick), HEIGHT - BOTTOM + 15, f"{100 * tick:g}", "middle", 10, SOFT))
     out.append(line(x.start, HEIGHT - BOTTOM, x.end, HEIGHT - BOTTOM, "#9a9a9a"))
@@ -111,7 +111,7 @@ def lines(title, x_label, y_label, curves, x_range, y_range, y_kind="linear", ma
     if mark is not None:
         place = y.at(mark[0])
         out.append(line(LEFT, place, WIDTH - RIGHT, place, "#777777", ' stroke-dasharray="2 3"'))
-        out.append(text(LEFT + 4, place - 4, mark[1], size=9.5, fill=SOFT))
+        out.append(text(WIDTH - RIGHT - 2, place + 11, mark[1], "end", 9.5, SOFT))
     # The first one last, so that it lies on top.
     for name in sorted(curves, key=lambda name: name == FIRST):
         points = sorted((a, b) for a, b in curves[name] if a is not None and b is not None and x_range[0] <= a <= x_range[1])
@@ -128,7 +128,7 @@ def dots(title, label, x_label, values, x_range):
     """A dot per name on a logarithmic axis of shares, the least on top; `values`: name to share."""
     left = LEFT + 42
     x = Axis(*x_range, left, WIDTH - RIGHT - 4, "log")
-    out = [*titled(title, label), *under(x, x_label)]
+    out = [*titled(title, label), *under(x, x_label, marks=(1, 3))]
     step = (HEIGHT - BOTTOM - TOP) / max(1, len(values))
     for row, (name, value) in enumerate(sorted(values.items(), key=lambda item: item[1])):
         place = TOP + step * (row + 0.5)
