@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench peers-bench recall calibrate system rust tools model openai nvrtc peers stores faults planted clean-cache
+.PHONY: help build demo up test fmt fmt-check clippy doc deny nextest doctest bench peers-bench recall calibrate gemma-test system rust tools model gemma openai nvrtc peers stores faiss faults planted clean-cache
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvasir
 CARGO_HOME_BIN := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -57,12 +57,16 @@ bench: build model peers ## prefill and decode speed beside llama.cpp, same mode
 peers-bench: build stores ## our store beside Mooncake, LMCache and Redis, the same requests in turns (installs 6 GB)
 	tests/peers/run.sh
 
-# QUICK=1 measures three layers and 32K made-up tokens instead of nine and 128K.
-recall: build model ## every attention index beside faiss and hnswlib on the same arrays: tables and a page of plots (an hour)
+# QUICK=1 measures three layers and 32K made-up tokens instead of nine and 128K; Gemma 3 is measured where `make gemma` was run.
+recall: build model ## every attention index beside faiss and hnswlib on the same arrays: tables and a page of plots (hours)
 	tests/recall/run.sh $(if $(QUICK),--quick)
 
 calibrate: build model ## the basis that the model's keys are sketched in, learnt from two windows of text (minutes)
 	$(KVASIR) calibrate
+
+# The model comes under Google's terms and is fetched only here and by `make gemma`.
+gemma-test: rust gemma ## Gemma-3-270M against an independent forward
+	$(CARGO) nextest run --locked -p kvasir-model --run-ignored only gemma_file
 
 # ROWS=kill,torn SEED=7 COUNT=100 run less of it, SCALE=0.1 a tenth of all; JSON=file keeps what was counted.
 faults: rust ## the fault matrix in full (an hour), then the suites against planted bugs
@@ -78,7 +82,7 @@ planted: rust ## the fault suites against planted bugs: each must be found
 	KVASIR_BIN=$(abspath $(KVASIR)-planted) $(CARGO) test $(PLANTED) --test planted -- --nocapture
 	$(CARGO) build $(FLAGS) --bin kvasir
 
-system rust tools model openai nvrtc peers stores:
+system rust tools model gemma openai nvrtc peers stores faiss:
 	@$(BOOTSTRAP) $@
 
 # Cargo needs a compiler before it can build anything.

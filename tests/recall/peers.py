@@ -74,6 +74,10 @@ class Index:
     def cost(self, q, width):
         return None
 
+    def kept(self, width):
+        """Keys that are attended to at a width, about as many as are scored: what ours attends to too."""
+        return width
+
 
 class Flat(Index):
     name = "faiss-flat"
@@ -120,6 +124,9 @@ class Ivf(Index):
 
     def widths(self):
         return widths(self.lists)
+
+    def kept(self, width):
+        return -(-self.n * width // self.lists)
 
     def search(self, q, width, k):
         self.index.nprobe = width
@@ -196,17 +203,19 @@ def judge(index, truth, width, sums):
         found = index.search(q, width, 100)
         sums.micros.append((time.perf_counter() - begun) * 1e6)
         cost = index.cost(q, width)
+        attended = index.search(q, width, max(100, index.kept(width)))
         if cost is not None:
             sums.keys += int(cost[0])
             sums.bytes += int(cost[1])
         sums.searched += len(q) * index.n
         sums.key_bytes += index.n * index.d * 2
         sums.groups += 1
-        for head, row in enumerate(found):
+        for head, (row, all_rows) in enumerate(zip(found, attended, strict=True)):
             row = row[row >= 0]
             for k in (10, 100):
                 sums.found[k] += len(np.intersect1d(truth.best[at][head][:k], row))
             sums.queries += 1
+            row = all_rows[all_rows >= 0]
             sums.mass.append(float(truth.weights[at][head][row].sum()))
             sums.error.append(truth.error(at, head, row))
 

@@ -132,7 +132,8 @@ class Joining(unittest.TestCase):
                 join.main([str(path), "-", "--out", folder])
             page = xml.parse(Path(folder) / "recall.svg").getroot()
             lines = page.iter("{http://www.w3.org/2000/svg}polyline")
-            self.assertEqual(len(list(lines)), 3)
+            # Three curves of the index, and one of what is served.
+            self.assertEqual(len(list(lines)), 4)
             self.assertTrue((Path(folder) / "recall.md").read_text(encoding="utf-8").startswith("### M, 8,192 tokens"))
 
     def test_mistakes_are_refused(self):
@@ -145,14 +146,19 @@ class Plots(unittest.TestCase):
     def test_ticks(self):
         self.assertEqual(svg.ticks_of(1, 20), [1, 2, 5, 10, 20])
 
-    def test_labels_stand_apart_and_inside(self):
-        self.assertEqual(svg.apart([10, 11, 40]), [10, 22, 40])
-        places = svg.apart([270, 271, 272])
-        self.assertEqual([b - a for a, b in zip(places, places[1:], strict=False)], [12, 12])
-        self.assertLessEqual(places[-1], svg.HEIGHT - svg.BOTTOM)
+    def test_the_least_is_on_top_and_stays_inside(self):
+        panel = "".join(svg.dots("t", "l", "x", {"much": 99.0, "sketch": 0.25}, (0.1, 20)))
+        self.assertLess(panel.index(">sketch<"), panel.index(">much<"))
+        places = [float(part.split('"')[0]) for part in panel.split('cx="')[1:]]
+        self.assertTrue(all(svg.LEFT < place <= svg.WIDTH for place in places), places)
+
+    def test_others_are_dashed_and_ours_on_top(self):
+        panel = svg.lines("t", "x", "y", {"sketch": [(0.1, 0.5)], "faiss-ivf": [(0.1, 0.4)]}, (0.01, 1), (0, 1))
+        curves = [part for part in panel if part.startswith("<polyline")]
+        self.assertEqual(["stroke-dasharray" in curve for curve in curves], [True, False])
 
     def test_words_are_escaped(self):
-        self.assertIn("a &lt;b&gt;", "".join(svg.bars("a <b>", "c", {"d": (1, "e")})))
+        self.assertIn("a &lt;b&gt;", "".join(svg.dots("a <b>", "c", "d", {"e": 1.0}, (0.1, 20))))
 
 
 class Peers(unittest.TestCase):

@@ -18,5 +18,5 @@ mod layers;
 mod quantized;
 
 pub use attention::{attend, merge, scores, top_k};
-pub use layers::{rms_norm, rope, silu_mul};
+pub use layers::{gelu_mul, rms_norm, rope, silu_mul};
 pub use quantized::{dequantize_q4_1, dequantize_q8_0, quantize_activations, quantized_matmul};

@@ -31,6 +31,19 @@ pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     silu_mul_on(Isa::active(), gate, up, out);
 }
 
+/// `out = gelu(gate) * up`, GELU in its tanh form (Hendrycks & Gimpel 2016): `g / (1 + exp(-2 u))` with
+/// `u = sqrt(2 / pi) (g + 0.044715 g^3)`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert!(
+        gate.len() == up.len() && gate.len() == out.len(),
+        "gelu_mul: three slices of one length"
+    );
+    gelu_mul_on(Isa::active(), gate, up, out);
+}
+
 /// `x += y`.
 ///
 /// # Panics
@@ -68,22 +81,39 @@ fn rms_norm_in<L: Lanes>(l: L, x: &[f32], weight: &[f32], epsilon: f32, out: &mu
 dispatched!(fn silu_mul_on(gate: &[f32], up: &[f32], out: &mut [f32]) = silu_mul_in);
 #[inline(always)]
 fn silu_mul_in<L: Lanes>(l: L, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    gated::<L, false>(l, gate, up, out);
+}
+
+dispatched!(fn gelu_mul_on(gate: &[f32], up: &[f32], out: &mut [f32]) = gelu_mul_in);
+#[inline(always)]
+fn gelu_mul_in<L: Lanes>(l: L, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    gated::<L, true>(l, gate, up, out);
+}
+
+#[inline(always)]
+fn gated<L: Lanes, const GELU: bool>(l: L, gate: &[f32], up: &[f32], out: &mut [f32]) {
     let (gate, gate_tail) = gate.as_chunks();
     let (up, up_tail) = up.as_chunks();
     let (out, out_tail) = out.as_chunks_mut();
     for ((gate, up), out) in gate.iter().zip(up).zip(out) {
-        l.store(silu_mul_one(l, l.load(gate), l.load(up)), out);
+        l.store(gated_one::<L, GELU>(l, l.load(gate), l.load(up)), out);
     }
-    store_some(
-        l,
-        silu_mul_one(l, load_some(l, gate_tail, 0.0), load_some(l, up_tail, 0.0)),
-        out_tail,
-    );
+    let (gate, up) = (load_some(l, gate_tail, 0.0), load_some(l, up_tail, 0.0));
+    store_some(l, gated_one::<L, GELU>(l, gate, up), out_tail);
 }
 
+/// `gate / (1 + exp(-inner)) * up`; inner is the gate itself, or 2 u of [`gelu_mul`].
 #[inline(always)]
-fn silu_mul_one<L: Lanes>(l: L, gate: L::F, up: L::F) -> L::F {
-    let e = exp2(l, l.mul(gate, l.splat(-std::f32::consts::LOG2_E)));
+fn gated_one<L: Lanes, const GELU: bool>(l: L, gate: L::F, up: L::F) -> L::F {
+    /// `2 sqrt(2 / pi)`.
+    const TWICE_ROOT: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::SQRT_2;
+    let inner = if GELU {
+        let cubic = l.fma(l.mul(gate, gate), l.splat(0.044_715), l.splat(1.0));
+        l.mul(l.mul(gate, l.splat(TWICE_ROOT)), cubic)
+    } else {
+        gate
+    };
+    let e = exp2(l, l.mul(inner, l.splat(-std::f32::consts::LOG2_E)));
     l.mul(l.div(gate, l.add(l.splat(1.0), e)), up)
 }
 
@@ -99,17 +129,18 @@ mod tests {
         for width in [1, 7, 16, 33, 576] {
             let (x, up, weight) = (values(1, 3 * width), values(2, 3 * width), values(3, width));
             let run = |isa| {
-                let (mut norm, mut gated) = (vec![0.0; 3 * width], vec![0.0; 3 * width]);
-                rms_norm_on(isa, &x, &weight, 1e-5, &mut norm);
-                silu_mul_on(isa, &x, &up, &mut gated);
-                (norm, gated)
+                let mut out = [(); 3].map(|()| vec![0.0; 3 * width]);
+                rms_norm_on(isa, &x, &weight, 1e-5, &mut out[0]);
+                silu_mul_on(isa, &x, &up, &mut out[1]);
+                gelu_mul_on(isa, &x, &up, &mut out[2]);
+                out
             };
             let scalar = run(Isa::Scalar);
             for isa in Isa::available() {
                 let found = run(isa);
                 assert_eq!(
-                    (bits(&found.0), bits(&found.1)),
-                    (bits(&scalar.0), bits(&scalar.1)),
+                    found.each_ref().map(|out| bits(out)),
+                    scalar.each_ref().map(|out| bits(out)),
                     "{isa:?} {width}"
                 );
             }
@@ -117,15 +148,18 @@ mod tests {
                 .chunks(width)
                 .flat_map(|x| reference::rms_norm(x, &weight, 1e-5))
                 .collect();
-            assert!(error(&scalar.0, &norm) < 5e-7);
-            assert!(error(&scalar.1, &reference::silu_mul(&x, &up)) < 5e-7);
+            assert!(error(&scalar[0], &norm) < 5e-7);
+            assert!(error(&scalar[1], &reference::silu_mul(&x, &up)) < 5e-7);
+            assert!(error(&scalar[2], &reference::gelu_mul(&x, &up)) < 5e-7);
         }
     }
 
     #[test]
-    fn silu_at_the_ends() {
-        let mut out = [9.0; 3];
-        silu_mul(&[-1000.0, 1000.0, 0.0], &[1.0; 3], &mut out);
-        assert!(out[0].abs() < 1e-30 && out[1] == 1000.0 && out[2] == 0.0);
+    fn gates_at_the_ends() {
+        for gate in [silu_mul, gelu_mul] {
+            let mut out = [9.0; 3];
+            gate(&[-1000.0, 1000.0, 0.0], &[1.0; 3], &mut out);
+            assert!(out[0].abs() < 1e-30 && out[1] == 1000.0 && out[2] == 0.0, "{out:?}");
+        }
     }
 }

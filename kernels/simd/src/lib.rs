@@ -53,7 +53,7 @@ pub use coded::{
     CodedKeys, CodedQueries, Found, GROUP, Level, Line, RUN_GROUPS, SLOTS, UNIT, coded_levels, coded_scan, room_for,
 };
 pub use convert::{to_f16, to_f32};
-pub use elementwise::{add_assign, rms_norm, silu_mul};
+pub use elementwise::{add_assign, gelu_mul, rms_norm, silu_mul};
 pub use isa::Isa;
 pub use matmul::{matmul, matmul_many};
 pub use partial::{Partial, merge};

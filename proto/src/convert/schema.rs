@@ -64,9 +64,11 @@ impl TryFrom<v1::KvSchema> for KvSchema {
         if wire.hash_scheme != Self::HASH_SCHEME {
             return Err(only("hash_scheme", &wire.hash_scheme, Self::HASH_SCHEME));
         }
-        // Retrieval computes causal attention over all keys; another kind would be answered wrongly, not slowly.
-        if wire.attention != "full" {
-            return Err(only("attention", &wire.attention, "full"));
+        // Retrieval computes causal attention over all keys, and refuses another kind, which would be answered wrongly; blocks of
+        // layers that see a window are kept like others.
+        if wire.attention != "full" && !wire.attention.starts_with("sliding(") {
+            let problem = format!("{:?}: this version knows \"full\" and \"sliding(..)\"", wire.attention);
+            return Err(InvalidMessage::new("attention", problem));
         }
         let schema = Self {
             model: text("model", wire.model)?,

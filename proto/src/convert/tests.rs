@@ -74,8 +74,8 @@ fn a_wrong_schema_names_the_field() {
             "hash_scheme: \"md5\": \"sha256_cbor\" is the only one this version knows",
         ),
         (
-            |s| s.attention = "sliding".to_owned(),
-            "attention: \"sliding\": \"full\" is the only one this version knows",
+            |s| s.attention = "linear".to_owned(),
+            "attention: \"linear\": this version knows \"full\" and \"sliding(..)\"",
         ),
         (|s| s.tp_rank = 1, "tp_rank: 1: must be below tp_world"),
         (|s| s.numerics = "n".repeat(2000), "numerics: 2000 bytes, at most 1024"),

@@ -234,6 +234,12 @@ pub(crate) enum IndexName {
     Ivf,
     /// A graph of keys, as a vector database makes it
     Hnsw,
+    /// faiss' lists
+    #[cfg(feature = "faiss")]
+    IvfFaiss,
+    /// faiss' graph
+    #[cfg(feature = "faiss")]
+    HnswFaiss,
 }
 
 impl IndexName {
@@ -247,6 +253,10 @@ impl IndexName {
             Self::Quest => "quest",
             Self::Ivf => "ivf",
             Self::Hnsw => "hnsw",
+            #[cfg(feature = "faiss")]
+            Self::IvfFaiss => "ivf-faiss",
+            #[cfg(feature = "faiss")]
+            Self::HnswFaiss => "hnsw-faiss",
         }
     }
 }
@@ -292,7 +302,8 @@ pub(crate) struct IndexBenchArgs {
     /// Share of the softmax mass for which the bytes that must be read are counted
     #[arg(long, value_name = "X", default_value_t = 0.95)]
     pub(crate) mass: f64,
-    /// The basis of the dump's model, as `kvasir calibrate` wrote it; the one that comes with the program if not given
+    /// The basis of the dump's model, as `kvasir calibrate` wrote it; if not given the one beside the configured model, or else
+    /// the one that comes with the program
     #[arg(long, value_name = "FILE", conflicts_with = "synthetic")]
     pub(crate) basis: Option<PathBuf>,
     /// Threads for builds; 0 takes one per core. Searches are timed on one
@@ -311,7 +322,7 @@ pub(crate) struct DumpArgs {
     /// Tokens from the beginning of the text; the model's context if not given
     #[arg(long, value_name = "N")]
     pub(crate) tokens: Option<usize>,
-    /// Layers to write; all if none is named
+    /// Layers to write; all that attend to the whole context if none is named
     #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',')]
     pub(crate) layers: Vec<usize>,
     /// Threads; 0 takes one per core

@@ -83,15 +83,16 @@ pub(crate) fn run(configuration: &Configuration, args: &CalibrateArgs) -> Result
         let mut sink = gathered.sink(true, &mut bar);
         capture(
             &mut model,
-            corpus.tokens(range.clone()),
+            &corpus.window(range.clone()),
             &CaptureOptions::default(),
             &mut sink,
         )?;
     }
     bar.doing("a window that repeats itself");
-    let half = corpus.tokens(windows[0].clone()).split_at(window / 2).0;
+    let half = windows[0].start..windows[0].start + window / 2;
+    let repeating = [corpus.window(half.clone()), corpus.tokens(half).to_vec()].concat();
     let mut sink = gathered.sink(false, &mut bar);
-    capture(&mut model, &half.repeat(2), &CaptureOptions::default(), &mut sink)?;
+    capture(&mut model, &repeating, &CaptureOptions::default(), &mut sink)?;
     drop(sink);
     bar.finish();
     drop(model);
@@ -103,8 +104,11 @@ pub(crate) fn run(configuration: &Configuration, args: &CalibrateArgs) -> Result
         begun.elapsed().as_secs_f32()
     ));
     let kept: Vec<f64> = calibrated.iter().map(|head| head.kept).collect();
-    let heads = calibrated.into_iter().zip(&gathered.heads).map(|(mut head, seen)| {
-        head.basis.streaming = seen.outside.is_streaming(&gathered.policy);
+    let heads = calibrated.into_iter().zip(&gathered.heads).enumerate();
+    let heads = heads.map(|(at, (mut head, seen))| {
+        // Where a layer sees a window only, there is nothing beyond to be searched.
+        let windowed = shape.window(at / shape.kv_heads).is_some();
+        head.basis.streaming = windowed || seen.outside.is_streaming(&gathered.policy);
         head.basis
     });
     let basis = Basis {

@@ -23,6 +23,8 @@ pub(crate) struct Corpus {
     /// Where it is from, for reports.
     pub(crate) source: String,
     tokens: Vec<u32>,
+    /// What the model wants every text to begin with; the whole text does already.
+    start: Option<u32>,
 }
 
 impl Corpus {
@@ -53,6 +55,7 @@ impl Corpus {
         Ok(Self {
             source,
             tokens: file.tokenizer().encode(&text, false)?,
+            start: file.tokenizer().encode("", false)?.first().copied(),
         })
     }
 
@@ -65,6 +68,16 @@ impl Corpus {
         &self.tokens[range]
     }
 
+    /// The tokens in `range` as a text of their own: the first gives way to what a text begins with where the model wants that
+    /// (Gemma's sink; without it no head attends as it would).
+    pub(crate) fn window(&self, range: Range<usize>) -> Vec<u32> {
+        let mut tokens = self.tokens[range].to_vec();
+        if let (Some(start), Some(first)) = (self.start, tokens.first_mut()) {
+            *first = start;
+        }
+        tokens
+    }
+
     /// `count` ranges of `len` tokens, each in the middle of its share of the text. The text's first tokens are left to
     /// others (a dump begins there) where it is long enough.
     pub(crate) fn windows(&self, count: usize, len: usize) -> Vec<Range<usize>> {
@@ -73,9 +86,16 @@ impl Corpus {
 }
 
 fn windows(total: usize, count: usize, len: usize) -> Vec<Range<usize>> {
-    let share = total / count.max(1);
+    let middle = |share: usize| share.saturating_sub(len) / 2;
+    let whole = total / count.max(1);
+    // Where the middle of the first share reaches into a dump of as many tokens, the shares begin behind that, if they can.
+    let behind = total.saturating_sub(len);
+    let (from, share) = match behind / count.max(1) {
+        share if middle(whole) < len && share >= len => (len, share),
+        _ => (0, whole),
+    };
     (0..count)
-        .map(|at| at * share + share.saturating_sub(len) / 2)
+        .map(|at| from + at * share + middle(share))
         .map(|start| start..start + len.min(share))
         .collect()
 }
@@ -106,6 +126,9 @@ mod tests {
             (100, 1, 100, "[0..100]"),
             (100, 2, 50, "[0..50, 50..100]"),
             (100, 3, 33, "[0..33, 33..66, 66..99]"),
+            // The first 30 are left alone only because there is enough behind them.
+            (100, 2, 30, "[32..62, 67..97]"),
+            (89, 2, 30, "[7..37, 51..81]"),
             // Asked for more than there is: what there is.
             (40, 1, 50, "[0..40]"),
             (0, 1, 10, "[0..0]"),

@@ -7,16 +7,18 @@
 
 mod attention;
 mod batch;
+mod rotate;
 mod rows;
 mod sparse;
 mod watch;
+mod window;
 
 use kvasir_block::KvSchema;
-use kvasir_simd::{Activations, Partial, Pool, RopeTable, add_assign, matmul, rms_norm, silu_mul, to_f16};
+use kvasir_simd::{Activations, Partial, Pool, add_assign, gelu_mul, matmul, rms_norm, silu_mul, to_f16};
 
-use self::{attention::AttentionScratch, rows::for_rows, watch::WatchScratch};
+use self::{attention::AttentionScratch, rotate::Ropes, rows::for_rows, watch::WatchScratch};
 use crate::{
-    LoadError, ModelFile, ModelShape, PageId, PagePool, SparsePrefill,
+    Architecture, LoadError, ModelFile, ModelShape, PageId, PagePool, SparsePrefill,
     weights::{Columns, LayerWeights, ModelWeights},
 };
 
@@ -141,7 +143,7 @@ pub(crate) struct CpuModel {
     shape: ModelShape,
     schema: KvSchema,
     weights: ModelWeights,
-    rope: RopeTable,
+    ropes: Ropes,
     threads: Pool,
     sparse: Option<SparsePrefill>,
     scratch: Scratch,
@@ -152,7 +154,7 @@ pub(crate) struct CpuModel {
 struct Scratch {
     /// The residual stream.
     x: Vec<f32>,
-    /// What a projection is made of, once normalised.
+    /// What a projection is made of, once normalised; what is added to the residual stream, where that is.
     normed: Vec<f32>,
     quantized: Activations,
     qkv: Vec<f32>,
@@ -192,7 +194,7 @@ impl CpuModel {
         file.tensors().check_unchanged()?;
         tracing::debug!(model = file.name(), threads = options.threads, "loaded weights");
         Ok(Self {
-            rope: RopeTable::new(shape.context_tokens_max, shape.rope_dims, shape.rope_theta),
+            ropes: Ropes::new(&shape),
             threads: Pool::new(options.threads),
             sparse: None,
             scratch: Scratch::default(),
@@ -269,15 +271,22 @@ impl CpuModel {
         let hidden = self.shape.hidden;
         scratch.x.resize(plan.tokens * hidden, 0.0);
         let tokens = batch.iter().flat_map(|sequence| sequence.tokens);
+        let scale = self.shape.embedding_scale();
         for (token, x) in tokens.zip(scratch.x.chunks_exact_mut(hidden)) {
             self.weights.embedding.dequantize_row(*token as usize, x);
+            if let Some(scale) = scale {
+                x.iter_mut().for_each(|x| *x *= scale);
+            }
         }
         for (index, layer) in self.weights.layers.iter().enumerate() {
             let last = index + 1 == self.weights.layers.len();
             self.norm_and_quantize(&layer.attention_norm, scratch);
             layer.qkv.matmul(&scratch.quantized, &mut scratch.qkv, &self.threads);
             let [q, k, v] = [0, 1, 2].map(|matrix| layer.qkv.columns(matrix, plan.tokens));
-            self.rotate(plan, &[q, k], &mut scratch.qkv);
+            for (row, position) in plan.positions() {
+                self.rotate_queries(index, position, &mut scratch.qkv[q.row(row)]);
+                self.rotate_keys(index, position, &mut scratch.qkv[k.row(row)]);
+            }
             hooks.before_layer(index, pool)?;
             self.write_pages(plan, index, &scratch.qkv, k, v, pool);
             self.attend(plan, index, last, q, pool, hooks, scratch)?;
@@ -304,7 +313,8 @@ impl CpuModel {
         layer
             .attention_output
             .matmul(&scratch.quantized, &mut scratch.added, &self.threads);
-        self.add(scratch);
+        let further = layer.further_norms.as_ref();
+        self.add(further.map(|norms| &norms.attention_output[..]), scratch);
         self.norm_and_quantize(&layer.feed_forward_norm, scratch);
         layer
             .gate_up
@@ -313,42 +323,48 @@ impl CpuModel {
         let [gate, up] = [0, 1].map(|matrix| layer.gate_up.columns(matrix, tokens));
         scratch.inner.resize(tokens * inner, 0.0);
         let gate_up = &scratch.gate_up;
+        let activate = match self.shape.architecture {
+            Architecture::Llama => silu_mul,
+            Architecture::Gemma3(_) => gelu_mul,
+        };
         for_rows(&self.threads, [(&mut scratch.inner, inner)], &|first, [out]| {
             for (token, out) in (first..).zip(out.chunks_exact_mut(inner)) {
-                silu_mul(&gate_up[gate.row(token)], &gate_up[up.row(token)], out);
+                activate(&gate_up[gate.row(token)], &gate_up[up.row(token)], out);
             }
         });
         scratch.quantized.quantize(&scratch.inner, inner, &self.threads);
         layer.down.matmul(&scratch.quantized, &mut scratch.added, &self.threads);
-        self.add(scratch);
+        self.add(further.map(|norms| &norms.feed_forward_output[..]), scratch);
     }
 
     fn norm_and_quantize(&self, weight: &[f32], scratch: &mut Scratch) {
-        let hidden = self.shape.hidden;
-        scratch.normed.resize(scratch.x.len(), 0.0);
-        let x = &scratch.x;
-        for_rows(&self.threads, [(&mut scratch.normed, hidden)], &|first, [out]| {
-            rms_norm(&x[first * hidden..][..out.len()], weight, self.shape.norm_epsilon, out);
-        });
-        scratch.quantized.quantize(&scratch.normed, hidden, &self.threads);
+        self.norm(&scratch.x, weight, &mut scratch.normed);
+        scratch
+            .quantized
+            .quantize(&scratch.normed, self.shape.hidden, &self.threads);
     }
 
-    fn add(&self, scratch: &mut Scratch) {
+    fn norm(&self, x: &[f32], weight: &[f32], out: &mut Vec<f32>) {
         let hidden = self.shape.hidden;
-        let added = &scratch.added;
+        out.resize(x.len(), 0.0);
+        for_rows(&self.threads, [(out, hidden)], &|first, [out]| {
+            rms_norm(&x[first * hidden..][..out.len()], weight, self.shape.norm_epsilon, out);
+        });
+    }
+
+    /// Adds to the residual stream, normed by `weight` where the architecture does that.
+    fn add(&self, weight: Option<&[f32]>, scratch: &mut Scratch) {
+        let hidden = self.shape.hidden;
+        let added = match weight {
+            Some(weight) => {
+                self.norm(&scratch.added, weight, &mut scratch.normed);
+                &scratch.normed
+            }
+            None => &scratch.added,
+        };
         for_rows(&self.threads, [(&mut scratch.x, hidden)], &|first, [x]| {
             add_assign(x, &added[first * hidden..][..x.len()]);
         });
-    }
-
-    /// Rotates queries and keys where they lie.
-    fn rotate(&self, plan: &Plan, columns: &[Columns], qkv: &mut [f32]) {
-        for (row, position) in plan.positions() {
-            for columns in columns {
-                self.rope
-                    .rotate_interleaved(&mut qkv[columns.row(row)], self.shape.head_dim, position);
-            }
-        }
     }
 
     /// Rounds keys and values of the step's tokens to f16, into their pages.

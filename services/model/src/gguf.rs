@@ -271,6 +271,21 @@ impl Metadata {
         numbers.collect::<Result<_, _>>().map(Some)
     }
 
+    /// Numbers that are no NaN; infinite ones may stand for "never".
+    pub(crate) fn floats(&self, key: &str) -> Result<Option<Vec<f32>>, LoadError> {
+        let Some(value) = self.values.get(key) else {
+            return Ok(None);
+        };
+        let Value::Array(values) = value else {
+            return Err(self.wrong_type(key, value, "a list of numbers"));
+        };
+        let numbers = values.iter().map(|value| match value {
+            Value::F32(v) if !v.is_nan() => Ok(*v),
+            other => Err(self.wrong_type(key, other, "a list of numbers")),
+        });
+        numbers.collect::<Result<_, _>>().map(Some)
+    }
+
     fn wrong_type(&self, key: &str, found: &Value, expected: &str) -> LoadError {
         // Arrays are named, not printed: a vocabulary does not belong in an error.
         let found = match found {

@@ -1,4 +1,5 @@
-//! A Llama-family forward on the CPU or a GPU over a paged KV pool; tokenizer, chat template, sampling.
+//! A forward of Llama models, on the CPU or a GPU, and of Gemma 3, on the CPU, over a paged KV pool; tokenizer, chat template,
+//! sampling.
 //!
 //! Everything comes from one GGUF file: shape and rope from its metadata, the tokenizer from its vocabulary, the chat
 //! template from its template, and the identity of the KV that the forward makes ([`ModelFile::schema`]). The forward
@@ -55,7 +56,7 @@ mod weights;
 pub use bases::built_in_basis;
 pub use capture::{CaptureError, CaptureOptions, CaptureSink, CapturedLayer, capture};
 pub use error::LoadError;
-pub use file::{ModelFile, ModelShape};
+pub use file::{Architecture, ModelFile, ModelShape, Sliding};
 pub use forward::{Attention, LoadOptions, Logits, StepAborted, StepError, StepHooks, StepOutput, StepSequence};
 pub use gpu::{GpuDevice, GpuOptions};
 pub use made_up::MadeUp;

@@ -4,7 +4,7 @@
 use kvasir_block::{Dtype, KvSchema, RopeStyle};
 use sha2::{Digest, Sha256};
 
-use crate::ModelShape;
+use crate::{Architecture, ModelShape};
 
 /// A shape, and what its weights of noise are made from.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +26,7 @@ impl MadeUp {
         Self {
             name: "made-up-llama-3-8b".to_owned(),
             shape: ModelShape {
+                architecture: Architecture::Llama,
                 layers: 32,
                 hidden: 4096,
                 feed_forward: 14_336,

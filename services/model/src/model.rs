@@ -3,8 +3,8 @@
 use kvasir_block::KvSchema;
 
 use crate::{
-    GpuDevice, LoadError, LoadOptions, MadeUp, ModelFile, ModelShape, PagePool, PoolError, SparsePrefill, StepError,
-    StepHooks, StepOutput, StepSequence, forward::CpuModel, gpu::GpuModel,
+    Architecture, GpuDevice, LoadError, LoadOptions, MadeUp, ModelFile, ModelShape, PagePool, PoolError, SparsePrefill,
+    StepError, StepHooks, StepOutput, StepSequence, forward::CpuModel, gpu::GpuModel,
 };
 
 /// What computes a forward.
@@ -64,6 +64,9 @@ impl Model {
                     block_tokens,
                 },
             ),
+            Device::Gpu(_) if file.shape().architecture != Architecture::Llama => Err(LoadError::Gpu(
+                "its forward is that of a Llama: choose the CPU for this model (worker.device = \"cpu\")".to_owned(),
+            )),
             Device::Gpu(gpu) => Ok(Self(Backend::Gpu(Box::new(GpuModel::load(file, gpu, block_tokens)?)))),
         }
     }
@@ -83,8 +86,12 @@ impl Model {
     /// The model with [`crate::Attention::Sparse`] under the given patterns; its schema changes with them.
     ///
     /// # Errors
-    /// [`LoadError::Sparse`] on a GPU, which cannot do that yet.
+    /// [`LoadError::Sparse`] on a GPU, which cannot do that yet, and where layers see a window only.
     pub fn with_sparse_prefill(mut self, sparse: SparsePrefill) -> Result<Self, LoadError> {
+        if self.shape().sliding().is_some() {
+            let problem = "most layers of this model see a window only: leave worker.sparse_prefill empty";
+            return Err(LoadError::Sparse(problem.to_owned()));
+        }
         match &mut self.0 {
             Backend::Cpu(model) => model.set_sparse_prefill(sparse),
             Backend::Gpu(_) => {

@@ -1,10 +1,11 @@
-//! Text to token ids and back: byte-level BPE as GGUF files carry it.
+//! Text to token ids and back: byte-level BPE and SentencePiece's BPE, as GGUF files carry them.
 //!
-//! The merges are run by the `tokenizers` library. Special tokens are found here, because whether they count is decided
+//! The merges of the first are run by the `tokenizers` library, those of the second by [`pieces`]. Special tokens are found here, because whether they count is decided
 //! per call: in a rendered template they do, in a user's text they must not.
 
 mod bytes;
 mod decoder;
+mod pieces;
 mod special;
 
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use tokenizers::{
 
 use self::{
     bytes::TokenBytes,
+    pieces::Pieces,
     special::{Kind, Piece, Specials},
 };
 use crate::{LoadError, gguf::Metadata};
@@ -40,12 +42,13 @@ const LLAMA_BPE: &str = concat!(
 );
 
 /// Texts that end a generation wherever they are control tokens, beside the ids that the metadata names.
-const STOP_TEXTS: [&str; 5] = [
+const STOP_TEXTS: [&str; 6] = [
     "<|im_end|>",
     "<|endoftext|>",
     "<|eot_id|>",
     "<|eom_id|>",
     "<|end_of_text|>",
+    "<end_of_turn>",
 ];
 
 /// A text that has no token ids.
@@ -55,7 +58,7 @@ pub struct TokenizeError(pub String);
 
 /// A vocabulary with its merges. Shared by all sequences of a model.
 pub struct Tokenizer {
-    bpe: tokenizers::Tokenizer,
+    merges: Merges,
     specials: Specials,
     tokens: TokenBytes,
     bos: Option<u32>,
@@ -66,47 +69,39 @@ pub struct Tokenizer {
     eos_text: String,
 }
 
+/// What makes tokens of a text without special ones.
+enum Merges {
+    /// Over bytes, in the order of a list.
+    Bytes(Box<tokenizers::Tokenizer>),
+    /// Over characters, by score.
+    Pieces(Pieces),
+}
+
 impl Tokenizer {
     pub(crate) fn from_gguf(metadata: &Metadata) -> Result<Self, LoadError> {
+        let tokens_key = "tokenizer.ggml.tokens";
+        let texts = metadata.texts(tokens_key)?;
+        let needed = || metadata.error(tokens_key, "is missing");
         let model_key = "tokenizer.ggml.model";
-        match metadata.text(model_key)? {
-            Some("gpt2") => {}
+        let (texts, merges) = match metadata.text(model_key)? {
+            Some("gpt2") => {
+                let texts = texts.ok_or_else(needed)?;
+                let merges = Merges::Bytes(Box::new(byte_level(metadata, &texts)?));
+                (texts, merges)
+            }
+            Some("llama") => {
+                let texts = texts.ok_or_else(needed)?;
+                let merges = Merges::Pieces(Pieces::new(metadata, &texts)?);
+                (texts, merges)
+            }
             Some(other) => {
                 return Err(metadata.unsupported(
                     format!("tokenizer model {other:?}"),
-                    "use a model with a byte-level BPE (gpt2)",
+                    "use a model with a byte-level BPE (gpt2) or SentencePiece's (llama)",
                 ));
             }
             None => return Err(metadata.error(model_key, "is missing")),
-        }
-        let tokens_key = "tokenizer.ggml.tokens";
-        let texts = metadata
-            .texts(tokens_key)?
-            .ok_or_else(|| metadata.error(tokens_key, "is missing"))?;
-        let vocab: Vocab = (0_u32..)
-            .zip(&texts)
-            .map(|(id, text)| ((*text).to_owned(), id))
-            .collect();
-        if vocab.len() != texts.len() {
-            return Err(metadata.error(tokens_key, "has the same token twice"));
-        }
-        let merges_key = "tokenizer.ggml.merges";
-        let merges = metadata
-            .texts(merges_key)?
-            .ok_or_else(|| metadata.error(merges_key, "is missing"))?;
-        let merges = merges.iter().map(|merge| match merge.split_once(' ') {
-            Some((left, right)) => Ok((left.to_owned(), right.to_owned())),
-            None => Err(metadata.error(merges_key, "has an entry that is not two tokens")),
-        });
-        let (pre_tokenizer, ignore_merges) = pre_tokenizer(metadata)?;
-        let bpe = BPE::builder()
-            .vocab_and_merges(vocab, merges.collect::<Result<Vec<_>, _>>()?)
-            .ignore_merges(ignore_merges)
-            .build()
-            .map_err(|error| metadata.error(merges_key, format!("cannot be used: {error}")))?;
-        let mut bpe = tokenizers::Tokenizer::new(bpe);
-        bpe.with_pre_tokenizer(Some(pre_tokenizer));
-
+        };
         let kinds = kinds(metadata, texts.len())?;
         let bos = metadata.token("tokenizer.ggml.bos_token_id", texts.len())?;
         let eos = metadata.token("tokenizer.ggml.eos_token_id", texts.len())?;
@@ -125,9 +120,13 @@ impl Tokenizer {
                 "is missing, and add_bos_token asks for it",
             ));
         }
+        let tokens = match merges {
+            Merges::Bytes(_) => TokenBytes::new(&texts, &kinds),
+            Merges::Pieces(_) => TokenBytes::of_pieces(&texts, &kinds),
+        };
         Ok(Self {
-            bpe,
-            tokens: TokenBytes::new(&texts, &kinds),
+            merges,
+            tokens,
             specials: Specials::new(&texts, &kinds),
             bos,
             eos,
@@ -156,13 +155,14 @@ impl Tokenizer {
                 // A template may bring the first token itself; twice would be another prompt.
                 Piece::Token(id) if self.add_bos && Some(id) == self.bos && index == 0 => {}
                 Piece::Token(id) => ids.push(id),
-                Piece::Text(text) => {
-                    let encoded = self
-                        .bpe
-                        .encode_fast(text, false)
-                        .map_err(|error| TokenizeError(error.to_string()))?;
-                    ids.extend_from_slice(encoded.get_ids());
-                }
+                Piece::Text(text) => match &self.merges {
+                    Merges::Bytes(bpe) => {
+                        let encoded = bpe.encode_fast(text, false);
+                        let encoded = encoded.map_err(|error| TokenizeError(error.to_string()))?;
+                        ids.extend_from_slice(encoded.get_ids());
+                    }
+                    Merges::Pieces(pieces) => pieces.encode(text, &mut ids),
+                },
             }
         }
         Ok(ids)
@@ -210,6 +210,34 @@ impl Tokenizer {
     fn bytes(&self, id: u32) -> &[u8] {
         if self.is_control(id) { &[] } else { self.tokens.get(id) }
     }
+}
+
+/// Byte-level BPE over `texts`, by the merges of the file.
+fn byte_level(metadata: &Metadata, texts: &[&str]) -> Result<tokenizers::Tokenizer, LoadError> {
+    let vocab: Vocab = (0_u32..)
+        .zip(texts)
+        .map(|(id, text)| ((*text).to_owned(), id))
+        .collect();
+    if vocab.len() != texts.len() {
+        return Err(metadata.error("tokenizer.ggml.tokens", "has the same token twice"));
+    }
+    let merges_key = "tokenizer.ggml.merges";
+    let merges = metadata
+        .texts(merges_key)?
+        .ok_or_else(|| metadata.error(merges_key, "is missing"))?;
+    let merges = merges.iter().map(|merge| match merge.split_once(' ') {
+        Some((left, right)) => Ok((left.to_owned(), right.to_owned())),
+        None => Err(metadata.error(merges_key, "has an entry that is not two tokens")),
+    });
+    let (pre_tokenizer, ignore_merges) = pre_tokenizer(metadata)?;
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab, merges.collect::<Result<Vec<_>, _>>()?)
+        .ignore_merges(ignore_merges)
+        .build()
+        .map_err(|error| metadata.error(merges_key, format!("cannot be used: {error}")))?;
+    let mut bpe = tokenizers::Tokenizer::new(bpe);
+    bpe.with_pre_tokenizer(Some(pre_tokenizer));
+    Ok(bpe)
 }
 
 /// How text is cut before merging, and whether a piece that is a token is taken whole.

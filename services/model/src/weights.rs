@@ -5,7 +5,7 @@ use half::f16;
 use kvasir_simd::{Activations, Pool, ShapeError, Weights, matmul};
 
 use crate::{
-    LoadError, ModelFile,
+    Architecture, LoadError, ModelFile,
     file::{EMBEDDING, OUTPUT},
     gguf::Tensors,
 };
@@ -32,11 +32,26 @@ pub(crate) struct LayerWeights {
     /// Gate, up.
     pub(crate) gate_up: Projection,
     pub(crate) down: Projection,
+    /// What Gemma 3 has beside.
+    pub(crate) further_norms: Option<FurtherNorms>,
+}
+
+/// Norms of a layer of Gemma 3 that a Llama has not.
+pub(crate) struct FurtherNorms {
+    /// Of each query, `[head_dim]`, before it is rotated.
+    pub(crate) query: Vec<f32>,
+    /// Of each key, likewise.
+    pub(crate) key: Vec<f32>,
+    /// Of what attention adds to the residual stream.
+    pub(crate) attention_output: Vec<f32>,
+    /// Of what the feed-forward adds.
+    pub(crate) feed_forward_output: Vec<f32>,
 }
 
 impl ModelWeights {
     pub(crate) fn load(file: &ModelFile) -> Result<Self, LoadError> {
         let tensors = file.tensors();
+        let further = matches!(file.shape().architecture, Architecture::Gemma3(_));
         let layer = |layer: usize| {
             let name = |part: &str| format!("blk.{layer}.{part}.weight");
             let projection =
@@ -48,6 +63,16 @@ impl ModelWeights {
                 feed_forward_norm: tensors.values(&name("ffn_norm"))?,
                 gate_up: projection(&["ffn_gate", "ffn_up"])?,
                 down: projection(&["ffn_down"])?,
+                further_norms: further
+                    .then(|| {
+                        Ok::<_, LoadError>(FurtherNorms {
+                            query: tensors.values(&name("attn_q_norm"))?,
+                            key: tensors.values(&name("attn_k_norm"))?,
+                            attention_output: tensors.values(&name("post_attention_norm"))?,
+                            feed_forward_output: tensors.values(&name("post_ffw_norm"))?,
+                        })
+                    })
+                    .transpose()?,
             })
         };
         let matrix = |name: &str| Raw::read(tensors, name)?.pack(tensors, name);

@@ -41,6 +41,10 @@ pub enum Kind {
     Ivf = 6,
     /// Hierarchical small world.
     Hnsw = 7,
+    /// faiss' inverted lists.
+    FaissIvf = 8,
+    /// faiss' small world.
+    FaissHnsw = 9,
 }
 
 /// The checked contents of an index file.

@@ -133,6 +133,11 @@ pub trait KeyIndex: Send + Sync {
     /// [`IndexError`] naming the argument: shapes that do not fit, a query that is not finite, `k` of 0.
     fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError>;
 
+    /// Whether [`Hits::cost`] says what a search cost. Where it does not, the cost is 0 and means nothing.
+    fn counts(&self) -> bool {
+        true
+    }
+
     /// Its file: versioned, checksummed, naming what it was built from.
     fn encode(&self) -> Vec<u8>;
 }

@@ -35,6 +35,8 @@ mod bits;
 mod cluster;
 pub mod evaluate;
 mod excluded;
+#[cfg(feature = "faiss")]
+mod faiss;
 pub mod file;
 mod flat;
 #[cfg(feature = "hnsw")]
@@ -51,6 +53,8 @@ mod wave;
 
 pub use basis::{Basis, Calibrated, HeadBasis, Moments, OutsideMass, Streaming};
 pub use excluded::Excluded;
+#[cfg(feature = "faiss")]
+pub use faiss::{FaissHnsw, FaissIvf};
 pub use file::{Kind, Origin};
 pub use flat::{Attended, Flat, FlatScan, Rows};
 #[cfg(feature = "hnsw")]

@@ -213,6 +213,32 @@ fn subjects() -> Vec<Subject> {
             exact_at_full_effort: false,
             golden: golden(1092, 301104, 28),
         },
+        #[cfg(feature = "faiss")]
+        Subject {
+            built: |data| {
+                let blocks = data.blocks();
+                boxed(FaissIvf::build(
+                    KeyRows::new(&blocks, BLOCK, data.head_dim),
+                    None,
+                    ORIGIN,
+                ))
+                .expect("ivf-faiss")
+            },
+            decode: |bytes, origin| boxed(FaissIvf::decode(bytes, origin)),
+            exact_at_full_effort: false,
+            golden: golden(0, 0, 0),
+        },
+        #[cfg(feature = "faiss")]
+        Subject {
+            built: |data| {
+                let mut index = FaissHnsw::new(data.head_dim, ORIGIN).expect("hnsw-faiss");
+                index.append(&data.keys).expect("keys");
+                Box::new(index)
+            },
+            decode: |bytes, origin| boxed(FaissHnsw::decode(bytes, origin)),
+            exact_at_full_effort: false,
+            golden: golden(0, 0, 0),
+        },
     ]
 }
 
@@ -315,7 +341,8 @@ fn work_stays_within_the_effort() {
                 "{what}: {} keys scored at effort {effort}",
                 found.cost.keys_scored
             );
-            assert!(found.cost.bytes_read >= 2 * data.head_dim as u64, "{what}");
+            let counted = found.cost.bytes_read >= 2 * data.head_dim as u64;
+            assert_eq!(counted, index.counts(), "{what}");
         }
     });
 }
@@ -353,13 +380,18 @@ fn forged_payloads_never_panic() {
         Kind::Quest,
         Kind::Ivf,
         Kind::Hnsw,
+        Kind::FaissIvf,
+        Kind::FaissHnsw,
     ];
     let mut rng = SmallRng::seed_from_u64(9);
     for (subject, kind) in subjects().iter().zip(kinds) {
         let file = (subject.built)(&data).encode();
         let payload = &file[72..];
-        // The slow one is built again for each.
-        let rounds = if kind == Kind::Hnsw { 3 } else { 300 };
+        // The slow ones are built again for each.
+        let rounds = match kind {
+            Kind::Hnsw | Kind::FaissIvf | Kind::FaissHnsw => 3,
+            _ => 300,
+        };
         for round in 0..rounds {
             let mut forged = payload.to_vec();
             for _ in 0..rng.random_range(1..4) {

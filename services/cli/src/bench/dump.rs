@@ -47,12 +47,19 @@ pub(crate) fn dump(configuration: &Configuration, args: &DumpArgs) -> Result<()>
     );
     let mut layers = args.layers.clone();
     if layers.is_empty() {
-        layers = (0..shape.layers).collect();
+        layers = (0..shape.layers)
+            .filter(|layer| shape.window(*layer).is_none())
+            .collect();
     }
     layers.sort_unstable();
     layers.dedup();
     if let Some(layer) = layers.iter().find(|layer| **layer >= shape.layers) {
         anyhow::bail!("there is no layer {layer} (--layers): the model has {}", shape.layers);
+    }
+    if let Some(layer) = layers.iter().find(|layer| shape.window(**layer).is_some()) {
+        anyhow::bail!(
+            "layer {layer} (--layers) sees a window only, and no index is asked there: name layers that see everything"
+        );
     }
     let tokens = corpus.tokens(0..count);
     let threads = match args.threads {

@@ -22,6 +22,7 @@ pub(super) struct Gathered {
 /// One KV head.
 pub(super) struct Head {
     pub(super) moments: Moments,
+    /// Nothing where the layer sees a window only.
     pub(super) outside: OutsideMass,
 }
 
@@ -102,6 +103,9 @@ impl Head {
             let first = layer.tokens.start.max(SINK_KEYS).min(layer.tokens.end);
             layer.keys(kv_head, first..layer.tokens.end, &mut keys);
             self.moments.add_keys(&keys);
+        }
+        if shape.window(layer.layer).is_some() {
+            return;
         }
         let mut keys = Vec::new();
         for (position, q) in layer.tokens.clone().zip(group) {

@@ -22,12 +22,17 @@ pub(super) fn show(basis: &Basis, kept: &[f64], gathered: &Gathered) {
             quantile(&mut masses, 0.5)
         };
         let mut kept = kept[heads.clone()].to_vec();
+        // Where a layer sees a window only, nothing was looked at.
+        let far = |share| match outside.iter().all(|head| head.outside.queries() == 0) {
+            true => "-".to_owned(),
+            false => format!("{:.4}", over_heads(share)),
+        };
         print(format_args!(
-            "{layer:>5}  {:>8.4} {:>8.4}   {:>8.4} {:>8.4}   {:>9}",
+            "{layer:>5}  {:>8.4} {:>8.4}   {:>8} {:>8}   {:>9}",
             quantile(&mut kept, 0.1),
             quantile(&mut kept, 0.5),
-            over_heads(0.5),
-            over_heads(0.99),
+            far(0.5),
+            far(0.99),
             basis.heads[heads].iter().filter(|head| head.streaming).count()
         ));
     }

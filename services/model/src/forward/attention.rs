@@ -20,14 +20,14 @@ pub(super) struct AttentionScratch {
 
 /// Buffers of a job.
 #[derive(Default)]
-struct JobScratch {
+pub(super) struct JobScratch {
     /// `[tokens, heads of the group, head_dim]`.
     queries: Vec<f32>,
     /// `[tokens, heads of the group]`.
-    visible: Vec<usize>,
-    partial: Partial,
-    /// The partial of a split, before it is joined.
-    split: Partial,
+    pub(super) visible: Vec<usize>,
+    pub(super) partial: Partial,
+    /// The partial of a split, before it is joined; of a token, in a window.
+    pub(super) split: Partial,
 }
 
 impl CpuModel {
@@ -68,16 +68,37 @@ impl CpuModel {
             attention.jobs.resize_with(plan.jobs.len(), Mutex::default);
         }
         let jobs = &attention.jobs;
-        self.threads.run(plan.jobs.len(), &|job| {
-            if !last || plan.tiles[plan.jobs[job].tile].kept {
-                self.run_job(plan, job, layer, qkv, q, pool, &mut jobs[job].lock());
-            }
-        });
+        let window = self.shape.window(layer);
+        match window {
+            None => self.threads.run(plan.jobs.len(), &|job| {
+                if !last || plan.tiles[plan.jobs[job].tile].kept {
+                    self.run_job(plan, job, layer, qkv, q, pool, &mut jobs[job].lock());
+                }
+            }),
+            // A tile is one task: there is little to see.
+            Some(window) => self.threads.run(plan.tiles.len(), &|tile| {
+                let tile = &plan.tiles[tile];
+                if !last || tile.kept {
+                    self.attend_in_window(
+                        plan,
+                        tile,
+                        window,
+                        layer,
+                        qkv,
+                        q,
+                        pool,
+                        &mut jobs[tile.jobs.start].lock(),
+                    );
+                }
+            }),
+        }
         attended.resize(plan.tokens * width, 0.0);
         let group = self.shape.group();
         let row_width = group * self.shape.head_dim;
         for tile in plan.tiles.iter().filter(|tile| !last || tile.kept) {
-            join(&mut attention.jobs[tile.jobs.clone()], self.shape.head_dim);
+            if window.is_none() {
+                join(&mut attention.jobs[tile.jobs.clone()], self.shape.head_dim);
+            }
             let sequence = &plan.sequences[tile.sequence];
             if sequence.local {
                 continue;

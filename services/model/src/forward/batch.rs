@@ -214,6 +214,11 @@ impl Plan {
             Attention::Full | Attention::Sparse => std::slice::from_ref(&whole),
             Attention::Local(ranges) => ranges,
         };
+        if shape.sliding().is_some() && matches!(attention, Attention::Local(_)) {
+            return Err(
+                "is local, and layers of the model see a window: they would miss what lies elsewhere".to_owned(),
+            );
+        }
         let (spans, splits) = spans(ranges, end, block_tokens, page)?;
         let sparse = match (attention, sparse_from) {
             (Attention::Sparse, Some(from)) => sparse_tokens(*position, tokens.len(), block_tokens, from)?,

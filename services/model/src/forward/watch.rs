@@ -4,9 +4,9 @@
 //! gives about the queries that the next layer will have (InfiniGen, OSDI 2024, prefetches by it). Nothing here flows back
 //! into the step: its bits are the same whether someone watches or not.
 
-use kvasir_simd::{Activations, rms_norm};
+use kvasir_simd::Activations;
 
-use super::{CpuModel, Scratch, StepError, StepHooks, batch::Plan, rows::for_rows};
+use super::{CpuModel, Scratch, StepError, StepHooks, batch::Plan};
 use crate::weights::Columns;
 
 /// Buffers for hooks that watch, reused.
@@ -54,11 +54,7 @@ impl CpuModel {
         let sequence = &plan.sequences[sequence];
         let watch = &mut scratch.watch;
         let x = &scratch.x[sequence.rows.start * hidden..sequence.rows.end * hidden];
-        watch.normed.resize(x.len(), 0.0);
-        for_rows(&self.threads, [(&mut watch.normed, hidden)], &|first, [out]| {
-            let x = &x[first * hidden..][..out.len()];
-            rms_norm(x, &weights.attention_norm, self.shape.norm_epsilon, out);
-        });
+        self.norm(x, &weights.attention_norm, &mut watch.normed);
         watch.quantized.quantize(&watch.normed, hidden, &self.threads);
         let columns = weights
             .qkv
@@ -66,7 +62,7 @@ impl CpuModel {
         watch.queries.clear();
         for (row, position) in (0..sequence.rows.len()).zip(sequence.position..) {
             let q = &mut watch.projected[columns.row(row)];
-            self.rope.rotate_interleaved(q, self.shape.head_dim, position);
+            self.rotate_queries(layer, position, q);
             watch.queries.extend_from_slice(q);
         }
     }

@@ -1,6 +1,6 @@
 //! What bytes each token stands for.
 
-use super::special::Kind;
+use super::{pieces::SPACE, special::Kind};
 
 /// Bytes of all tokens, end to end.
 pub(super) struct TokenBytes {
@@ -27,6 +27,21 @@ impl TokenBytes {
         Self { bytes, ends }
     }
 
+    /// SentencePiece's vocabularies write text as it is, but for spaces, and bytes as `<0xHH>`. In special tokens spaces are plain.
+    pub(super) fn of_pieces(texts: &[&str], kinds: &[Option<Kind>]) -> Self {
+        let mut bytes = Vec::with_capacity(texts.iter().map(|text| text.len()).sum());
+        let mut ends = Vec::with_capacity(texts.len());
+        for (text, kind) in texts.iter().zip(kinds) {
+            match (kind, byte_piece(text)) {
+                (Some(_), _) => bytes.extend_from_slice(text.as_bytes()),
+                (None, Some(byte)) => bytes.push(byte),
+                (None, None) => bytes.extend_from_slice(text.replace(SPACE, " ").as_bytes()),
+            }
+            ends.push(bytes.len());
+        }
+        Self { bytes, ends }
+    }
+
     pub(super) fn len(&self) -> usize {
         self.ends.len()
     }
@@ -38,6 +53,14 @@ impl TokenBytes {
         let start = if id == 0 { 0 } else { self.ends[id - 1] };
         &self.bytes[start..end]
     }
+}
+
+/// The byte that a piece `<0xHH>` stands for.
+fn byte_piece(text: &str) -> Option<u8> {
+    let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
+    (digits.len() == 2)
+        .then(|| u8::from_str_radix(digits, 16).ok())
+        .flatten()
 }
 
 /// The byte that `c` is written for. Printable Latin-1 stands for itself; the 68 other bytes follow from U+0100 on, in
@@ -72,6 +95,14 @@ mod tests {
         }
         assert_eq!(byte_of('日'), None);
         assert_eq!(byte_of(' '), None);
+    }
+
+    #[test]
+    fn pieces_stand_for_text_with_spaces_or_for_a_byte() {
+        let texts = ["\u{2581}a\u{2581}b", "<0xE9>", "<0x1>", "  "];
+        let tokens = TokenBytes::of_pieces(&texts, &[None, None, None, Some(Kind::UserDefined)]);
+        let found: Vec<&[u8]> = (0..4).map(|id| tokens.get(id)).collect();
+        assert_eq!(found, [&b" a b"[..], &[0xe9], b"<0x1>", b"  "]);
     }
 
     #[test]

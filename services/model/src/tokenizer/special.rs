@@ -1,6 +1,6 @@
 //! Finding special tokens in a text.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// What makes a token special.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,10 +20,8 @@ pub(super) enum Piece<'a> {
 
 /// The special tokens of a vocabulary.
 pub(super) struct Specials {
-    /// Longest first, so that the first that matches is the longest.
-    tokens: Vec<(String, u32, Kind)>,
-    /// Characters that any of them starts with.
-    firsts: Vec<char>,
+    /// By first character (Gemma has thousands), longest first, so that the first that matches is the longest.
+    by_first: HashMap<char, Vec<(String, u32, Kind)>>,
     controls: HashSet<u32>,
 }
 
@@ -32,21 +30,20 @@ impl Specials {
         let mut tokens: Vec<_> = (0_u32..)
             .zip(texts.iter().zip(kinds))
             .filter_map(|(id, (text, kind))| kind.map(|kind| ((*text).to_owned(), id, kind)))
-            .filter(|(text, ..)| !text.is_empty())
             .collect();
         tokens.sort_by_key(|(text, ..)| std::cmp::Reverse(text.len()));
-        let mut firsts: Vec<char> = tokens.iter().filter_map(|(text, ..)| text.chars().next()).collect();
-        firsts.sort_unstable();
-        firsts.dedup();
         let controls = tokens
             .iter()
             .filter(|(.., kind)| *kind == Kind::Control)
             .map(|(_, id, _)| *id);
-        Self {
-            controls: controls.collect(),
-            tokens,
-            firsts,
+        let controls = controls.collect();
+        let mut by_first: HashMap<char, Vec<_>> = HashMap::new();
+        for token in tokens {
+            if let Some(first) = token.0.chars().next() {
+                by_first.entry(first).or_default().push(token);
+            }
         }
+        Self { by_first, controls }
     }
 
     pub(super) fn is_control(&self, id: u32) -> bool {
@@ -57,11 +54,10 @@ impl Specials {
     pub(super) fn split<'a>(&self, text: &'a str, control: bool) -> Vec<Piece<'a>> {
         let mut pieces = Vec::new();
         let (mut start, mut at) = (0, 0);
-        while let Some(found) = text[at..].find(&self.firsts[..]) {
-            let here = at + found;
-            let rest = &text[here..];
-            let token = self
-                .tokens
+        while let Some(c) = text[at..].chars().next() {
+            let (here, rest) = (at, &text[at..]);
+            let candidates = self.by_first.get(&c).map_or(&[][..], Vec::as_slice);
+            let token = candidates
                 .iter()
                 .find(|(token, _, kind)| (control || *kind != Kind::Control) && rest.starts_with(token.as_str()));
             match token {
@@ -73,7 +69,7 @@ impl Specials {
                     at = here + token.len();
                     start = at;
                 }
-                None => at = here + rest.chars().next().map_or(1, char::len_utf8),
+                None => at = here + c.len_utf8(),
             }
         }
         if start < text.len() {

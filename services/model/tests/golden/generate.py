@@ -203,4 +203,5 @@ def main(path):
     print()
 
 
-main(sys.argv[1])
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -21,11 +21,11 @@ fn the_small_model_is_sound() {
 #[test]
 fn metadata_is_checked() {
     type Change = fn(&mut Gguf);
-    let table: [(&str, Change); 27] = [
+    let table: [(&str, Change); 28] = [
         (
-            "architecture \"gemma3\" is not supported: use a model of architecture llama",
+            "architecture \"qwen2\" is not supported: use a model of architecture llama or gemma3",
             |g| {
-                g.set("general.architecture", Value::Text("gemma3".to_owned()));
+                g.set("general.architecture", Value::Text("qwen2".to_owned()));
             },
         ),
         ("key general.architecture is missing", |g| {
@@ -107,9 +107,15 @@ fn metadata_is_checked() {
                 g.tensor("token_embd.weight").data.extend(more);
             },
         ),
-        ("tokenizer model \"llama\" is not supported", |g| {
-            g.set("tokenizer.ggml.model", Value::Text("llama".to_owned()));
+        ("tokenizer model \"bert\" is not supported", |g| {
+            g.set("tokenizer.ggml.model", Value::Text("bert".to_owned()));
         }),
+        (
+            "a space before each text (tokenizer.ggml.add_space_prefix) is not supported",
+            |g| {
+                g.set("tokenizer.ggml.model", Value::Text("llama".to_owned()));
+            },
+        ),
         (
             "pre-tokenizer \"qwen2\" is not supported: use a model with pre-tokenizer smollm, gpt-2 or llama-bpe",
             |g| {
@@ -173,14 +179,11 @@ fn tensors_are_checked() {
         ("unknown dtype for tensor 99", |g| {
             g.tensor("blk.0.attn_q.weight").kind = Kind::Unknown as u32
         }),
-        (
-            "tensor blk.0.attn_q.bias is not supported: use a plain Llama model",
-            |g| {
-                let mut bias = g.tensor("blk.0.attn_norm.weight").clone();
-                bias.name = "blk.0.attn_q.bias".to_owned();
-                g.tensors.push(bias);
-            },
-        ),
+        ("tensor blk.0.attn_q.bias is not supported: use a plain model", |g| {
+            let mut bias = g.tensor("blk.0.attn_norm.weight").clone();
+            bias.name = "blk.0.attn_q.bias".to_owned();
+            g.tensors.push(bias);
+        }),
         ("rope scaling (tensor rope_freqs.weight) is not supported", |g| {
             let mut factors = g.tensor("blk.0.attn_norm.weight").clone();
             factors.name = "rope_freqs.weight".to_owned();

@@ -4,7 +4,8 @@ use kvasir_model::{Attention, Logits, Model, PageId, PagePool, StepSequence};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
-    made_up::{pages, pool_for, small_model},
+    gemma,
+    made_up::{Gguf, load, pages, pool_for, small_model},
     smollm,
 };
 
@@ -77,8 +78,17 @@ fn random_tokens(model: &Model, len: usize, rng: &mut StdRng) -> Vec<u32> {
 
 #[test]
 fn chunks_batches_and_threads_do_not_change_a_bit() {
+    no_bit_changes(&Gguf::small());
+}
+
+#[test]
+fn nor_do_they_where_layers_see_a_window() {
+    no_bit_changes(&gemma::small());
+}
+
+fn no_bit_changes(gguf: &Gguf) {
     let mut rng = StdRng::seed_from_u64(1);
-    let mut model = small_model(1);
+    let mut model = load(gguf, 1);
     // Over two borders of the runs that attention is summed in.
     let tokens = random_tokens(&model, 1100, &mut rng);
     let own = pages(0, 275);
@@ -87,7 +97,7 @@ fn chunks_batches_and_threads_do_not_change_a_bit() {
     assert!(whole.logits.iter().all(|bits| f32::from_bits(*bits).is_finite()));
 
     for threads in [1, 2, 3] {
-        let mut model = small_model(threads);
+        let mut model = load(gguf, threads);
         for round in 0..4 {
             let mut pool = pool_for(&model, 600);
             let most = [1100, 300, 40, 7][round];

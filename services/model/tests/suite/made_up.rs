@@ -15,6 +15,7 @@ pub(crate) enum Value {
     Text(String),
     Texts(Vec<String>),
     I32s(Vec<i32>),
+    F32s(Vec<f32>),
 }
 
 /// GGUF's number of a tensor type.
@@ -147,6 +148,10 @@ impl Gguf {
                     array(&mut out, 5, v.len());
                     v.iter().for_each(|v| out.extend(v.to_le_bytes()));
                 }
+                Value::F32s(v) => {
+                    array(&mut out, 6, v.len());
+                    v.iter().for_each(|v| out.extend(v.to_le_bytes()));
+                }
             }
         }
         let mut offset = 0_u64;
@@ -256,7 +261,7 @@ fn vocabulary() -> Vec<String> {
 }
 
 impl Tensor {
-    fn random(name: &str, dims: &[u64], kind: Kind, rng: &mut StdRng) -> Self {
+    pub(crate) fn random(name: &str, dims: &[u64], kind: Kind, rng: &mut StdRng) -> Self {
         let elements: u64 = dims.iter().product();
         let blocks = elements as usize / 32;
         let half = |value: f32| f16::from_f32(value).to_le_bytes();

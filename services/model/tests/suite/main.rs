@@ -9,6 +9,8 @@
 mod attention;
 mod capture;
 mod files;
+mod gemma;
+mod gemma_file;
 mod golden;
 mod invariance;
 mod made_up;

@@ -41,6 +41,8 @@ pub(super) struct IndexSums {
     pub(super) build_seconds: Vec<f64>,
     pub(super) bytes: usize,
     pub(super) keys: usize,
+    /// Whether its searches say what they cost.
+    pub(super) counts: bool,
     pub(super) efforts: Vec<EffortSums>,
     pub(super) mass: MassTally,
 }
@@ -66,6 +68,7 @@ impl Group {
             build_seconds: Vec::new(),
             bytes: 0,
             keys: 0,
+            counts: true,
             efforts: efforts(args).into_iter().map(EffortSums::new).collect(),
             mass: MassTally::new(args.mass, &mass_efforts()),
         };
@@ -126,6 +129,7 @@ impl Group {
             sums.build_seconds.push(subject.build_seconds);
             sums.bytes += subject.bytes();
             sums.keys += subject.keys();
+            sums.counts = subject.counts();
             sums.add(&subject, &exact)?;
             say(format_args!(
                 "{}: built in {:.1} s and measured",

@@ -119,7 +119,8 @@ struct IndexFigures {
     /// Per token and KV head, beside keys and values.
     bytes_per_token: f64,
     curve: Vec<Point>,
-    for_mass: ForMass,
+    /// Nothing where the index does not count.
+    for_mass: Option<ForMass>,
 }
 
 /// One effort.
@@ -128,9 +129,10 @@ struct Point {
     effort: f32,
     recall_10: f64,
     recall_100: f64,
-    keys_share: f64,
-    bytes_share: f64,
-    bytes_per_search: f64,
+    /// These three are nothing where the index does not count.
+    keys_share: Option<f64>,
+    bytes_share: Option<f64>,
+    bytes_per_search: Option<f64>,
     mass: Spread,
     error: Spread,
     /// With the index's own estimate of the rest; not in the bytes.
@@ -212,11 +214,11 @@ impl Report {
             for index in &group.indexes {
                 for at in &index.curve {
                     say(format_args!(
-                        "{:<7} {:>7} {:>5.1}% {:>6.1}%      {:.3} {:.3}  {:.3}  {:.3} {:.3} {:>10.0}",
+                        "{:<7} {:>7} {:>6} {:>7}      {:.3} {:.3}  {:.3}  {:.3} {:.3} {:>10.0}",
                         index.name,
                         at.effort,
-                        100.0 * at.keys_share,
-                        100.0 * at.bytes_share,
+                        percent(at.keys_share),
+                        percent(at.bytes_share),
                         at.recall_10,
                         at.recall_100,
                         at.mass.mean,
@@ -226,15 +228,19 @@ impl Report {
                     ));
                 }
                 say(format_args!(
-                    "{:<7} {:.2} of the mass: {:.0} bytes ({:.1} %) on average, reached {:.2}; built in {:.1} s, {:.1} bytes per token",
-                    index.name,
-                    index.for_mass.mass,
-                    index.for_mass.bytes.mean,
-                    100.0 * index.for_mass.bytes_share.mean,
-                    index.for_mass.reached,
-                    index.build_seconds,
-                    index.bytes_per_token
+                    "{:<7} built in {:.1} s, {:.1} bytes per token",
+                    index.name, index.build_seconds, index.bytes_per_token
                 ));
+                if let Some(needed) = &index.for_mass {
+                    say(format_args!(
+                        "{:<7} {:.2} of the mass: {:.0} bytes ({:.1} %) on average, reached {:.2}",
+                        index.name,
+                        needed.mass,
+                        needed.bytes.mean,
+                        100.0 * needed.bytes_share.mean,
+                        needed.reached
+                    ));
+                }
             }
             for at in &group.served {
                 say(format_args!(
@@ -255,6 +261,11 @@ impl Report {
             }
         }
     }
+}
+
+/// A share as a figure of one place; a dash where nothing is known.
+fn percent(share: Option<f64>) -> String {
+    share.map_or_else(|| "-".to_owned(), |share| format!("{:.1}%", 100.0 * share))
 }
 
 impl Described {
@@ -334,29 +345,29 @@ impl IndexFigures {
             name: sums.name.text(),
             build_seconds: sums.build_seconds.iter().sum::<f64>() / sums.build_seconds.len().max(1) as f64,
             bytes_per_token: sums.bytes as f64 / sums.keys.max(1) as f64,
-            curve: sums.efforts.iter().map(Point::of).collect(),
-            for_mass: ForMass {
+            curve: sums.efforts.iter().map(|at| Point::of(at, sums.counts)).collect(),
+            for_mass: sums.counts.then(|| ForMass {
                 mass,
                 reached: figures.reached,
                 bytes: Spread::of(&figures.bytes),
                 bytes_share: Spread::of(&figures.bytes_share),
                 effort: Spread::of(&figures.effort),
-            },
+            }),
         }
     }
 }
 
 impl Point {
-    fn of(sums: &EffortSums) -> Self {
+    fn of(sums: &EffortSums, counts: bool) -> Self {
         let found = sums.plain.judgement();
         let recall = |nth: usize| found.recall.get(nth).map_or(0.0, |(_, recall)| *recall);
         Self {
             effort: sums.effort,
             recall_10: recall(0),
             recall_100: recall(1),
-            keys_share: found.keys_share,
-            bytes_share: found.bytes_share,
-            bytes_per_search: found.bytes_per_search,
+            keys_share: counts.then_some(found.keys_share),
+            bytes_share: counts.then_some(found.bytes_share),
+            bytes_per_search: counts.then_some(found.bytes_per_search),
             mass: Spread::of(&found.mass),
             error: Spread::of(&found.error),
             error_estimated: sums

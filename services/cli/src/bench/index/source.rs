@@ -79,20 +79,7 @@ impl Dump {
                 meta.layers
             );
         }
-        let (bytes, basis_from) = match &args.basis {
-            Some(path) => (
-                std::fs::read(path).with_context(|| format!("cannot read the basis {} (--basis)", path.display()))?,
-                path.display().to_string(),
-            ),
-            None => {
-                let file = open_model_blocking(&configuration.tree().model.path)?;
-                let found = built_in_basis(&file).context(
-                    "no basis comes with the program for the configured model: make one with `kvasir calibrate` and name it \
-                     with --basis",
-                )?;
-                (found.to_vec(), "built in".to_owned())
-            }
-        };
+        let (bytes, basis_from) = basis(args.basis.as_deref(), configuration)?;
         let basis = Basis::decode(&bytes).with_context(|| format!("the basis ({basis_from}) cannot be used"))?;
         let model: String = basis.model.iter().map(|byte| format!("{byte:02x}")).collect();
         ensure!(
@@ -187,6 +174,27 @@ impl MadeUp {
     pub(super) fn head(&self) -> (Recording<'_>, &HeadBasis) {
         (self.made.recording(), &self.basis)
     }
+}
+
+/// The bytes of a basis, and where they are from: the file `named`, the one beside the configured model, or the one that comes
+/// with the program for it.
+fn basis(named: Option<&Path>, configuration: &Configuration) -> Result<(Vec<u8>, String)> {
+    let read = |path: &Path| {
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read the basis {} (--basis)", path.display()));
+        anyhow::Ok((bytes?, path.display().to_string()))
+    };
+    if let Some(path) = named {
+        return read(path);
+    }
+    let file = open_model_blocking(&configuration.tree().model.path)?;
+    let beside = file.basis_path();
+    if beside.exists() {
+        return read(&beside);
+    }
+    let found = built_in_basis(&file).context(
+        "no basis comes with the program for the configured model: make one with `kvasir calibrate`, or name it with --basis",
+    )?;
+    Ok((found.to_vec(), "built in".to_owned()))
 }
 
 /// Writes a recording as a dump of one layer, so that other programs measure on the same arrays.

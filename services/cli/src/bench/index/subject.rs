@@ -59,6 +59,10 @@ impl Subject {
             )?,
             IndexName::Quest => appended(Quest::new(d, origin), prefill.keys)?,
             IndexName::Hnsw => appended(Hnsw::new(d, rows.len(), origin), prefill.keys)?,
+            #[cfg(feature = "faiss")]
+            IndexName::IvfFaiss => Built::Any(Box::new(kvasir_index::FaissIvf::build(rows, None, origin)?)),
+            #[cfg(feature = "faiss")]
+            IndexName::HnswFaiss => appended(kvasir_index::FaissHnsw::new(d, origin)?, prefill.keys)?,
             IndexName::Ivf => Built::Any(Box::new(Ivf::build(rows, None, origin, pool)?)),
             IndexName::Roar | IndexName::RoarSeen => {
                 let params = match name {
@@ -143,6 +147,10 @@ impl KeyIndex for Subject {
         let hits = self.index().search(search);
         self.micros.lock().push(begun.elapsed().as_secs_f64() * 1e6);
         hits
+    }
+
+    fn counts(&self) -> bool {
+        self.index().counts()
     }
 
     fn encode(&self) -> Vec<u8> {

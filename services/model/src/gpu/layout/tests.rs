@@ -9,6 +9,7 @@ const BLOCK: usize = 16;
 
 fn shape() -> ModelShape {
     ModelShape {
+        architecture: crate::Architecture::Llama,
         layers: 1,
         hidden: 64,
         feed_forward: 64,
