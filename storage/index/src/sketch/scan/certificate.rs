@@ -71,7 +71,8 @@ impl<'a> SketchScan<'a> {
         let by_sketch = self.by_sketch(head, self.table.total[head]);
         let mut missed = self.estimate(head, sampler);
         if let Some(mean) = errors.mean_ratio() {
-            missed.likely = by_sketch + (mean / std::f64::consts::LN_2).min(1e30) as f32;
+            // No more than the sample allows: errors that are not log-normal could say anything.
+            missed.likely = (by_sketch + (mean / std::f64::consts::LN_2).min(1e30) as f32).min(missed.most);
         }
         if let Some(most) = errors.mean_at_most() {
             // Finite: what is more than all else is all.
