@@ -130,7 +130,7 @@ fn slopes_bend_the_tail() {
 fn lifted_answers_are_unbiased() {
     const DRAWS: u64 = 400;
     let case = Case::new(41, 64, 2, 64, 1000);
-    let excluded = Excluded::new(&[100..200]);
+    let excluded = Excluded::new(std::slice::from_ref(&(100..200)));
     let truth = case.flat(&excluded).attend(1.0, None);
     let mut scan = case.scan(&excluded);
     let (mut found, mut weights, mut firsts) = (SketchAttended::default(), [0.0; 2], [[0.0_f64; 2]; 2]);
