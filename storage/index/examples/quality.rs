@@ -9,7 +9,7 @@
 use std::{env, error::Error, fs, io::Write as _, path::Path};
 
 use half::f16;
-use kvasir_index::{Attend, Excluded, FlatScan, HeadBasis, Segment, SketchFormat, SketchScan, encode_block};
+use kvasir_index::{Attend, Column, Excluded, FlatScan, HeadBasis, Segment, SketchFormat, SketchScan};
 use kvasir_simd::{Partial, attend, merge};
 
 const ASKED: usize = 256;
@@ -73,25 +73,20 @@ fn main() -> Result<(), Box<dyn Error>> {
                 .chunks(BLOCK * d)
                 .zip(v[rows].chunks(BLOCK * d))
                 .collect();
-            let mut sketches = Vec::new();
-            for (keys, values) in &blocks {
-                let mut bytes = Vec::new();
-                encode_block(format, &basis, keys, values, &mut bytes)?;
-                sketches.push(bytes);
+            let mut column = Column::new(format);
+            let mut room = Vec::new();
+            for (at, (keys, values)) in blocks.iter().enumerate() {
+                column.push_missing(keys.len() / d)?;
+                column.sketch(at, &basis, keys, values, &mut room)?;
             }
             let segments = || {
-                let segment = |(at, (&(keys, values), sketch))| {
-                    (
-                        Segment {
-                            keys,
-                            values,
-                            position: at * BLOCK,
-                        },
-                        sketch,
-                    )
-                };
-                blocks.iter().zip(&sketches).enumerate().map(segment)
+                blocks.iter().enumerate().map(|(at, &(keys, values))| Segment {
+                    keys,
+                    values,
+                    position: at * BLOCK,
+                })
             };
+            let excluded = std::slice::from_ref(&excluded);
             let mut scan = SketchScan::new(format, scale);
             let mut flat = FlatScan::new(d, scale);
             for at in (0..ASKED).step_by(EVERY) {
@@ -108,10 +103,8 @@ fn main() -> Result<(), Box<dyn Error>> {
                     let asked = &asked[h * d..][..d];
                     flat.begin(asked);
                     scan.begin(asked, &basis)?;
-                    for (segment, sketch) in segments() {
-                        flat.scan(segment, &excluded);
-                        scan.scan(segment, sketch, &excluded)?;
-                    }
+                    segments().for_each(|segment| flat.scan(segment, &excluded[0]));
+                    scan.scan_column(&column, segments().map(Some), excluded)?;
                     let (truth, best) = (flat.attend(1.0, None), flat.rows(100));
                     // What the worker attends to by itself: errors are those of the merged output.
                     let all = head * tokens * d;
@@ -172,9 +165,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     if let Some(spec) = &spec {
                         let predicted = rows(spec, ASKED, at);
                         scan.begin(&predicted[h * d..][..d], &basis)?;
-                        for (segment, sketch) in segments() {
-                            scan.scan(segment, sketch, &excluded)?;
-                        }
+                        scan.scan_column(&column, segments().map(Some), excluded)?;
                         for (recall, share) in sums.speculated.iter_mut().zip([0.05, 0.1]) {
                             *recall += hit(&scan.candidates((searched * share) as usize));
                         }
@@ -182,9 +173,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     sums.heads += 1.0;
                 }
                 scan.begin(&asked, &basis)?;
-                for (segment, sketch) in segments() {
-                    scan.scan(segment, sketch, &excluded)?;
-                }
+                scan.scan_column(&column, segments().map(Some), excluded)?;
                 let found = scan.attend(Attend {
                     target_mass: 0.95,
                     certificate: false,

@@ -1,20 +1,27 @@
 //! Microseconds of a sketch scan and of attention through it, of one KV head of 131,072 keys, one thread, beside a copy of the
-//! sketch's bytes.
+//! sketch's bytes; then of a whole token of a model with 256 KV heads, on all threads.
 //!
-//! `cargo run --release -p kvasir-index --example sketch -- [rounds [sequences]]`
+//! `cargo run --release -p kvasir-index --example sketch -- [rounds [sequences [keys [threads]]]]`
 //!
 //! Noise along 32 directions of falling spread; queries near a few keys. Kinds alternate and each figure is the median. "From
-//! memory" goes through contexts of which none is left in a cache.
+//! memory" goes through contexts of which none is left in a cache. With any number of keys as many are attended to as 1 % of
+//! 131,072, and twice as many scored.
 
-use std::{hint::black_box, io::Write as _, time::Instant};
+use std::{
+    hint::black_box,
+    io::Write as _,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Instant,
+};
 
 use half::f16;
-use kvasir_index::{
-    Attend, Column, Excluded, HeadBasis, Segment, SketchAttended, SketchFormat, SketchScan, encode_block,
-};
+use kvasir_index::{Attend, Column, Excluded, HeadBasis, Segment, SketchAttended, SketchFormat, SketchScan};
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 
-const KEYS: usize = 131_072;
+/// Keys that a head attends to; scored are twice as many.
+const ATTENDED: usize = 1310;
+/// KV heads of all layers of a model.
+const MODEL_HEADS: usize = 256;
 const D: usize = 128;
 const BLOCK: usize = 64;
 
@@ -61,6 +68,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
     let rounds = args.next().unwrap_or(Ok(31))?;
     let sequences = args.next().unwrap_or(Ok(16))?.max(1);
+    let count = args.next().unwrap_or(Ok(131_072))?.next_multiple_of(BLOCK);
+    let threads = match args.next() {
+        Some(threads) => threads?.max(1),
+        None => std::thread::available_parallelism()?.get(),
+    };
     let mut rng = SmallRng::seed_from_u64(1);
     let mut noise = |count: usize| -> Vec<f32> {
         (0..count)
@@ -68,12 +80,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .collect()
     };
     let spread = |i: usize| 4.0 / (1.0 + (i % D) as f32 / 3.0);
-    let keys: Vec<f16> = noise(KEYS * D)
+    let keys: Vec<f16> = noise(count * D)
         .iter()
         .enumerate()
         .map(|(i, x)| f16::from_f32(x * spread(i)))
         .collect();
-    let values: Vec<f16> = noise(KEYS * D).into_iter().map(f16::from_f32).collect();
+    let values: Vec<f16> = noise(count * D).into_iter().map(f16::from_f32).collect();
     let (mut to_keys, mut to_queries) = (vec![0.0; 32 * D], vec![0.0; 32 * D]);
     for i in 0..32 {
         (to_keys[i * D + i], to_queries[i * D + i]) = (1.0 / spread(i), spread(i));
@@ -86,18 +98,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let format = SketchFormat::new(D);
     let each = format.bytes(BLOCK);
-    let mut sketches = Vec::with_capacity(KEYS / BLOCK * each);
-    let start = Instant::now();
-    for (keys, values) in keys.chunks(BLOCK * D).zip(values.chunks(BLOCK * D)) {
-        encode_block(format, &basis, keys, values, &mut sketches)?;
-    }
-    let encode = start.elapsed().as_secs_f64() * 1e6 / (KEYS / BLOCK) as f64;
+    let mut sketches = Vec::with_capacity(count / BLOCK * each);
     let mut column = Column::new(format);
-    for sketch in sketches.chunks(each) {
-        column.push(sketch)?;
+    let mut room = Vec::new();
+    let start = Instant::now();
+    for (at, (keys, values)) in keys.chunks(BLOCK * D).zip(values.chunks(BLOCK * D)).enumerate() {
+        column.push_missing(BLOCK)?;
+        column.sketch(at, &basis, keys, values, &mut room)?;
+        sketches.extend_from_slice(&room);
     }
+    let encode = start.elapsed().as_secs_f64() * 1e6 / (count / BLOCK) as f64;
     // Equal contexts in memory of their own: each is cold when its turn comes, as one of many KV heads is.
-    let contexts: Vec<Context> = (0..sequences.max(8))
+    let contexts: Vec<Context> = (0..sequences.max(2_000_000 / count).clamp(2, 16))
         .map(|_| Context {
             keys: keys.clone(),
             values: values.clone(),
@@ -107,17 +119,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "sketching a block of 64 keys, d {D}: {encode:.1} us; {each} bytes; {KEYS} keys, {:.2} MB as scanned",
+        "sketching a block of 64 keys, d {D}: {encode:.1} us; {each} bytes; {count} keys, {:.2} MB as scanned",
         column.bytes() as f64 * 1e-6
     )?;
     let q: Vec<f32> = (0..4 * sequences * D)
-        .map(|i| 0.15 * keys[(i / D * 7919 + 5) % KEYS * D + i % D].to_f32())
+        .map(|i| 0.15 * keys[(i / D * 7919 + 5) % count * D + i % D].to_f32())
         .collect();
     let one = &q[..4 * D];
     let how = Attend {
         target_mass: 0.95,
-        k_max: Some(KEYS / 100),
-        effort: 0.02,
+        k_max: Some(ATTENDED),
+        effort: 2.0 * ATTENDED as f32 / count as f32,
         certificate: false,
         ..Attend::default()
     };
@@ -137,7 +149,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         note(0, start.elapsed().as_secs_f64() * 1e6);
         let warm = (&contexts[0], &basis);
         let candidates = |scan: &mut SketchScan<'_>| {
-            black_box(scan.candidates(KEYS / 50));
+            black_box(scan.candidates(2 * ATTENDED));
         };
         note(1, timed(&mut scan, warm, one, candidates)?);
         note(
@@ -153,7 +165,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut note = |at: usize, time: f64| times[at].push(time);
         let cold = |at: usize| (&contexts[(2 * round + at) % contexts.len()], &basis);
         let candidates = |scan: &mut SketchScan<'_>| {
-            black_box(scan.candidates(KEYS / 50));
+            black_box(scan.candidates(2 * ATTENDED));
         };
         note(4, timed(&mut scan, cold(0), one, candidates)?);
         note(
@@ -188,5 +200,37 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "{sequences} sequences over one context {shared:.0} us, over one each {alone:.0} us: {:.2} times the tokens",
         alone / shared
     )?;
+    let mut walls: Vec<f64> = (0..rounds.min(5))
+        .map(|_| token(&contexts, &basis, one, how, threads))
+        .collect();
+    writeln!(
+        out,
+        "a token of {MODEL_HEADS} KV heads on {threads} threads, from memory: {:.1} ms",
+        median(&mut walls)
+    )?;
     Ok(())
+}
+
+/// Milliseconds until all heads of a model have attended, each to the next of the contexts.
+fn token(contexts: &[Context], basis: &HeadBasis, q: &[f32], how: Attend, threads: usize) -> f64 {
+    let next = AtomicUsize::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let mut scan = SketchScan::new(SketchFormat::new(D), 1.0 / (D as f32).sqrt());
+                let mut found = SketchAttended::default();
+                loop {
+                    let head = next.fetch_add(1, Ordering::Relaxed);
+                    if head >= MODEL_HEADS {
+                        break;
+                    }
+                    let context = (&contexts[head % contexts.len()], basis);
+                    timed(&mut scan, context, q, |scan| scan.attend_into(how, &mut found))
+                        .expect("a context of its own");
+                }
+            });
+        }
+    });
+    start.elapsed().as_secs_f64() * 1e3
 }

@@ -1,5 +1,6 @@
 //! The scan with 512-bit registers and VNNI: a run of 64 keys at a time, sixteen a register, four digits of a key a lane, products
-//! summed by `vpdpbusd`; then 32 keys a register in 16 bits. Nothing branches on what is found.
+//! summed by `vpdpbusd`; then 32 keys a register in 16 bits. Nothing branches on what is found, unless
+//! that is little.
 //!
 //! Registers of 32 levels hold their fours of keys in the order 0 4 1 5 2 6 3 7, so that unpacking them with their indices gives
 //! 32-bit lanes in the order of the keys.
@@ -17,15 +18,18 @@ use super::{
 pub(super) unsafe fn scan(call: Call<'_>, out: &mut Found<'_>) {
     // SAFETY: this function's own contract, for as many heads and lines as are named.
     unsafe {
-        match (call.heads.len(), call.lines) {
-            (4, 4) => heads::<4, 4>(call, out),
-            (3, 4) => heads::<3, 4>(call, out),
-            (2, 4) => heads::<2, 4>(call, out),
-            (1, 4) => heads::<1, 4>(call, out),
-            (4, 8) => heads::<4, 8>(call, out),
-            (3, 8) => heads::<3, 8>(call, out),
-            (2, 8) => heads::<2, 8>(call, out),
-            _ => heads::<1, 8>(call, out),
+        match (call.heads.len(), call.lines, out.few) {
+            (4, 4, false) => heads::<4, 4, false>(call, out),
+            (4, 4, true) => heads::<4, 4, true>(call, out),
+            (3, 4, false) => heads::<3, 4, false>(call, out),
+            (3, 4, true) => heads::<3, 4, true>(call, out),
+            (2, 4, false) => heads::<2, 4, false>(call, out),
+            (2, 4, true) => heads::<2, 4, true>(call, out),
+            (1, 4, _) => heads::<1, 4, false>(call, out),
+            (4, 8, _) => heads::<4, 8, false>(call, out),
+            (3, 8, _) => heads::<3, 8, false>(call, out),
+            (2, 8, _) => heads::<2, 8, false>(call, out),
+            _ => heads::<1, 8, false>(call, out),
         }
     }
 }
@@ -42,10 +46,10 @@ struct Pair {
 }
 
 /// # Safety
-/// As [`scan`], with `H` heads and `LINES` lines.
+/// As [`scan`], with `H` heads and `LINES` lines. With `FEW` it branches on whether any of 32 keys reaches the floor.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt")]
-unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Found<'_>) {
+unsafe fn heads<const H: usize, const LINES: usize, const FEW: bool>(call: Call<'_>, out: &mut Found<'_>) {
     let groups = call.keys.masks.len();
     let runs = groups / RUN_GROUPS;
     let nibble = _mm512_set1_epi8(15);
@@ -144,6 +148,11 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
                 if !all {
                     level = _mm512_maskz_mov_epi16(spread_bits(words[pair]), level);
                 }
+                let below = _mm512_cmplt_epu16_mask(level, _mm512_set1_epi16(floors[head] as i16));
+                total = _mm512_add_ps(total, weigh(_mm512_maskz_mov_epi16(below, level)));
+                if FEW && below == u32::MAX {
+                    continue;
+                }
                 let base = (call.first + (first + pair * 2) * GROUP) as u16;
                 let own = _mm512_add_epi16(indices, _mm512_set1_epi16(base as i16));
                 let floor = _mm512_set1_epi32((u32::from(floors[head]) << 16) as i32);
@@ -156,8 +165,6 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
                     }
                     counts[head] += reached.count_ones() as usize;
                 }
-                let below = _mm512_cmplt_epu16_mask(level, _mm512_set1_epi16(floors[head] as i16));
-                total = _mm512_add_ps(total, weigh(_mm512_maskz_mov_epi16(below, level)));
             }
             out.sums[head * out.sums_stride + run] = sum_of(total);
         }

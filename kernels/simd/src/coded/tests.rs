@@ -11,7 +11,7 @@ struct Run {
 }
 
 /// All that can be asked, from key `first` on.
-fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floors: &[Level]) -> Run {
+fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floors: &[Level], few: bool) -> Run {
     let (heads, groups) = (queries.len(), keys.masks.len());
     let (stride, sums_stride) = (room_for(groups) + 3, groups.div_ceil(RUN_GROUPS) + 1);
     let mut levels = vec![0; heads * (groups * GROUP + 5)];
@@ -25,6 +25,7 @@ fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floo
         counts: &mut counts,
         sums: &mut sums,
         sums_stride,
+        few,
     };
     coded_scan_on(isa, queries, 0..heads, keys, first, &mut found);
     assert!(
@@ -81,9 +82,11 @@ proptest! {
         let floors: Vec<Level> = (0..heads).map(|head| Level::at_least(floor + head as f32)).collect();
         let lines = lines(&codes);
         let keys = CodedKeys { codes: &lines, steps: &steps, masks: &mask };
-        let truth = run(Isa::Scalar, &queries, keys, first, &floors);
+        let truth = run(Isa::Scalar, &queries, keys, first, &floors, false);
         for isa in Isa::available() {
-            prop_assert_eq!(&run(isa, &queries, keys, first, &floors), &truth, "{:?}", isa);
+            for few in [false, true] {
+                prop_assert_eq!(&run(isa, &queries, keys, first, &floors, few), &truth, "{:?} {}", isa, few);
+            }
         }
         for (head, weights) in weights.chunks(nibbles).enumerate() {
             let mut sums = vec![0.0_f64; groups.div_ceil(RUN_GROUPS)];
@@ -143,10 +146,10 @@ fn steep_queries_keep_their_order() {
             steps: &[1.0],
             masks: &[u16::MAX],
         };
-        let truth = run(Isa::Scalar, &queries, keys, 0, &[Level::HIGHEST]);
+        let truth = run(Isa::Scalar, &queries, keys, 0, &[Level::HIGHEST], true);
         for isa in Isa::available() {
             assert_eq!(
-                run(isa, &queries, keys, 0, &[Level::HIGHEST]),
+                run(isa, &queries, keys, 0, &[Level::HIGHEST], true),
                 truth,
                 "{isa:?} {per_digit}"
             );
@@ -198,11 +201,11 @@ fn extreme_weights_do_not_overflow() {
                     masks: &[u16::MAX; 4],
                 };
                 let floors = [Level(u16::MAX)];
-                let truth = run(Isa::Scalar, &queries, keys, 0, &floors);
+                let truth = run(Isa::Scalar, &queries, keys, 0, &floors, false);
                 assert!(f32::from_bits(truth.sums[0]).is_finite());
                 for isa in Isa::available() {
                     assert_eq!(
-                        run(isa, &queries, keys, 0, &floors),
+                        run(isa, &queries, keys, 0, &floors, false),
                         truth,
                         "{isa:?} {high} {low} {code}"
                     );

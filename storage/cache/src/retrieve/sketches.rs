@@ -2,7 +2,7 @@
 
 use half::f16;
 use kvasir_block::LayerBlockLayout;
-use kvasir_index::{Attend, Attended, Basis, Column, SketchFormat, SketchScan, encode_block};
+use kvasir_index::{Attend, Attended, Basis, Column, SketchFormat, SketchScan};
 
 use super::{AttendOptions, Certificate};
 
@@ -52,7 +52,8 @@ impl LayerSketches {
     /// Bytes that the sketches of `blocks` blocks take at most.
     pub(super) fn bytes_for(blocks: usize, layout: &LayerBlockLayout) -> u64 {
         let one = Self::bytes_of(layout);
-        blocks as u64 * one
+        let columns = SketchFormat::new(layout.head_dim).column_bytes() * layout.kv_heads;
+        blocks as u64 * one + if blocks > 0 { columns as u64 } else { 0 }
     }
 
     fn bytes_of(layout: &LayerBlockLayout) -> u64 {
@@ -81,14 +82,11 @@ impl LayerSketches {
         layer: u16,
         room: &mut Vec<u8>,
     ) -> bool {
-        let format = SketchFormat::new(layout.head_dim);
         for (kv_head, column) in self.columns.iter_mut().enumerate() {
             let Some(column) = column else { continue };
             let (keys, values) = (&halves[layout.keys(kv_head)], &halves[layout.values(kv_head)]);
-            room.clear();
             let head = basis.head(layer.into(), kv_head);
-            let sketched = encode_block(format, head, keys, values, room);
-            if sketched.and_then(|()| column.set(at, room)).is_err() {
+            if column.sketch(at, head, keys, values, room).is_err() {
                 return false;
             }
         }

@@ -6,8 +6,11 @@
 use half::f16;
 use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS};
 
-use super::format::{RUN, SketchFormat, View, invalid};
-use crate::{Excluded, IndexError};
+use super::{
+    format::{RUN, SketchFormat, View, encode_block_and, invalid},
+    slopes::Slopes,
+};
+use crate::{Excluded, HeadBasis, IndexError};
 
 /// Sketches of consecutive blocks of one KV head. All blocks but the last have the same number of keys.
 #[derive(Clone, Debug)]
@@ -26,6 +29,8 @@ pub struct Column {
     means: Vec<f16>,
     /// Keys per run.
     run_keys: Vec<f32>,
+    /// Of the blocks that were sketched here.
+    slopes: Slopes,
 }
 
 impl Column {
@@ -42,6 +47,7 @@ impl Column {
             step_max: 0.0,
             means: Vec::new(),
             run_keys: Vec::new(),
+            slopes: Slopes::default(),
         }
     }
 
@@ -53,6 +59,7 @@ impl Column {
         self.masks.clear();
         self.means.clear();
         self.run_keys.clear();
+        self.slopes.clear();
     }
 
     /// Appends a block by its sketch.
@@ -66,26 +73,41 @@ impl Column {
         self.set(self.blocks - 1, sketch)
     }
 
+    /// Sketches block `at`, which was pushed as missing, from its `keys[n, head_dim]` and `values` into `room`, and takes the sketch
+    /// as [`Column::set`] does. The column learns besides how values go with keys, which makes the estimate of what an answer does
+    /// not attend to much better; a sketch alone does not say it.
+    ///
+    /// # Errors
+    /// As [`crate::encode_block`] and [`Column::set`].
+    pub fn sketch(
+        &mut self,
+        at: usize,
+        basis: &HeadBasis,
+        keys: &[f16],
+        values: &[f16],
+        room: &mut Vec<u8>,
+    ) -> Result<(), IndexError> {
+        let format = self.format;
+        self.check(at, keys.len() / format.head_dim)?;
+        room.clear();
+        let mut learnt = std::mem::take(&mut self.slopes);
+        let encoded = encode_block_and(format, basis, keys, values, room, |z| {
+            if format.values {
+                learnt.learn(z, format.directions(), values, format.head_dim);
+            }
+        });
+        self.slopes = learnt;
+        encoded?;
+        self.set(at, room)
+    }
+
     /// Gives block `at`, which was pushed as missing, its sketch. Once per block: blocks that share a run share its mean.
     ///
     /// # Errors
     /// [`IndexError::Unusable`] if `sketch` is not one of this format, [`IndexError::Invalid`] if it is not one of that block.
     pub fn set(&mut self, at: usize, sketch: &[u8]) -> Result<(), IndexError> {
         let view = View::new(self.format, sketch)?;
-        let expected = if at + 1 < self.blocks {
-            self.block_keys
-        } else {
-            self.last_keys()
-        };
-        if at >= self.blocks || view.keys != expected {
-            return Err(invalid(
-                "block",
-                format!(
-                    "{} keys for block {at} of {}, which has {expected}",
-                    view.keys, self.blocks
-                ),
-            ));
-        }
+        self.check(at, view.keys)?;
         let first = at * self.block_groups();
         let groups = view.keys.div_ceil(GROUP);
         let lines = self.lines();
@@ -116,6 +138,22 @@ impl Column {
                     }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Whether block `at` is one of `keys`.
+    fn check(&self, at: usize, keys: usize) -> Result<(), IndexError> {
+        let expected = if at + 1 < self.blocks {
+            self.block_keys
+        } else {
+            self.last_keys()
+        };
+        if at >= self.blocks || keys != expected {
+            return Err(invalid(
+                "block",
+                format!("{keys} keys for block {at} of {}, which has {expected}", self.blocks),
+            ));
         }
         Ok(())
     }
@@ -177,6 +215,11 @@ impl Column {
             + self.masks.len() * 2
             + self.means.len() * 2
             + self.run_keys.len() * 4
+            + self.slopes.bytes()
+    }
+
+    pub(super) fn slopes(&self) -> &Slopes {
+        &self.slopes
     }
 
     /// Bytes of all codes.

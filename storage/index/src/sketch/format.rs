@@ -5,8 +5,11 @@ use kvasir_simd::{GROUP, SLOTS, cast_f16, project, weigh_rows};
 
 use crate::{HeadBasis, IndexError};
 
-/// Directions kept of a key.
+/// Directions that a basis has at least.
 pub(super) const RANK: usize = 32;
+/// Leading directions whose coordinates spread too far for one digit: keys that everyone attends to lie far out on them, and a
+/// digit that stops at 2.5 deviations takes them for common ones. They have steps twice as wide and a second digit.
+pub(super) const LEADING: usize = 2;
 /// Keys per mean of values.
 pub(super) const RUN: usize = 64;
 /// Keys of a block at most.
@@ -14,7 +17,7 @@ const KEYS_MAX: usize = 256;
 /// Keys of a block mostly.
 const BLOCK_USUAL: usize = 64;
 const HEADER: usize = 8;
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Step of a uniform quantiser of 16 levels for a normal variable of unit variance.
 const STEP: f32 = 0.335;
 
@@ -55,6 +58,26 @@ impl SketchFormat {
         }
     }
 
+    /// Directions kept of a key.
+    pub(super) fn directions(self) -> usize {
+        match self.width {
+            Width::Four => RANK - LEADING,
+            Width::Eight => RANK,
+        }
+    }
+
+    /// What the digits of a key are multiplied with for `along`, a query's weights per direction: upper digits, then lower ones,
+    /// of whichever directions have them.
+    pub(super) fn weigh_digits(self, along: &[f32], digits: &mut Vec<f32>) {
+        let wide = |direction: usize| if direction < LEADING { 2.0 } else { 1.0 };
+        let upper = along.iter().enumerate().map(|(at, weight)| weight * wide(at));
+        digits.clear();
+        digits.extend(upper);
+        for at in 0..self.nibbles() - self.directions() {
+            digits.push(digits[at] / 16.0);
+        }
+    }
+
     /// Bytes of the sketch of a block of `keys` keys.
     pub fn bytes(self, keys: usize) -> usize {
         self.means_at(keys)
@@ -63,6 +86,15 @@ impl SketchFormat {
             } else {
                 0
             }
+    }
+
+    /// Bytes of a column of such sketches, besides those of its blocks' sketches and 8 per sixteen keys, at most.
+    pub fn column_bytes(self) -> usize {
+        if self.values {
+            self.directions() * self.head_dim * 4
+        } else {
+            0
+        }
     }
 
     fn codes_at(keys: usize) -> usize {
@@ -104,6 +136,18 @@ pub fn encode_block(
     values: &[f16],
     out: &mut Vec<u8>,
 ) -> Result<(), IndexError> {
+    encode_block_and(format, basis, keys, values, out, |_| ())
+}
+
+/// As [`encode_block`]; `also` is shown the coordinates of the keys, per group `[direction][key]`.
+pub(super) fn encode_block_and(
+    format: SketchFormat,
+    basis: &HeadBasis,
+    keys: &[f16],
+    values: &[f16],
+    out: &mut Vec<u8>,
+    also: impl FnOnce(&[[f32; GROUP]]),
+) -> Result<(), IndexError> {
     let d = format.head_dim;
     format.check(basis)?;
     let n = keys.len() / d;
@@ -125,17 +169,16 @@ pub fn encode_block(
     let start = out.len();
     out.resize(start + format.bytes(n), 0);
     let block = &mut out[start..];
+    let rows = n.div_ceil(GROUP) * format.directions();
     // Most blocks are short: room for the longest is only made for long ones.
     if n <= BLOCK_USUAL {
-        encode(
-            format,
-            basis,
-            keys,
-            &mut [[0.0; GROUP]; BLOCK_USUAL / GROUP * RANK],
-            block,
-        );
+        let z = &mut [[0.0; GROUP]; BLOCK_USUAL / GROUP * RANK][..rows];
+        encode(format, basis, keys, z, block);
+        also(z);
     } else {
-        encode(format, basis, keys, &mut [[0.0; GROUP]; KEYS_MAX / GROUP * RANK], block);
+        let z = &mut [[0.0; GROUP]; KEYS_MAX / GROUP * RANK][..rows];
+        encode(format, basis, keys, z, block);
+        also(z);
     }
     if format.values {
         mean_values(values, d, &mut block[format.means_at(n)..]);
@@ -143,15 +186,15 @@ pub fn encode_block(
     Ok(())
 }
 
-/// Header, mask and codes of a block; `z` has room for the coordinates of its groups.
+/// Header, mask and codes of a block, and the coordinates `z` of its groups.
 fn encode(format: SketchFormat, basis: &HeadBasis, keys: &[f16], z: &mut [[f32; GROUP]], block: &mut [u8]) {
-    let d = format.head_dim;
+    let (d, directions) = (format.head_dim, format.directions());
     let n = keys.len() / d;
-    let z = &mut z[..n.div_ceil(GROUP) * RANK];
     let mut mask = [0_u16; KEYS_MAX / GROUP];
     let (mut square, mut count) = (0.0_f32, 0_usize);
-    for ((keys, z), mask) in keys.chunks(GROUP * d).zip(z.chunks_exact_mut(RANK)).zip(&mut mask) {
-        project(&basis.keys[..RANK * d], &basis.mean, keys, z);
+    let groups = keys.chunks(GROUP * d).zip(z.chunks_exact_mut(directions));
+    for ((keys, z), mask) in groups.zip(&mut mask) {
+        project(&basis.keys[..directions * d], &basis.mean, keys, z);
         let mut sums = [0.0_f32; GROUP];
         for row in &*z {
             for (sum, z) in sums.iter_mut().zip(row) {
@@ -162,7 +205,7 @@ fn encode(format: SketchFormat, basis: &HeadBasis, keys: &[f16], z: &mut [[f32; 
             if sum.is_finite() {
                 *mask |= 1 << key;
                 square += sum;
-                count += RANK;
+                count += directions;
             }
         }
     }
@@ -177,26 +220,28 @@ fn encode(format: SketchFormat, basis: &HeadBasis, keys: &[f16], z: &mut [[f32; 
     let codes = &mut block[SketchFormat::codes_at(n)..format.means_at(n)];
     let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
     for (z, codes) in z
-        .chunks_exact(RANK)
+        .chunks_exact(directions)
         .zip(codes.chunks_exact_mut(GROUP * format.nibbles() / 2))
     {
-        quantise(format.width, z, inverse, codes);
+        quantise(format, z, inverse, codes);
     }
 }
 
 /// Digits of a group of sixteen keys from their coordinates `z[direction][key]`.
-fn quantise(width: Width, z: &[[f32; GROUP]], inverse: f32, codes: &mut [u8]) {
+fn quantise(format: SketchFormat, z: &[[f32; GROUP]], inverse: f32, codes: &mut [u8]) {
     let mut digits = [[0_u8; GROUP]; 2 * RANK];
+    let directions = format.directions();
+    let two = format.nibbles() - directions;
     for (direction, row) in z.iter().enumerate() {
+        let inverse = if direction < LEADING { 0.5 * inverse } else { inverse };
         for (key, &z) in row.iter().enumerate() {
             // A cast of a float saturates, and takes NaN to 0.
-            match width {
-                Width::Four => digits[direction][key] = (z * inverse + 8.0).clamp(0.0, 15.0) as u8,
-                Width::Eight => {
-                    let code = (z * inverse * 16.0 + 128.0).clamp(0.0, 255.0) as u8;
-                    digits[direction][key] = code >> 4;
-                    digits[RANK + direction][key] = code & 15;
-                }
+            if direction < two {
+                let code = (z * inverse * 16.0 + 128.0).clamp(0.0, 255.0) as u8;
+                digits[direction][key] = code >> 4;
+                digits[directions + direction][key] = code & 15;
+            } else {
+                digits[direction][key] = (z * inverse + 8.0).clamp(0.0, 15.0) as u8;
             }
         }
     }
@@ -226,7 +271,7 @@ fn mean_values(values: &[f16], d: usize, means: &mut [u8]) {
 }
 
 /// Whether all are; looks at all, since nearly always they are.
-fn finite(row: &[f16]) -> bool {
+pub(super) fn finite(row: &[f16]) -> bool {
     const EXPONENT: u16 = 0x7c00;
     row.iter().fold(0, |worst, x| (x.to_bits() & EXPONENT).max(worst)) < EXPONENT
 }

@@ -17,7 +17,7 @@ use crate::{
 /// Keys of a block.
 const BLOCK: usize = 64;
 /// Of the payload.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Sketches of the keys of one KV head.
 #[derive(Clone, Debug, PartialEq)]

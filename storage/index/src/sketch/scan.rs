@@ -10,6 +10,7 @@
 mod attend;
 mod certificate;
 mod choose;
+mod lift;
 mod parked;
 mod rescore;
 
@@ -59,6 +60,7 @@ pub struct SketchScan<'a> {
     picked: Vec<u32>,
     tail: attend::Tail,
     sampler: certificate::Sampler<'a>,
+    lift: lift::Lift,
 }
 
 impl<'a> SketchScan<'a> {

@@ -5,8 +5,8 @@ use std::time::Instant;
 use anyhow::Result;
 use half::f16;
 use kvasir_index::{
-    Attend, Flat, HeadBasis, Hits, Hnsw, IndexError, Ivf, KeyIndex, KeyRows, Origin, Quest, Roar, RoarParams, Samples,
-    Search, Segment, Sketch, SketchAttended, SketchFormat, SketchScan, Wave, WaveParams, Width, encode_block,
+    Attend, Column, Flat, HeadBasis, Hits, Hnsw, IndexError, Ivf, KeyIndex, KeyRows, Origin, Quest, Roar, RoarParams,
+    Samples, Search, Segment, Sketch, SketchAttended, SketchFormat, SketchScan, Wave, WaveParams, Width,
 };
 use kvasir_simd::Pool;
 use parking_lot::Mutex;
@@ -172,56 +172,56 @@ fn segment_keys(keys: usize) -> usize {
 /// What a store does: attention over sketched blocks, with tail and bound.
 pub(super) struct Served<'a> {
     prefill: &'a Prefill<'a>,
-    format: SketchFormat,
-    sketches: Vec<Vec<u8>>,
+    column: Column,
     micros: Vec<f64>,
 }
 
 impl<'a> Served<'a> {
     pub(super) fn build(prefill: &'a Prefill<'a>) -> Result<Self> {
         let d = prefill.head_dim;
-        let format = SketchFormat::new(d);
+        let mut column = Column::new(SketchFormat::new(d));
+        let mut room = Vec::new();
         let blocks = prefill.keys.chunks(BLOCK * d).zip(prefill.values.chunks(BLOCK * d));
-        let sketches = blocks.map(|(keys, values)| {
-            let mut sketch = Vec::new();
-            encode_block(format, prefill.basis, keys, values, &mut sketch)?;
-            Ok(sketch)
-        });
+        for (at, (keys, values)) in blocks.enumerate() {
+            column.push_missing(keys.len() / d)?;
+            column.sketch(at, prefill.basis, keys, values, &mut room)?;
+        }
         Ok(Self {
             prefill,
-            format,
-            sketches: sketches.collect::<Result<_, IndexError>>()?,
+            column,
             micros: Vec::new(),
         })
     }
 
     /// Bytes of all sketches, means of values included.
     pub(super) fn bytes(&self) -> usize {
-        self.sketches.iter().map(Vec::len).sum()
+        self.column.bytes()
     }
 
     /// A way to answer: one scan, whose buffers are used again.
     pub(super) fn attend(&mut self, how: Attend) -> impl FnMut(&Search<'_>) -> Result<SketchAttended, IndexError> {
         let Self {
             prefill,
-            format,
-            sketches,
+            column,
             micros,
         } = self;
         // Shared from here on, so that the scan may keep them from one question to the next.
-        let (prefill, format, sketches) = (*prefill, *format, &*sketches);
+        let (prefill, column) = (*prefill, &*column);
         let d = prefill.head_dim;
         let mut scan = None;
         move |search| {
-            let scan = scan.get_or_insert_with(|| SketchScan::new(format, search.scale));
+            let scan = scan.get_or_insert_with(|| SketchScan::new(SketchFormat::new(d), search.scale));
             let begun = Instant::now();
             scan.begin(search.q, prefill.basis)?;
             let blocks = prefill.keys.chunks(BLOCK * d).zip(prefill.values.chunks(BLOCK * d));
-            for (at, ((keys, values), sketch)) in blocks.zip(sketches).enumerate() {
-                let position = at * BLOCK;
-                let segment = Segment { keys, values, position };
-                scan.scan(segment, sketch, search.excluded)?;
-            }
+            let segments = blocks.enumerate().map(|(at, (keys, values))| {
+                Some(Segment {
+                    keys,
+                    values,
+                    position: at * BLOCK,
+                })
+            });
+            scan.scan_column(column, segments, std::slice::from_ref(search.excluded))?;
             let found = scan.attend(how);
             micros.push(begun.elapsed().as_secs_f64() * 1e6);
             Ok(found)

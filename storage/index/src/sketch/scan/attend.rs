@@ -1,6 +1,6 @@
 //! Partial attention: chosen keys exactly, the tail by its sketches.
 
-use kvasir_simd::{Scattered, exp2_weights, weigh_dense, weigh_slots};
+use kvasir_simd::{Level, Scattered, exp2_weights, weigh_dense, weigh_slots};
 
 use super::{
     SketchScan,
@@ -67,9 +67,13 @@ pub struct SketchAttended {
     pub escalations: u32,
 }
 
-/// Keys of a run that one chosen one stands for when its others' value is estimated: found on real text, where 0 gives 1.4
-/// times the error.
+/// Keys of a run that one chosen one stands for when its others' value is estimated, where the column knows no slopes: found on
+/// real text, where 0 gives 1.4 times the error.
 const LIKE_CHOSEN: f32 = 8.0;
+/// The same of what slopes leave of the difference: 0, 2 and 8 are within a tenth of it.
+const LIKE_CHOSEN_BESIDE_SLOPES: f32 = 4.0;
+/// By how much more is looked at where the wanted mass was not covered.
+const EFFORT_GROWTH: f32 = 4.0;
 
 /// Buffers of an answer.
 #[derive(Default)]
@@ -83,6 +87,8 @@ pub(super) struct Tail {
     runs: Vec<f32>,
     /// Keys chosen per run, then what each of them stands for.
     taken: Vec<f32>,
+    /// Per head, how far the scores of what is estimated lie above the average key's, over their variance.
+    leans: Vec<f32>,
 }
 
 /// Buffers of walks over rows.
@@ -121,6 +127,18 @@ impl SketchScan<'_> {
         }
     }
 
+    /// As [`SketchScan::attend`], looking further where a head would have needed more keys than its effort let it have, until
+    /// it has them. The number of keys that `how` allows, if it does, is still a limit: then nothing is gained by looking further.
+    pub fn attend_covering(&mut self, how: Attend, out: &mut SketchAttended) {
+        let mut now = how;
+        self.attend_into(now, out);
+        while now.k_max.is_none() && now.effort < 1.0 && out.cut_short {
+            now.effort = (now.effort * EFFORT_GROWTH).min(1.0);
+            self.parked = false;
+            self.attend_into(now, out);
+        }
+    }
+
     /// Finds the candidates that `how` asks for.
     pub(super) fn find_for(&mut self, how: Attend) {
         self.find(&|searched| {
@@ -150,6 +168,7 @@ impl SketchScan<'_> {
         tail.chosen.clear();
         let runs = self.column().map_or(0, Column::runs);
         reset(&mut tail.runs, if means { heads * runs } else { 0 });
+        reset(&mut tail.leans, heads);
         self.union.reset(self.slots());
         for head in 0..heads {
             self.choose(head, how, &mut tail, out);
@@ -165,7 +184,14 @@ impl SketchScan<'_> {
         self.cost.bytes_read += (out.value_rows * d * 2) as u64;
         if means && let Some(column) = self.column() {
             weigh_dense(&tail.runs, column.means(), d, &mut out.o);
-            self.cost.bytes_read += (column.means().len() * 2) as u64;
+            let mut bytes = column.means().len() * 2;
+            if tail.leans.iter().any(|lean| *lean != 0.0) {
+                for (head, (lean, o)) in tail.leans.iter().zip(out.o.chunks_exact_mut(d)).enumerate() {
+                    column.slopes().lean(self.table.along(head), *lean, o);
+                }
+                bytes += column.slopes().bytes();
+            }
+            self.cost.bytes_read += bytes as u64;
         }
         self.tail = tail;
         out.bytes_read = self.cost.bytes_read;
@@ -180,9 +206,7 @@ impl SketchScan<'_> {
         let mut rest = self.leave(head);
         let missed = if (how.certificate || self.predicted) && rest > f32::NEG_INFINITY {
             let missed = self.missed(head);
-            if self.predicted {
-                rest = missed.mean;
-            }
+            rest = if self.predicted { missed.mean } else { missed.likely };
             Some(missed)
         } else {
             None
@@ -245,6 +269,12 @@ impl SketchScan<'_> {
             weights[(slot / RUN_SLOTS) as usize] += weight * factor;
         }
         // Values of keys that a query attends to are alike: the others of a run are thought of as its mean and its chosen ones.
+        let lean = self.table.leans.get(head).filter(|lean| lean.variance > 0.0);
+        let like = if lean.is_some() {
+            LIKE_CHOSEN_BESIDE_SLOPES
+        } else {
+            LIKE_CHOSEN
+        };
         reset(&mut tail.taken, runs);
         let start = tail.chosen.ends.last().copied().unwrap_or(0);
         let chosen = &tail.chosen.slots[start..];
@@ -254,12 +284,25 @@ impl SketchScan<'_> {
         for ((weight, taken), keys) in weights.iter_mut().zip(&mut tail.taken).zip(column.run_keys()) {
             // What no f32 sum would notice is nothing.
             let whole = if *weight < 1e-9 { 0.0 } else { *weight };
-            let each = LIKE_CHOSEN * whole / (keys + LIKE_CHOSEN * *taken).max(1.0);
+            let each = like * whole / (keys + like * *taken).max(1.0);
             *weight = whole - each * *taken;
             *taken = each;
         }
         for (slot, weight) in chosen.iter().zip(&mut tail.chosen.scores[start..]) {
             *weight += tail.taken[(slot / RUN_SLOTS) as usize];
+        }
+        // And they differ from their run's mean by how far their scores do, but for what chosen ones stood for already.
+        if let Some(lean) = lean {
+            let levels = &self.candidates.levels[self.candidates.of(head)];
+            let above = |level: &Level| f64::from(level.above_average() - lean.mean);
+            let scored = levels.iter().zip(&tail.weights);
+            let scored: f64 = scored.map(|(level, weight)| f64::from(*weight) * above(level)).sum();
+            let picked = tail.choice.picked.iter().zip(chosen);
+            let stood_for: f64 = picked
+                .map(|(at, slot)| f64::from(tail.taken[(slot / RUN_SLOTS) as usize]) * above(&levels[*at as usize]))
+                .sum();
+            let sum = lean.left * f64::from(scale) + scored * f64::from(factor) - stood_for;
+            tail.leans[head] = (sum / f64::from(lean.variance)) as f32;
         }
     }
 }
@@ -275,7 +318,7 @@ fn bound(chosen: f32, found: f32, missed: Option<Missed>) -> f32 {
     ((found - chosen).max(0.0) + rest) / (found + rest)
 }
 
-fn reset<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+pub(super) fn reset<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
     buffer.clear();
     buffer.resize(len, T::default());
 }

@@ -29,8 +29,10 @@ const SURE_OF_ERRORS: f64 = 4.0;
 /// Base-2 logarithms of the mass of the keys that were not scored.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Missed {
-    /// Estimated.
+    /// Estimated from the sample alone: right on average however wrong sketches are.
     pub(super) mean: f32,
+    /// By sketch, times what sketches err by in the mean, if their errors are log-normal: surer than the sample where they are.
+    pub(super) likely: f32,
     /// With three standard errors.
     pub(super) most: f32,
 }
@@ -68,6 +70,10 @@ impl<'a> SketchScan<'a> {
         }
         let by_sketch = self.by_sketch(head, self.table.total[head]);
         let mut missed = self.estimate(head, sampler);
+        if let Some(mean) = errors.mean_ratio() {
+            // No more than the sample allows: errors that are not log-normal could say anything.
+            missed.likely = (by_sketch + (mean / std::f64::consts::LN_2).min(1e30) as f32).min(missed.most);
+        }
         if let Some(most) = errors.mean_at_most() {
             // Finite: what is more than all else is all.
             let most = (most / std::f64::consts::LN_2).min(1e30);
@@ -139,7 +145,11 @@ impl<'a> SketchScan<'a> {
             .iter()
             .fold(f32::NEG_INFINITY, |high, score| high.max(finite(*score)));
         if high == f32::NEG_INFINITY {
-            return Missed { mean: high, most: high };
+            return Missed {
+                mean: high,
+                likely: high,
+                most: high,
+            };
         }
         let (mut sum, mut squares) = (0.0_f64, 0.0_f64);
         for ((_, level), score) in sampler.drawn.iter().zip(&sampler.scores) {
@@ -154,8 +164,10 @@ impl<'a> SketchScan<'a> {
         let mean = sum / draws;
         let variance = (squares / draws - mean * mean).max(0.0);
         let most = mean + SURE * (variance / draws).sqrt();
+        let mean = mean.log2() as f32 + high;
         Missed {
-            mean: mean.log2() as f32 + high,
+            mean,
+            likely: mean,
             most: most.log2() as f32 + high,
         }
     }
@@ -229,29 +241,42 @@ impl Errors {
         }
     }
 
-    /// Logarithm of what the mean of the ratio hardly exceeds; none where there are too few.
+    /// Logarithm of the mean of the ratio; none where there are too few.
+    fn mean_ratio(self) -> Option<f64> {
+        (self.count >= 16.0).then_some(self.mean + self.variance / 2.0)
+    }
+
+    /// Logarithm of what the mean of the ratio hardly exceeds.
     fn mean_at_most(self) -> Option<f64> {
-        let Self { count, mean, variance } = self;
+        let Self { count, variance, .. } = self;
         let error = (variance / count + variance * variance / (2.0 * (count - 1.0))).sqrt();
-        (count >= 16.0).then_some(mean + variance / 2.0 + SURE_OF_ERRORS * error)
+        self.mean_ratio().map(|mean| mean + SURE_OF_ERRORS * error)
     }
 }
 
 /// SplitMix64 (Steele, Lea and Flood 2014), seeded from what is asked.
-struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
-    fn new(q: &[f32], keys: usize) -> Self {
+    pub(super) fn new(q: &[f32], keys: usize) -> Self {
         let mix = |seed: u64, q: &f32| (seed ^ u64::from(q.to_bits())).wrapping_mul(0x100_0000_01b3);
         Self(q.iter().fold(keys as u64 ^ 0xcbf2_9ce4_8422_2325, mix))
+    }
+
+    pub(super) fn seed(self) -> u64 {
+        self.0
     }
 
     /// In [0, 1).
     fn next(&mut self) -> f64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ z >> 31) >> 11) as f64 / (1_u64 << 53) as f64
+        (mix(self.0) >> 11) as f64 / (1_u64 << 53) as f64
     }
+}
+
+/// SplitMix64's finisher.
+pub(super) fn mix(mut z: u64) -> u64 {
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
 }
