@@ -1295,7 +1295,8 @@ pub struct OpenContext {
     /// Multiplied into q·k; usually 1/sqrt(head_dim).
     #[prost(float, tag = "4")]
     pub softmax_scale: f32,
-    /// Index that is to serve it: "flat", "sketch", or empty for the best there is.
+    /// Index that is to serve it: "flat", "sketch", "roar", "wave", or empty for the best there is. What is not there is not waited for:
+    /// the best there is serves, and Opened and each report say which and why.
     #[prost(string, tag = "5")]
     pub index: ::prost::alloc::string::String,
     /// Rows per layer and KV head that the caller keeps of what it was sent, the least recently used go first; 0 for none. Store and
@@ -1406,7 +1407,7 @@ pub struct Opened {
     /// Index that will serve it, for example "flat".
     #[prost(string, tag = "2")]
     pub index: ::prost::alloc::string::String,
-    /// Why not a better one; empty where there is none.
+    /// Why not a better one, or what it leaves to another; empty where there is nothing to say.
     #[prost(string, tag = "3")]
     pub index_reason: ::prost::alloc::string::String,
     /// Id of the basis of its sketches, 32 bytes; empty where there is none.
@@ -1470,7 +1471,7 @@ pub struct RetrievalReport {
     /// Bound of the share of the searched softmax mass that the result misses, one per query head; empty where none was asked for.
     #[prost(float, repeated, tag = "8")]
     pub missed_mass_bound: ::prost::alloc::vec::Vec<f32>,
-    /// Keys that were scored exactly after the scan of sketches, summed over KV heads; 0 with the flat index.
+    /// Keys that were scored exactly after the scan of sketches or by a built index, summed over KV heads; 0 with the flat index.
     #[prost(uint64, tag = "9")]
     pub keys_rescored: u64,
     /// A hint's search was used.
@@ -1485,6 +1486,9 @@ pub struct RetrievalReport {
     /// Microseconds queued before the search began.
     #[prost(uint32, tag = "13")]
     pub waited_us: u32,
+    /// Why another index served than Opened said; empty where it is that one.
+    #[prost(string, tag = "15")]
+    pub index_reason: ::prost::alloc::string::String,
 }
 /// Nested message and enum types in `RetrievalReport`.
 pub mod retrieval_report {
@@ -1529,6 +1533,118 @@ pub mod retrieval_report {
                 "SHORTFALL_DEADLINE" => Some(Self::Deadline),
                 "SHORTFALL_MISSING_BLOCKS" => Some(Self::MissingBlocks),
                 "SHORTFALL_K_MAX" => Some(Self::KMax),
+                _ => None,
+            }
+        }
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PutQueriesRequest {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub namespace: ::prost::bytes::Bytes,
+    /// Query heads per layer; a multiple of the schema's KV heads.
+    #[prost(uint32, tag = "2")]
+    pub q_heads: u32,
+    #[prost(message, repeated, tag = "3")]
+    pub blocks: ::prost::alloc::vec::Vec<BlockQueries>,
+}
+/// Samples of one layer of one block.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BlockQueries {
+    /// Block hash, 32 bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub hash: ::prost::bytes::Bytes,
+    #[prost(uint32, tag = "2")]
+    pub layer: u32,
+    /// Tokens of the block that they are of, counted from its first.
+    #[prost(uint32, repeated, tag = "3")]
+    pub tokens: ::prost::alloc::vec::Vec<u32>,
+    /// Rotated queries of all heads, little-endian f16, tokens x q_heads x head_dim.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub q: ::prost::bytes::Bytes,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PutQueriesReply {
+    /// Samples, a token in a layer each, that were not there before.
+    #[prost(uint32, tag = "1")]
+    pub new_samples: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BuildIndexRequest {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub namespace: ::prost::bytes::Bytes,
+    /// The chain of whole blocks, from the first, 32 bytes each; all must be held.
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    pub hashes: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// "roar" (drawn by query samples, of which each layer needs some) or "wave" (clusters of keys).
+    #[prost(string, tag = "3")]
+    pub index: ::prost::alloc::string::String,
+    /// Only say how it stands, begin nothing.
+    #[prost(bool, tag = "4")]
+    pub only_ask: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BuildIndexReply {
+    #[prost(enumeration = "build_index_reply::State", tag = "1")]
+    pub state: i32,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    /// KV heads of all layers.
+    #[prost(uint32, tag = "3")]
+    pub heads_done: u32,
+    #[prost(uint32, tag = "4")]
+    pub heads: u32,
+    /// Tokens that it covers, once it is ready.
+    #[prost(uint32, tag = "5")]
+    pub tokens: u32,
+}
+/// Nested message and enum types in `BuildIndexReply`.
+pub mod build_index_reply {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum State {
+        Unspecified = 0,
+        /// Not there, and nobody builds it; reason says why.
+        Absent = 1,
+        /// Waits to be built.
+        Queued = 2,
+        /// Is being built; heads_done of heads are.
+        Building = 3,
+        /// Is there, and serves contexts that begin with these blocks.
+        Ready = 4,
+    }
+    impl State {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "STATE_UNSPECIFIED",
+                Self::Absent => "STATE_ABSENT",
+                Self::Queued => "STATE_QUEUED",
+                Self::Building => "STATE_BUILDING",
+                Self::Ready => "STATE_READY",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "STATE_UNSPECIFIED" => Some(Self::Unspecified),
+                "STATE_ABSENT" => Some(Self::Absent),
+                "STATE_QUEUED" => Some(Self::Queued),
+                "STATE_BUILDING" => Some(Self::Building),
+                "STATE_READY" => Some(Self::Ready),
                 _ => None,
             }
         }
@@ -1683,6 +1799,61 @@ pub mod retrieval_client {
                 .insert(GrpcMethod::new("kvasir.v1.Retrieval", "Decode"));
             self.inner.streaming(req, path, codec).await
         }
+        /// Keeps samples of prefill queries with the blocks whose tokens asked them, for indexes that are drawn by queries. They are kept in
+        /// memory, under a limit, the oldest go first; sending the same ones again changes nothing. A block may come after its samples.
+        /// INVALID_ARGUMENT names the field that does not fit the schema or is not finite, NOT_FOUND an unknown namespace.
+        pub async fn put_queries(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PutQueriesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PutQueriesReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvasir.v1.Retrieval/PutQueries",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvasir.v1.Retrieval", "PutQueries"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Asks for an index over a context, and how it stands; ask again to see how far it is. It is built in the background, while nobody
+        /// waits for the store's threads, and is kept beside the blocks: it survives a restart. Contexts that begin with the same blocks are
+        /// served by it too, the keys behind by a scan. NOT_FOUND names the first block that is not held, RESOURCE_EXHAUSTED says that too
+        /// many builds wait.
+        pub async fn build_index(
+            &mut self,
+            request: impl tonic::IntoRequest<super::BuildIndexRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BuildIndexReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvasir.v1.Retrieval/BuildIndex",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvasir.v1.Retrieval", "BuildIndex"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1711,6 +1882,21 @@ pub mod retrieval_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::DecodeRequest>>,
         ) -> std::result::Result<tonic::Response<Self::DecodeStream>, tonic::Status>;
+        /// Keeps samples of prefill queries with the blocks whose tokens asked them, for indexes that are drawn by queries. They are kept in
+        /// memory, under a limit, the oldest go first; sending the same ones again changes nothing. A block may come after its samples.
+        /// INVALID_ARGUMENT names the field that does not fit the schema or is not finite, NOT_FOUND an unknown namespace.
+        async fn put_queries(
+            &self,
+            request: tonic::Request<super::PutQueriesRequest>,
+        ) -> std::result::Result<tonic::Response<super::PutQueriesReply>, tonic::Status>;
+        /// Asks for an index over a context, and how it stands; ask again to see how far it is. It is built in the background, while nobody
+        /// waits for the store's threads, and is kept beside the blocks: it survives a restart. Contexts that begin with the same blocks are
+        /// served by it too, the keys behind by a scan. NOT_FOUND names the first block that is not held, RESOURCE_EXHAUSTED says that too
+        /// many builds wait.
+        async fn build_index(
+            &self,
+            request: tonic::Request<super::BuildIndexRequest>,
+        ) -> std::result::Result<tonic::Response<super::BuildIndexReply>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct RetrievalServer<T> {
@@ -1836,6 +2022,96 @@ pub mod retrieval_server {
                     };
                     Box::pin(fut)
                 }
+                "/kvasir.v1.Retrieval/PutQueries" => {
+                    #[allow(non_camel_case_types)]
+                    struct PutQueriesSvc<T: Retrieval>(pub Arc<T>);
+                    impl<
+                        T: Retrieval,
+                    > tonic::server::UnaryService<super::PutQueriesRequest>
+                    for PutQueriesSvc<T> {
+                        type Response = super::PutQueriesReply;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PutQueriesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Retrieval>::put_queries(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PutQueriesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvasir.v1.Retrieval/BuildIndex" => {
+                    #[allow(non_camel_case_types)]
+                    struct BuildIndexSvc<T: Retrieval>(pub Arc<T>);
+                    impl<
+                        T: Retrieval,
+                    > tonic::server::UnaryService<super::BuildIndexRequest>
+                    for BuildIndexSvc<T> {
+                        type Response = super::BuildIndexReply;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::BuildIndexRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Retrieval>::build_index(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = BuildIndexSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -1938,7 +2214,7 @@ pub struct AttentionOptions {
     /// Share of the keys that may be scored exactly, (0, 1\].
     #[prost(float, tag = "13")]
     pub effort: f32,
-    /// Index that is asked for: "best", "flat" or "sketch".
+    /// Index that is asked for: "best", "flat", "sketch", "roar" or "wave".
     #[prost(string, tag = "14")]
     pub index: ::prost::alloc::string::String,
 }

@@ -48,6 +48,10 @@ pub enum IndexChoice {
     Flat,
     /// Sketches of the keys, and exact scores of the best.
     Sketch,
+    /// The graph drawn by query samples, where one was built.
+    Roar,
+    /// Clusters, where they were built.
+    Wave,
 }
 
 /// What serves a context.
@@ -57,7 +61,7 @@ pub struct Opened {
     pub tokens: u32,
     /// The index.
     pub index: String,
-    /// Why not a better one; empty where there is none.
+    /// Why not a better one, or what it leaves to another; empty where there is nothing to say.
     pub index_reason: String,
 }
 
@@ -192,6 +196,8 @@ pub struct Report {
     pub bytes_read: u64,
     /// Index that served.
     pub index: String,
+    /// Why another than [`Opened::index`]; empty where it is that one.
+    pub index_reason: String,
     /// Bound of the missed mass, one per query head; empty without a certificate.
     pub missed_mass_bound: Vec<f32>,
     /// Keys that an approximate index chose and whose exact score was computed.
@@ -263,6 +269,8 @@ impl DecodeStream {
                 IndexChoice::Best => "",
                 IndexChoice::Flat => "flat",
                 IndexChoice::Sketch => "sketch",
+                IndexChoice::Roar => "roar",
+                IndexChoice::Wave => "wave",
             }
             .to_owned(),
             row_cache_rows: open.row_cache_rows,

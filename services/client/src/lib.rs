@@ -42,6 +42,7 @@ mod decode;
 mod error;
 mod events;
 mod get;
+mod indexes;
 mod local;
 mod namespace;
 mod observe;
@@ -58,6 +59,7 @@ pub use decode::{
 pub use error::{ClientError, ErrorKind};
 pub use events::EventStream;
 pub use get::{GetStream, GotBlock};
+pub use indexes::{BlockQueries, BuildState, BuiltIndex};
 pub use kvasir_proto::{BlockEvents, EventKind, GetOutcome, PutOutcome, convert::Tier};
 pub use local::LocalConnection;
 pub use namespace::{Namespace, PrefixMatch};

@@ -110,6 +110,20 @@ pub struct StoreConfig {
     /// Most bytes of sketch bases, each counted once however many namespaces have it; a namespace opened with one more is
     /// refused with `RESOURCE_EXHAUSTED`.
     pub basis_bytes_max: ByteSize,
+    /// Most bytes of sketches that are kept in memory beside those of open contexts; they are made after each put, in the background,
+    /// and kept on disk beside their blocks. 0: keys are sketched when a query first wants them, and again after a restart.
+    pub sketch_bytes_max: ByteSize,
+    /// Most layer blocks that wait to be sketched; what finds no place is sketched by its first query. 0 as for
+    /// `sketch_bytes_max`.
+    pub sketch_queue_max: usize,
+    /// Most bytes of query samples that are kept for building `roar` indexes; the oldest go first. 0 takes none.
+    pub query_bytes_max: ByteSize,
+    /// Most bytes of built indexes (`roar`, `wave`) in memory; what is not there is read when a query wants it.
+    pub index_bytes_max: ByteSize,
+    /// Most contexts that wait for an index to be built; one more is refused with `RESOURCE_EXHAUSTED`.
+    pub build_queue_max: usize,
+    /// Threads that build one index together, at the lowest priority.
+    pub build_threads: usize,
     /// Most bytes that a decode stream's account of the rows its caller keeps may take; a stream that wants a larger row cache
     /// gets none, and all rows travel.
     pub row_cache_bytes_max: ByteSize,
@@ -193,6 +207,12 @@ impl Default for StoreConfig {
             contexts_max: 1024,
             context_bytes_max: ByteSize::gib(1),
             basis_bytes_max: ByteSize::mib(64),
+            sketch_bytes_max: ByteSize::mib(64),
+            sketch_queue_max: 16_384,
+            query_bytes_max: ByteSize::mib(128),
+            index_bytes_max: ByteSize::mib(256),
+            build_queue_max: 16,
+            build_threads: 1,
             row_cache_bytes_max: ByteSize::mib(64),
             namespaces_max: 1024,
             event_queue_max: 65_536,

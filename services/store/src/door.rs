@@ -92,6 +92,11 @@ impl Door {
         (self.name, self.threads, running, self.waiting.load(Ordering::Relaxed))
     }
 
+    /// Whether somebody waits for a thread.
+    pub(crate) fn has_queue(&self) -> bool {
+        self.permits.available_permits() == 0 && self.waiting.load(Ordering::Relaxed) > 0
+    }
+
     /// A thread of this door, waiting for it.
     pub(crate) async fn permit(&self) -> Result<OwnedSemaphorePermit, Lost> {
         let _waiting = Waiting::new(&self.waiting);

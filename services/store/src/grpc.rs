@@ -5,6 +5,7 @@
 mod block_store;
 mod deadline;
 mod get;
+mod indexes;
 mod put;
 mod retrieval;
 mod routes;

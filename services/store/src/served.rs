@@ -57,9 +57,15 @@ impl Served {
     ) -> Self {
         // A permit is a KiB, since the semaphore hands out u32 at a time; rounded up, so that the largest message fits.
         let put_kib = config.put_bytes_max.as_usize().div_ceil(1024);
+        let (io, searches) = (
+            Door::new("io", config.io_threads),
+            Searches::new(config.retrieval_threads),
+        );
+        let doors = [io.clone(), searches.door.clone()];
+        cache.set_busy(move || doors.iter().any(Door::has_queue));
         Self {
-            io: Door::new("io", config.io_threads),
-            searches: Searches::new(config.retrieval_threads),
+            io,
+            searches,
             streams: Arc::new(Semaphore::new(config.streams_max.min(Semaphore::MAX_PERMITS))),
             put_bytes: Arc::new(Semaphore::new(put_kib.min(Semaphore::MAX_PERMITS))),
             cache: RwLock::new(Some(Arc::new(cache))),

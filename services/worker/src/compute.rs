@@ -31,7 +31,7 @@ use crate::{
     onboard::{Onboard, StoreHit},
     outbox::{Failure, Outbox},
     request::Request,
-    retrieval::{Experience, Link, LinkShape},
+    retrieval::{Experience, Link, LinkShape, QuerySamples},
     sequence::{Phase, Sequence},
     sparse::Blocks,
     store_session::StoreSession,
@@ -124,6 +124,7 @@ pub(crate) struct Settings {
     pub(crate) lease: Duration,
     pub(crate) hint_from_layer: usize,
     pub(crate) row_cache_bytes: usize,
+    pub(crate) query_sample_bytes: usize,
     /// Which blocks are computed sparsely, where any are.
     pub(crate) sparse: Option<Blocks>,
 }
@@ -153,6 +154,8 @@ pub(crate) struct Compute {
     onboards: HashMap<SequenceId, Onboard>,
     /// Streams of running sequences that retrieve.
     links: HashMap<SequenceId, Link>,
+    /// Query samples of sequences that ask for an index drawn by them.
+    samples: HashMap<SequenceId, QuerySamples>,
     link_shape: LinkShape,
     commands: mpsc::Receiver<Command>,
     around: Surroundings,
@@ -177,6 +180,7 @@ impl Compute {
             running: Vec::new(),
             onboards: HashMap::new(),
             links: HashMap::new(),
+            samples: HashMap::new(),
             commands,
             around: surroundings,
             next_id: 0,

@@ -13,6 +13,7 @@ mod link;
 mod open;
 mod row_cache;
 mod rows;
+mod samples;
 mod tally;
 mod wire;
 
@@ -24,6 +25,7 @@ pub(crate) use auto::{Experience, ReplyShape};
 pub(crate) use link::{Link, LinkAround, LinkPlan, LinkShape};
 pub(crate) use open::{Opening, open};
 pub(crate) use row_cache::rows_within;
+pub(crate) use samples::{QuerySamples, Wish, ask_for_index};
 pub(crate) use tally::Tally;
 pub(crate) use wire::StoreWire;
 

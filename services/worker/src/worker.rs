@@ -300,6 +300,7 @@ impl Plan {
             lease: config.lease.get(),
             hint_from_layer: config.attention.hint_from_layer as usize,
             row_cache_bytes: config.attention.row_cache_bytes.as_usize(),
+            query_sample_bytes: config.attention.query_sample_bytes.as_usize(),
             sparse: sparse.map(|sparse| Blocks {
                 from: sparse.from(),
                 block_tokens: usize::from(config.block_tokens),

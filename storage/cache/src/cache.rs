@@ -42,6 +42,7 @@ use crate::{
     CacheConfig, CacheError, ErrorKind, LeaseId, Subscription,
     ahead::Ahead,
     event::Hub,
+    indexes::Indexes,
     lease::Leases,
     namespace::{BasisId, Namespaces},
     retrieve::{ContextBudget, Registry},
@@ -76,8 +77,8 @@ pub(crate) struct Shared {
     pub(crate) epoch: u64,
     started: Instant,
     pub(crate) namespaces: Namespaces,
-    disk: DiskTier,
-    object: Option<ObjectTier>,
+    pub(crate) disk: DiskTier,
+    pub(crate) object: Option<ObjectTier>,
     /// The host tier's memory, to look things up in without its lock.
     arena: Arena,
     /// Makes that memory before it is needed.
@@ -91,6 +92,7 @@ pub(crate) struct Shared {
     prefetch: Arc<Prefetch>,
     pub(crate) contexts: ContextBudget,
     pub(crate) chains: Registry,
+    pub(crate) indexes: Indexes,
 }
 
 pub(crate) struct State {
@@ -177,6 +179,7 @@ impl BlockCache {
         let disk_gate = ReadGate::new(config.disk_reads_max, config.disk_reads_waiting_max);
         let prefetch = Arc::new(Prefetch::new(config.prefetch_queue_max));
         let contexts = ContextBudget::new(config.contexts_max, config.context_bytes_max);
+        let indexes = Indexes::new(&config);
         let ready_bytes = config.host_ready_bytes;
         let ready = (ready_bytes > 0).then(|| arena.keep_ready(ready_bytes));
         let shared = Arc::new(Shared {
@@ -196,6 +199,7 @@ impl BlockCache {
             prefetch,
             contexts,
             chains: Registry::default(),
+            indexes,
         });
         let no_thread = |error: std::io::Error| {
             CacheError::because(ErrorKind::Disk, format!("cannot start a thread: {error}"), error)
@@ -207,7 +211,11 @@ impl BlockCache {
                 object.open_namespace(namespace);
             }
         }
+        for namespace in shared.namespaces.ids() {
+            shared.open_derived(namespace);
+        }
         shared.disk.start(ReclaimWatch::of(shared)).map_err(no_thread)?;
+        shared.indexes.start(shared).map_err(no_thread)?;
         shared.prefetch.start(Arc::downgrade(shared)).map_err(no_thread)?;
         Ok(cache)
     }
@@ -231,6 +239,7 @@ impl BlockCache {
         if let Some(object) = &self.shared.object {
             object.open_namespace(id);
         }
+        self.shared.open_derived(id);
         if new {
             if let Some(bytes_max) = self.shared.config.host_budget(tenant) {
                 let owner = self.shared.namespaces.owner(id);
@@ -258,7 +267,9 @@ impl BlockCache {
     /// has another one; `LimitReached`; `Disk`.
     pub fn set_basis(&self, namespace: NamespaceId, file: &[u8]) -> Result<BasisId, CacheError> {
         self.shared.schema_of(namespace)?;
-        self.shared.namespaces.set_basis(namespace, file)
+        let basis = self.shared.namespaces.set_basis(namespace, file)?;
+        self.shared.open_derived(namespace);
+        Ok(basis)
     }
 
     /// Id of a namespace's sketch basis, if it has one.
@@ -322,6 +333,7 @@ impl Shared {
     fn shut(&self) -> Result<(), CacheError> {
         self.state.lock().events.close();
         self.prefetch.stop();
+        self.indexes.stop();
         // The disk first: what it reclaims while it writes its last may go to the bucket.
         let stopped = self.disk.stop();
         if let Some(object) = &self.object

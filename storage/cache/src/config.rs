@@ -74,6 +74,19 @@ pub struct CacheConfig {
     pub context_bytes_max: u64,
     /// Most bytes of the files of sketch bases, each counted once however many namespaces have it.
     pub basis_bytes_max: u64,
+    /// Most bytes of sketches that are kept in memory beside those that contexts hold; 0: keys are sketched when a query first
+    /// wants them, and sketches are not kept over a restart.
+    pub sketch_bytes_max: u64,
+    /// Most layer blocks that wait to be sketched ahead; beyond it the first query sketches them. 0 as for `sketch_bytes_max`.
+    pub sketch_queue_max: usize,
+    /// Most bytes of query samples in memory, for indexes that are drawn by them; the oldest go first.
+    pub query_bytes_max: u64,
+    /// Most bytes of built indexes in memory; the least recently used go first, and are read again.
+    pub index_bytes_max: u64,
+    /// Most contexts that wait for an index to be built; each pins its blocks.
+    pub build_queue_max: usize,
+    /// Threads that build one index together.
+    pub build_threads: usize,
     /// Most namespaces.
     pub namespaces_max: usize,
     /// Most events a subscriber may be behind; beyond it the subscription ends as lagged.
@@ -115,6 +128,12 @@ impl CacheConfig {
             context_blocks_max: 65_536,
             context_bytes_max: 1 << 30,
             basis_bytes_max: 64 << 20,
+            sketch_bytes_max: 64 << 20,
+            sketch_queue_max: 16_384,
+            query_bytes_max: 128 << 20,
+            index_bytes_max: 256 << 20,
+            build_queue_max: 16,
+            build_threads: 1,
             namespaces_max: 1024,
             event_queue_max: 65_536,
             subscribers_max: 256,
@@ -138,6 +157,7 @@ impl CacheConfig {
             ("contexts_max", self.contexts_max),
             ("context_blocks_max", self.context_blocks_max),
             ("namespaces_max", self.namespaces_max),
+            ("build_threads", self.build_threads),
             ("event_queue_max", self.event_queue_max),
             ("subscribers_max", self.subscribers_max),
             ("lease_max", usize::from(!self.lease_max.is_zero())),

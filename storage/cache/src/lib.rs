@@ -40,6 +40,7 @@ mod cache;
 mod config;
 mod error;
 mod event;
+pub mod indexes;
 mod lease;
 mod namespace;
 pub mod retrieve;

@@ -2,7 +2,7 @@
 //!
 //! [`BlockCache::open_context`] pins a chain of blocks; [`BlockCache::retrieve`] answers one layer's queries over it, as
 //! *rows* or *attend* ([`Form`]), and says what that covers ([`Report`]). The index is the exact flat scan of
-//! `kvasir-index`, or its scan of sketches where the namespace has a basis.
+//! `kvasir-index`, its scan of sketches where the namespace has a basis, or one that was built over a prefix (`covered.rs`).
 //!
 //! Invariants:
 //! - No byte is scanned that was not verified. A payload is verified when a context first wants it and then held by that
@@ -17,6 +17,7 @@
 
 mod blocks;
 mod context;
+mod covered;
 mod query;
 mod report;
 mod search;
@@ -29,18 +30,28 @@ use kvasir_block::{BlockHash, Dtype, KvSchema, NamespaceId};
 use kvasir_index::Excluded;
 
 use self::query::InvalidQuery;
-pub(crate) use self::{blocks::Registry, context::ContextBudget};
+pub(crate) use self::{
+    blocks::{ContextBlocks, Registry},
+    context::{ContextBudget, Payload},
+    sketches::{encode_layer, sketched_bytes},
+};
 pub use self::{
     context::{Context, Serving},
     report::{Report, Shortfall},
     search::Search,
 };
-use crate::{BlockCache, CacheError, ErrorKind, namespace::NamespaceBasis};
+use crate::{BlockCache, CacheError, ErrorKind, cache::Shared, indexes::BuiltIndex, namespace::NamespaceBasis};
 
 /// Name of the exact scan.
 const FLAT: &str = "flat";
 /// Name of the scan of sketches.
 const SKETCH: &str = "sketch";
+
+/// Why another index than the one that was asked for serves.
+const NO_ROAR: &str = "no roar index is built over a prefix of this context: ask for one (BuildIndex)";
+const NO_WAVE: &str = "no wave index is built over a prefix of this context: ask for one (BuildIndex)";
+/// What a built index leaves to a scan.
+const SHORTER: &str = "it covers the first blocks of this context, the keys behind are scanned";
 
 /// How the keys that were found are used.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -101,6 +112,22 @@ pub enum IndexChoice {
     Flat,
     /// Sketches in the namespace's basis.
     Sketch,
+    /// The graph drawn by query samples, where one was built over a prefix of the context.
+    Roar,
+    /// Clusters, where they were built over a prefix of the context.
+    Wave,
+}
+
+/// What serves a context.
+#[derive(Clone, Debug)]
+struct Plan {
+    serving: Serving,
+    /// The scan that serves where no built index does.
+    scan: &'static str,
+    /// Of sketches, where they serve or help out.
+    basis: Option<Arc<NamespaceBasis>>,
+    /// Built indexes that may serve, the better first.
+    kinds: &'static [BuiltIndex],
 }
 
 /// Queries of all heads of one layer.
@@ -175,51 +202,63 @@ impl BlockCache {
         softmax_scale: f32,
         index: IndexChoice,
     ) -> Result<Context, CacheError> {
-        let schema = self.shared.schema_of(namespace)?;
-        if schema.dtype != Dtype::F16 {
-            let message = format!(
-                "retrieval scans f16 keys, this namespace has {}: attend in the worker",
-                schema.dtype
-            );
-            return Err(CacheError::new(ErrorKind::Unsupported, message));
-        }
-        if schema.attention != "full" {
-            let message = format!(
-                "retrieval serves \"full\" attention, this namespace has {:?}",
-                schema.attention
-            );
-            return Err(CacheError::new(ErrorKind::Unsupported, message));
-        }
-        query::check_context(
-            &schema,
-            chain.len(),
-            q_heads,
-            softmax_scale,
-            self.shared.config.context_blocks_max,
-        )?;
-        let (serving, basis) = self.serving(namespace, &schema, index);
-        Context::open(
-            &self.shared,
-            schema,
-            namespace,
-            chain,
-            q_heads,
-            softmax_scale,
-            (serving, basis),
-        )
+        let schema = self.shared.searchable(namespace, chain.len())?;
+        query::check_heads(&schema, q_heads, softmax_scale)?;
+        let plan = self.plan(namespace, &schema, chain, index);
+        Context::open(&self.shared, schema, namespace, chain, q_heads, softmax_scale, plan)
     }
 
-    /// The index that serves a context, and the basis of its sketches.
-    fn serving(
-        &self,
-        namespace: NamespaceId,
-        schema: &KvSchema,
-        wanted: IndexChoice,
-    ) -> (Serving, Option<Arc<NamespaceBasis>>) {
-        let flat = |reason| (Serving { index: FLAT, reason }, None);
+    /// What is to serve a context.
+    fn plan(&self, namespace: NamespaceId, schema: &KvSchema, chain: &[BlockHash], wanted: IndexChoice) -> Plan {
         if wanted == IndexChoice::Flat {
-            return flat("");
+            let (index, reason) = (FLAT, "");
+            return Plan {
+                serving: Serving { index, reason },
+                scan: FLAT,
+                basis: None,
+                kinds: &[],
+            };
         }
+        let (by_scan, basis) = self.scanning(namespace, schema);
+        let (kinds, missing): (&'static [BuiltIndex], _) = match wanted {
+            IndexChoice::Roar => (&[BuiltIndex::Roar], NO_ROAR),
+            IndexChoice::Wave => (&[BuiltIndex::Wave], NO_WAVE),
+            IndexChoice::Flat | IndexChoice::Sketch => (&[], ""),
+            // Sketches find more for fewer bytes than any of them.
+            IndexChoice::Best if basis.is_some() => (&[], ""),
+            IndexChoice::Best => (&[BuiltIndex::Roar, BuiltIndex::Wave], by_scan.reason),
+        };
+        let blocks: Vec<_> = match kinds {
+            [] => Vec::new(),
+            _ => chain.iter().map(|&hash| namespace.block(hash)).collect(),
+        };
+        let serving = match self.shared.covering(&blocks, kinds) {
+            Some(covering) => Serving {
+                index: covering.name.kind.name(),
+                reason: match (wanted, covering.blocks == chain.len()) {
+                    (IndexChoice::Best, true) => by_scan.reason,
+                    (_, true) => "",
+                    (_, false) => SHORTER,
+                },
+            },
+            None if kinds.is_empty() => by_scan,
+            None => Serving {
+                reason: missing,
+                ..by_scan
+            },
+        };
+        let scan = by_scan.index;
+        Plan {
+            serving,
+            scan,
+            basis,
+            kinds,
+        }
+    }
+
+    /// The scan that serves where no built index does, and the basis of its sketches.
+    fn scanning(&self, namespace: NamespaceId, schema: &KvSchema) -> (Serving, Option<Arc<NamespaceBasis>>) {
+        let flat = |reason| (Serving { index: FLAT, reason }, None);
         match self.shared.namespaces.basis(namespace) {
             None => flat(
                 "the namespace has no sketch basis: calibrate the model (kvasir calibrate) and open the namespace with it",
@@ -287,12 +326,38 @@ impl BlockCache {
     /// memory. Nothing happens where the layer does not exist or memory for contexts is used up.
     pub fn warm(&self, context: &Context, layer: u16) {
         if layer < context.schema().layers && context.belongs_to(&self.shared) {
+            if let Some(covering) = context.covering(&self.shared) {
+                self.shared.layer_index(covering, layer);
+            }
             let blocks = context.blocks();
             let payloads = blocks.load(&self.shared, layer, &Excluded::none(), &|| false);
             if let Some(basis) = context.basis() {
-                blocks.sketch(&self.shared, layer, &payloads, basis.basis(), &|| false);
+                blocks.sketch(&self.shared, layer, &payloads, basis, &|| false);
             }
         }
+    }
+}
+
+impl Shared {
+    /// The schema of a namespace, if a context of `blocks` blocks in it can be searched.
+    pub(crate) fn searchable(&self, namespace: NamespaceId, blocks: usize) -> Result<Arc<KvSchema>, CacheError> {
+        let schema = self.schema_of(namespace)?;
+        if schema.dtype != Dtype::F16 {
+            let message = format!(
+                "retrieval scans f16 keys, this namespace has {}: attend in the worker",
+                schema.dtype
+            );
+            return Err(CacheError::new(ErrorKind::Unsupported, message));
+        }
+        if schema.attention != "full" {
+            let message = format!(
+                "retrieval serves \"full\" attention, this namespace has {:?}",
+                schema.attention
+            );
+            return Err(CacheError::new(ErrorKind::Unsupported, message));
+        }
+        query::check_blocks(&schema, blocks, self.config.context_blocks_max)?;
+        Ok(schema)
     }
 }
 

@@ -134,6 +134,52 @@ pub struct CacheStats {
     pub retrieve_missing: u64,
     /// Layer blocks that were sketched, each for all its KV heads.
     pub sketched_blocks: u64,
+    /// Of those, ahead of the first query that wants them.
+    pub sketched_ahead: u64,
+    /// Processor time of that, in microseconds.
+    pub sketch_cpu_micros: u64,
+    /// Layer blocks that are being sketched ahead: one or none.
+    pub sketches_running: u64,
+    /// Layer blocks that wait to be sketched ahead.
+    pub sketches_waiting: u64,
+    /// Layer blocks that were not sketched ahead: the queue was full, or they had left memory.
+    pub sketches_dropped: u64,
+    /// Layer blocks whose sketches were read from disk.
+    pub sketches_loaded: u64,
+    /// Sketches on disk that were not whole: made again.
+    pub sketches_unusable: u64,
+    /// Bytes of sketches in memory, without those that contexts hold.
+    pub sketch_bytes: u64,
+    /// Their limit.
+    pub sketch_bytes_max: u64,
+    /// Query samples taken.
+    pub query_samples: u64,
+    /// Bytes of those that are held.
+    pub query_bytes: u64,
+    /// Their limit.
+    pub query_bytes_max: u64,
+    /// Indexes built.
+    pub indexes_built: u64,
+    /// Indexes that could not be built.
+    pub index_builds_failed: u64,
+    /// Indexes that are being built: one or none.
+    pub index_builds_running: u64,
+    /// Indexes that wait to be built.
+    pub index_builds_waiting: u64,
+    /// Bytes of indexes handed to the disk.
+    pub index_bytes_written: u64,
+    /// Layers of built indexes that were read into memory.
+    pub indexes_loaded: u64,
+    /// Layers of built indexes whose files were gone or damaged.
+    pub indexes_unusable: u64,
+    /// Times that a built index was not used since there was no room for it in memory.
+    pub indexes_without_room: u64,
+    /// Bytes of built indexes in memory.
+    pub index_bytes: u64,
+    /// Their limit.
+    pub index_bytes_max: u64,
+    /// Times that work in the background stepped aside for callers.
+    pub background_aside: u64,
     /// Event subscribers.
     pub subscribers: u64,
     /// Subscribers that fell behind and were let go.
@@ -187,4 +233,16 @@ pub(crate) struct Counters {
     pub(crate) retrieve_bytes: Counter,
     pub(crate) retrieve_missing: Counter,
     pub(crate) sketched_blocks: Counter,
+    pub(crate) sketched_ahead: Counter,
+    pub(crate) sketch_cpu_micros: Counter,
+    pub(crate) sketches_dropped: Counter,
+    pub(crate) sketches_loaded: Counter,
+    pub(crate) sketches_unusable: Counter,
+    pub(crate) query_samples: Counter,
+    pub(crate) indexes_built: Counter,
+    pub(crate) index_builds_failed: Counter,
+    pub(crate) index_bytes_written: Counter,
+    pub(crate) indexes_loaded: Counter,
+    pub(crate) indexes_unusable: Counter,
+    pub(crate) indexes_without_room: Counter,
 }

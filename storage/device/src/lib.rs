@@ -5,7 +5,7 @@
 //!
 //! Meet first: [`Buffer`], exclusive memory that becomes shared and immutable; [`Arena`], where a bounded amount of it comes from;
 //! [`ArenaView`], the same memory seen by another process, to which [`socket`] carries it; [`stream`], bytes between two processes; [`FileIo`], which reads and writes
-//! files, and [`faulty`], which does it wrong on purpose.
+//! files, and [`faulty`], which does it wrong on purpose; [`thread`], a thread that steps back.
 //!
 //! ```
 //! use kvasir_device::{Arena, ArenaConfig, HugePages};
@@ -29,6 +29,7 @@ mod buffer;
 mod file;
 pub mod socket;
 pub mod stream;
+pub mod thread;
 
 pub use arena::{Arena, ArenaConfig, ArenaError, ArenaView, Fence, Held, HugePages, PageKind, Ready, ViewError};
 pub use buffer::{Buffer, PAGE_BYTES};

@@ -24,7 +24,7 @@ use super::StoreClient;
 use crate::{ClientConfig, ClientError, ErrorKind, error::CallName, observe};
 
 /// The generated client of the store.
-pub(super) type Stub = BlockStoreClient<Channel>;
+pub(crate) type Stub = BlockStoreClient<Channel>;
 
 /// Largest reply: rows of many heads are the largest, and the store bounds them lower.
 pub(crate) const REPLY_BYTES_MAX: usize = 64 << 20;
@@ -63,7 +63,7 @@ pub(super) fn channel(config: &ClientConfig) -> Result<Channel, ClientError> {
 
 impl StoreClient {
     /// A unary call that may be repeated, with one deadline over all tries.
-    pub(super) async fn unary<M, R, F, A>(&self, name: &CallName, message: M, attempt: F) -> Result<R, ClientError>
+    pub(crate) async fn unary<M, R, F, A>(&self, name: &CallName, message: M, attempt: F) -> Result<R, ClientError>
     where
         M: Clone,
         F: Fn(Stub, tonic::Request<M>) -> A,

@@ -135,6 +135,7 @@ impl DecodeStream {
             shortfall,
             bytes_read: report.bytes_read,
             index: report.index,
+            index_reason: report.index_reason,
             missed_mass_bound: report.missed_mass_bound,
             keys_rescored: report.keys_rescored,
             hinted: report.hinted,

@@ -96,6 +96,20 @@ impl retrieval::Retrieval for Scripted {
     async fn decode(&self, _: Request<Streaming<v1::DecodeRequest>>) -> Result<Response<Self::DecodeStream>, Status> {
         play(self.0.decodes.clone())
     }
+
+    async fn put_queries(&self, _: Request<v1::PutQueriesRequest>) -> Result<Response<v1::PutQueriesReply>, Status> {
+        Err(Status::unavailable("on purpose"))
+    }
+
+    async fn build_index(&self, _: Request<v1::BuildIndexRequest>) -> Result<Response<v1::BuildIndexReply>, Status> {
+        // A state that this program does not know.
+        let (state, heads) = (77, 1);
+        Ok(Response::new(v1::BuildIndexReply {
+            state,
+            heads,
+            ..v1::BuildIndexReply::default()
+        }))
+    }
 }
 
 pub(crate) async fn client_of(script: Script) -> StoreClient {

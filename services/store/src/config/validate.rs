@@ -45,6 +45,7 @@ impl StoreConfig {
             ("reuse_entries", self.reuse_entries),
             ("io_threads", self.io_threads),
             ("retrieval_threads", self.retrieval_threads),
+            ("build_threads", self.build_threads),
             ("message_timeout", lasts(self.message_timeout)),
         ];
         if let Some((key, _)) = counts.iter().find(|(_, count)| *count == 0) {

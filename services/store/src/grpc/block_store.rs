@@ -22,8 +22,8 @@ use crate::served::Served;
 /// Longest tenant name, in bytes.
 pub(crate) const TENANT_BYTES_MAX: usize = 256;
 
-/// Version of the span indexes; the flat scan persists nothing, which is version 0.
-const INDEX_FORMAT: u32 = 0;
+/// Version of what is kept of indexes: sketches, and built ones.
+const INDEX_FORMAT: u32 = 1;
 
 #[derive(Clone, Debug)]
 pub(super) struct BlockStoreApi(pub(super) Arc<Served>);

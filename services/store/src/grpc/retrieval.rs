@@ -19,7 +19,10 @@ use kvasir_proto::{
 use kvasir_runtime::request_id::RequestId;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::status::{observed, of_cache, of_message, refused, stopping, too_many_streams};
+use super::{
+    indexes,
+    status::{observed, of_cache, of_message, refused, stopping, too_many_streams},
+};
 use crate::{
     metrics,
     row_cache::SentRows,
@@ -60,6 +63,24 @@ impl Retrieval for RetrievalApi {
             _slot: slot,
         };
         Ok(Response::new(stream::try_unfold(call, Call::next).boxed()))
+    }
+
+    async fn put_queries(
+        &self,
+        request: Request<v1::PutQueriesRequest>,
+    ) -> Result<Response<v1::PutQueriesReply>, Status> {
+        let span = RequestId::of(&request).span("put_queries");
+        let put = indexes::put_queries(&self.0, request.into_inner());
+        observed("put_queries", span, put).await.map(Response::new)
+    }
+
+    async fn build_index(
+        &self,
+        request: Request<v1::BuildIndexRequest>,
+    ) -> Result<Response<v1::BuildIndexReply>, Status> {
+        let span = RequestId::of(&request).span("build_index");
+        let asked = indexes::build_index(&self.0, request.into_inner());
+        observed("build_index", span, asked).await.map(Response::new)
     }
 }
 
@@ -241,10 +262,13 @@ fn index_choice(name: &str) -> Result<IndexChoice, InvalidMessage> {
         "" => Ok(IndexChoice::Best),
         "flat" => Ok(IndexChoice::Flat),
         "sketch" => Ok(IndexChoice::Sketch),
+        "roar" => Ok(IndexChoice::Roar),
+        "wave" => Ok(IndexChoice::Wave),
         other => {
             let shown: String = other.chars().take(40).collect();
-            let problem =
-                format!("{shown:?} is no index: say \"flat\", \"sketch\", or leave it empty for the best there is");
+            let problem = format!(
+                "{shown:?} is no index: say \"flat\", \"sketch\", \"roar\", \"wave\", or leave it empty for the best there is"
+            );
             Err(InvalidMessage::new("index", problem))
         }
     }
@@ -380,6 +404,7 @@ fn wire_report(report: Report) -> v1::RetrievalReport {
         escalated,
         keys_rescored,
         index,
+        index_reason,
     } = report;
     let shortfall = match shortfall {
         None => Wire::None,
@@ -398,6 +423,7 @@ fn wire_report(report: Report) -> v1::RetrievalReport {
         escalated,
         keys_rescored,
         index: index.to_owned(),
+        index_reason: index_reason.to_owned(),
         ..v1::RetrievalReport::default()
     }
 }

@@ -3,6 +3,7 @@
 mod bad_input;
 mod bulk;
 mod hostile;
+mod indexes;
 mod life;
 mod local;
 mod puts;

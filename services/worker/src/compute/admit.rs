@@ -6,7 +6,9 @@ use tracing::Instrument;
 
 use super::{Command, Compute, SequenceId, Store, Submission};
 use crate::{
+    config::IndexWanted,
     onboard::{ARRIVALS_MAX, Onboard, StoreHit, Wanted, load, match_prefix},
+    retrieval::QuerySamples,
     sequence::{Phase, Sequence},
 };
 
@@ -20,6 +22,14 @@ impl Compute {
             // What it computes from there on is not what the names stand for.
             sequence.names_end = sparse.from;
             sequence.unnamed_from = sparse.from;
+        }
+        if self.around.store.is_some()
+            && sequence.wants_retrieval
+            && sequence.request.attention.index == IndexWanted::Roar
+        {
+            let (tokens, bytes_max) = (sequence.request.prompt.len(), self.around.settings.query_sample_bytes);
+            let samples = QuerySamples::new(self.link_shape, tokens, bytes_max);
+            self.samples.extend(samples.map(|samples| (id, samples)));
         }
         self.look_up(&mut sequence);
         self.waiting.push_back(sequence);

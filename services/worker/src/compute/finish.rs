@@ -2,21 +2,40 @@
 
 use std::sync::Arc;
 
+use kvasir_client::BuiltIndex;
 use tracing::Instrument;
 
 use super::{Command, Compute, SequenceId};
 use crate::{
-    config::AttentionMode,
+    config::{AttentionMode, IndexWanted},
     outbox::Failure,
     report::Reason,
-    retrieval::{Link, LinkAround, LinkPlan, Opening, ReplyShape, Split, StoreWire, open, rows_within},
+    retrieval::{
+        Link, LinkAround, LinkPlan, Opening, ReplyShape, Split, StoreWire, Wish, ask_for_index, open, rows_within,
+    },
     sequence::{Phase, Sequence},
 };
+
+/// The index of this name, if it is one that is built.
+const fn built(index: IndexWanted) -> Option<BuiltIndex> {
+    match index {
+        IndexWanted::Best | IndexWanted::Flat | IndexWanted::Sketch => None,
+        IndexWanted::Roar => Some(BuiltIndex::Roar),
+        IndexWanted::Wave => Some(BuiltIndex::Wave),
+    }
+}
 
 impl Compute {
     /// Drops sequences nobody reads; their pages are free for the next step.
     pub(super) fn leave_abandoned(&mut self) {
-        self.waiting.retain(|sequence| !sequence.is_abandoned());
+        let samples = &mut self.samples;
+        self.waiting.retain(|sequence| {
+            let stays = !sequence.is_abandoned();
+            if !stays {
+                samples.remove(&sequence.id);
+            }
+            stays
+        });
         let abandoned: Vec<SequenceId> = self
             .running
             .iter()
@@ -72,6 +91,7 @@ impl Compute {
     fn take_out(&mut self, id: SequenceId) -> Option<Sequence> {
         let mut sequence = self.running.remove(self.running_index(id)?);
         self.onboards.remove(&id);
+        self.samples.remove(&id);
         if let Some(link) = self.links.remove(&id) {
             sequence.tally = link.into_tally();
         }
@@ -145,6 +165,12 @@ impl Compute {
             metrics: store.metrics,
             experience: store.experience,
         };
+        let wish = built(attention.index).map(|index| Wish {
+            index,
+            samples: self.samples.remove(&id),
+            chain: opening.chain.clone(),
+            block_tokens: settings.block_tokens,
+        });
         let runtime = self.around.runtime.clone();
         let task = async move {
             let opened = open(&opening).await.map(|stream| {
@@ -152,7 +178,11 @@ impl Compute {
                 let wire = StoreWire::new(stream, Arc::clone(&opening.session), runtime);
                 Box::new(Link::new(Box::new(wire), &opened, &plan, around))
             });
+            let is_held = opened.is_ok();
             opening.compute.send(Command::Opened(id, opened)).await;
+            if let Some(wish) = wish.filter(|_| is_held) {
+                ask_for_index(wish, opening.client, opening.session).await;
+            }
         };
         let span = tracing::info_span!(parent: &sequence.span, "retrieve", mode = attention.mode.name());
         store.session.spawn(task.instrument(span));

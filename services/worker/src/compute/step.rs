@@ -11,7 +11,7 @@ use super::{Compute, SequenceId, Settings, Store};
 use crate::{
     offload::{Offer, Offload, Pushed},
     onboard::Onboard,
-    retrieval::Link,
+    retrieval::{Link, QuerySamples},
     scheduler::{Candidate, Share, Stage, plan},
     sequence::{Phase, Sequence},
     sparse::Blocks,
@@ -124,12 +124,15 @@ impl Compute {
         let ids: Vec<SequenceId> = shares.iter().map(|share| self.running[share.index].id).collect();
         // The plan puts a loading sequence into a batch of its own.
         let loading = ids.iter().find(|id| self.onboards.contains_key(id)).copied();
+        let positions = shares.iter().map(|share| self.running[share.index].computed);
         let mut hooks = Hooks {
             ids: &ids,
+            spans: positions.zip(shares.iter().map(|share| share.tokens)).collect(),
             loading,
             wanted: offered.iter().map(|block| block.page).collect(),
             onboards: &mut self.onboards,
             links: &mut self.links,
+            samples: &mut self.samples,
             offered,
             store: self.around.store.as_ref(),
             settings: self.around.settings,
@@ -310,12 +313,15 @@ enum Culprit {
 struct Hooks<'a> {
     /// By index in the batch.
     ids: &'a [SequenceId],
+    /// First position and number of tokens of each.
+    spans: Vec<(usize, usize)>,
     /// The sequence of the batch whose prefix is still on its way.
     loading: Option<SequenceId>,
     /// Pages of what is offered.
     wanted: Vec<PageId>,
     onboards: &'a mut HashMap<SequenceId, Onboard>,
     links: &'a mut HashMap<SequenceId, Link>,
+    samples: &'a mut HashMap<SequenceId, QuerySamples>,
     offered: &'a [Offered],
     store: Option<&'a Store>,
     settings: Settings,
@@ -377,6 +383,19 @@ impl StepHooks for Hooks<'_> {
         self.with_link(sequence, |link, settings| {
             link.begin(layer, q, settings.retrieval_timeout)
         })
+    }
+
+    fn wants_queries(&self, sequence: usize) -> bool {
+        let (position, tokens) = self.spans[sequence];
+        let samples = self.samples.get(&self.ids[sequence]);
+        samples.is_some_and(|samples| samples.wants(position, tokens))
+    }
+
+    fn queries(&mut self, layer: usize, sequence: usize, q: &[f32]) -> Result<(), StepAborted> {
+        if let Some(samples) = self.samples.get_mut(&self.ids[sequence]) {
+            samples.take(layer, self.spans[sequence].0, q);
+        }
+        Ok(())
     }
 
     fn wants_predicted(&self, sequence: usize) -> bool {

@@ -19,7 +19,8 @@ pub struct AttentionConfig {
     pub sink: u32,
     /// Last tokens of the context that the worker attends to by itself.
     pub window: u32,
-    /// Index that is asked for: `best` takes the best that the store has for this model; `flat`, `sketch`.
+    /// Index that is asked for: `best` takes the best that the store has for this model; `flat`, `sketch`; `roar` and `wave` are
+    /// built by the store over contexts that ask for them, and serve from then on.
     pub index: IndexWanted,
     /// Whether `attend` estimates what it does not attend to.
     pub tail: bool,
@@ -31,6 +32,9 @@ pub struct AttentionConfig {
     pub effort: f32,
     /// First layer whose search is begun ahead, with a forecast of its queries. Forecasts of the layers before are poor.
     pub hint_from_layer: u32,
+    /// Most bytes of prefill queries that are sampled of a request that asks for `roar`, for the store to draw the index by; 0 samples
+    /// none.
+    pub query_sample_bytes: ByteSize,
     /// Most bytes of rows that a sequence in mode `rows` keeps of what it was sent; 0 keeps none.
     pub row_cache_bytes: ByteSize,
 }
@@ -73,6 +77,10 @@ pub enum IndexWanted {
     Flat,
     /// Sketches of the keys, and exact scores of the best.
     Sketch,
+    /// A graph that is drawn by the queries of earlier requests.
+    Roar,
+    /// Clusters of keys.
+    Wave,
 }
 
 impl IndexWanted {
@@ -82,6 +90,8 @@ impl IndexWanted {
             "best" => Some(Self::Best),
             "flat" => Some(Self::Flat),
             "sketch" => Some(Self::Sketch),
+            "roar" => Some(Self::Roar),
+            "wave" => Some(Self::Wave),
             _ => None,
         }
     }
@@ -126,6 +136,7 @@ impl Default for AttentionConfig {
             missed_mass_max: 0.0,
             effort: 0.0,
             hint_from_layer: 3,
+            query_sample_bytes: ByteSize::mib(32),
             row_cache_bytes: ByteSize::mib(32),
         }
     }

@@ -68,7 +68,7 @@ fn asked_attention(options: v1::AttentionOptions) -> Result<AskedAttention, Inva
             "attention.index",
             &options.index,
             IndexWanted::named,
-            "best, flat or sketch",
+            "best, flat, sketch, roar or wave",
         )?,
         tail: (options.has_tail || options.tail).then_some(options.tail),
         certificate: named(
@@ -261,7 +261,7 @@ mod tests {
             ),
             (
                 with(|options| options.index = "hnsw".to_owned()),
-                "attention.index: \"hnsw\" is not known: use best, flat or sketch",
+                "attention.index: \"hnsw\" is not known: use best, flat, sketch, roar or wave",
             ),
             (
                 with(|options| options.certificate = "sure".to_owned()),

@@ -84,6 +84,8 @@ async fn open_stream(opening: &Opening, namespace: &Namespace) -> Result<DecodeS
             IndexWanted::Best => IndexChoice::Best,
             IndexWanted::Flat => IndexChoice::Flat,
             IndexWanted::Sketch => IndexChoice::Sketch,
+            IndexWanted::Roar => IndexChoice::Roar,
+            IndexWanted::Wave => IndexChoice::Wave,
         },
         row_cache_rows: u32::try_from(opening.row_cache_rows).unwrap_or(u32::MAX),
     };

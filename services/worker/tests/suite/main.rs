@@ -4,4 +4,5 @@ mod faults;
 mod generate;
 mod harness;
 mod peer;
+mod samples;
 mod sparse;

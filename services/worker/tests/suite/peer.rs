@@ -61,6 +61,9 @@ struct State {
     schema: Option<KvSchema>,
     /// Payload and checksum by hash and layer.
     held: HashMap<(Bytes, u32), (Bytes, u32)>,
+    /// Query samples, and indexes that were asked for, in the order in which they came.
+    queries: Vec<v1::BlockQueries>,
+    builds: Vec<v1::BuildIndexRequest>,
 }
 
 /// An open context.
@@ -93,6 +96,20 @@ impl Peer {
     /// What goes wrong from now on.
     pub(crate) fn set(&self, fault: Fault) {
         self.0.lock().fault = fault;
+    }
+
+    /// Waits until an index was asked for; gives the question and the samples that came before it.
+    pub(crate) async fn until_asked_to_build(&self) -> (v1::BuildIndexRequest, Vec<v1::BlockQueries>) {
+        for _ in 0..3000 {
+            {
+                let mut state = self.0.lock();
+                if let Some(asked) = state.builds.pop() {
+                    return (asked, std::mem::take(&mut state.queries));
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("no index was asked for");
     }
 
     /// Layer blocks held.
@@ -481,5 +498,27 @@ impl v1::retrieval_server::Retrieval for Peer {
             }
         });
         Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn put_queries(
+        &self,
+        request: Request<v1::PutQueriesRequest>,
+    ) -> Result<Response<v1::PutQueriesReply>, Status> {
+        let request = request.into_inner();
+        let new_samples = request.blocks.iter().map(|block| block.tokens.len() as u32).sum();
+        self.0.lock().queries.extend(request.blocks);
+        Ok(Response::new(v1::PutQueriesReply { new_samples }))
+    }
+
+    async fn build_index(
+        &self,
+        request: Request<v1::BuildIndexRequest>,
+    ) -> Result<Response<v1::BuildIndexReply>, Status> {
+        self.0.lock().builds.push(request.into_inner());
+        let state = v1::build_index_reply::State::Queued.into();
+        Ok(Response::new(v1::BuildIndexReply {
+            state,
+            ..v1::BuildIndexReply::default()
+        }))
     }
 }

@@ -14,6 +14,8 @@ impl BlockCache {
         let (with_basis, basis_bytes) = shared.namespaces.bases();
         let (running, waiting) = shared.disk_gate.load();
         let (bringing, to_bring) = shared.prefetch.load();
+        let indexes = &shared.indexes;
+        let (sketches, builds) = (indexes.sketcher.load(), indexes.builder.load());
         let mut state = shared.state.lock();
         state.leases.expire(Instant::now());
         let State { leases, ahead, .. } = &mut *state;
@@ -82,6 +84,29 @@ impl BlockCache {
             retrieve_bytes: counters.retrieve_bytes.get(),
             retrieve_missing: counters.retrieve_missing.get(),
             sketched_blocks: counters.sketched_blocks.get(),
+            sketched_ahead: counters.sketched_ahead.get(),
+            sketch_cpu_micros: counters.sketch_cpu_micros.get(),
+            sketches_running: sketches.running,
+            sketches_waiting: sketches.waiting,
+            sketches_dropped: counters.sketches_dropped.get(),
+            sketches_loaded: counters.sketches_loaded.get(),
+            sketches_unusable: counters.sketches_unusable.get(),
+            sketch_bytes: indexes.sketcher.bytes(),
+            sketch_bytes_max: shared.config.sketch_bytes_max,
+            query_samples: counters.query_samples.get(),
+            query_bytes: indexes.samples.bytes(),
+            query_bytes_max: shared.config.query_bytes_max,
+            indexes_built: counters.indexes_built.get(),
+            index_builds_failed: counters.index_builds_failed.get(),
+            index_builds_running: builds.running,
+            index_builds_waiting: builds.waiting,
+            index_bytes_written: counters.index_bytes_written.get(),
+            indexes_loaded: counters.indexes_loaded.get(),
+            indexes_unusable: counters.indexes_unusable.get(),
+            indexes_without_room: counters.indexes_without_room.get(),
+            index_bytes: indexes.library.bytes(),
+            index_bytes_max: shared.config.index_bytes_max,
+            background_aside: sketches.aside + builds.aside,
             subscribers: state.events.subscribers() as u64,
             subscribers_lagged: state.events.lagged,
         }

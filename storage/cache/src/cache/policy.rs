@@ -8,7 +8,8 @@
 //! - *Demotion*: eviction from memory costs nothing, since the disk has what was admitted. What it does not have although it was
 //!   to (a failing disk) is offered again at each hit.
 //! - *Reclaim*: leased blocks and those that matches asked for twice of late are written again, the most asked for first while
-//!   there is room; others go to the object tier where there is one, and are forgotten where there is none.
+//!   there is room; others go to the object tier where there is one, and are forgotten where there is none. What was made of a
+//!   block (`indexes/derived.rs`) has its block's fate.
 
 use std::{
     sync::{Arc, Weak},
@@ -105,7 +106,9 @@ impl DiskWatch for ReclaimWatch {
         let mut state = shared.state.lock();
         state.leases.expire(Instant::now());
         for block in blocks {
-            if !state.leases.must_stay(block) {
+            // What was made of a block stays and goes with it.
+            let base = shared.indexes.derived.base(block).map_or(*block, |(base, _)| base);
+            if !state.leases.must_stay(&base) {
                 forget(block);
                 shared.refresh(&mut state, *block, Tier::Disk);
             }
@@ -116,15 +119,18 @@ impl DiskWatch for ReclaimWatch {
         let Some(shared) = self.0.upgrade() else {
             return Fate::default();
         };
+        let made_of = shared.indexes.derived.base(block);
+        let base = made_of.map_or(*block, |(base, _)| base);
         let state = shared.state.lock();
-        let heat = match state.reuse.asked(block) {
-            _ if state.leases.must_stay(block) => Heat::Leased,
+        let heat = match state.reuse.asked(&base) {
+            _ if state.leases.must_stay(&base) => Heat::Leased,
             asked @ REUSED_ASKED.. => Heat::Warm(asked),
             _ => Heat::Cold,
         };
+        let worth = made_of.is_none_or(|(_, kind)| Shared::is_worth_demoting(kind));
         Fate {
             heat,
-            demote: shared.object.is_some(),
+            demote: shared.object.is_some() && worth,
         }
     }
 

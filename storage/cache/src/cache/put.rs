@@ -70,6 +70,7 @@ impl BlockCache {
             PutOutcome::Stored => {
                 counters.put_blocks.add(1);
                 counters.put_bytes.add(expected as u64);
+                self.shared.sketch_later(key);
             }
             PutOutcome::Present => counters.put_present.add(1),
             PutOutcome::Busy => counters.put_busy.add(1),

@@ -126,6 +126,10 @@ impl Namespaces {
         self.by_id.read().get(&id)?.basis.clone()
     }
 
+    pub(crate) fn has_basis(&self, id: NamespaceId) -> bool {
+        self.by_id.read().get(&id).is_some_and(|held| held.basis.is_some())
+    }
+
     /// Namespaces that have one, and bytes of the files of those that differ.
     pub(crate) fn bases(&self) -> (usize, u64) {
         let by_id = self.by_id.read();

@@ -12,12 +12,15 @@ use std::{
     time::Instant,
 };
 
-use kvasir_block::{BlockHash, BlockKey, KvSchema, NamespaceId};
-use kvasir_index::{Basis, Excluded};
+use kvasir_block::{BlockHash, BlockKey, KvSchema, LayerBlockKey, NamespaceId};
+use kvasir_index::Excluded;
 use parking_lot::Mutex;
 
-use super::{context::Payload, sketches::LayerSketches};
-use crate::{CacheError, ErrorKind, GetOutcome, LeaseId, cache::Shared};
+use super::{
+    context::Payload,
+    sketches::{LayerSketches, encode_layer},
+};
+use crate::{CacheError, ErrorKind, GetOutcome, LeaseId, cache::Shared, namespace::NamespaceBasis};
 
 /// Chains with open contexts, by the key of their last block. Not more than there are contexts.
 #[derive(Debug, Default)]
@@ -25,7 +28,7 @@ pub(crate) struct Registry(Mutex<HashMap<BlockKey, Weak<ContextBlocks>>>);
 
 /// Blocks of one chain, pinned until the last context over it is dropped.
 #[derive(Debug)]
-pub(super) struct ContextBlocks {
+pub(crate) struct ContextBlocks {
     cache: Weak<Shared>,
     lease: LeaseId,
     schema: Arc<KvSchema>,
@@ -40,7 +43,7 @@ pub(super) struct ContextBlocks {
 
 impl ContextBlocks {
     /// Those that are open over this chain already, or new ones.
-    pub(super) fn of(
+    pub(crate) fn of(
         shared: &Arc<Shared>,
         schema: Arc<KvSchema>,
         namespace: NamespaceId,
@@ -107,7 +110,17 @@ impl ContextBlocks {
         self.blocks.len()
     }
 
-    pub(super) fn schema(&self) -> &Arc<KvSchema> {
+    /// Their keys, from the first.
+    pub(crate) fn keys(&self) -> &[BlockKey] {
+        &self.blocks
+    }
+
+    /// Tokens of all of them.
+    pub(crate) fn tokens(&self) -> usize {
+        self.blocks.len() * usize::from(self.schema.block_tokens)
+    }
+
+    pub(crate) fn schema(&self) -> &Arc<KvSchema> {
         &self.schema
     }
 
@@ -138,13 +151,13 @@ impl ContextBlocks {
             .is_none_or(|held| held.blocks() == self.blocks.len() && (0..held.blocks()).all(|at| held.has(at)))
     }
 
-    /// The sketches of a layer's blocks whose payload is there: held already, or made now until it is late.
+    /// The sketches of a layer's blocks whose payload is there: held already, made before, or made now until it is late.
     pub(super) fn sketch(
         &self,
         shared: &Shared,
         layer: u16,
         payloads: &[Option<Payload>],
-        basis: &Basis,
+        basis: &NamespaceBasis,
         late: &dyn Fn() -> bool,
     ) -> Arc<LayerSketches> {
         // Held while sketching: a second query of the same layer would sketch the same blocks.
@@ -160,7 +173,7 @@ impl ContextBlocks {
         let keep = if held.blocks() == payloads.len() {
             true
         } else {
-            now = Arc::new(LayerSketches::none(payloads.len(), &layout, basis, layer));
+            now = Arc::new(LayerSketches::none(payloads.len(), &layout, basis.basis(), layer));
             let bytes = LayerSketches::bytes_for(payloads.len(), &layout);
             let taken = shared.contexts.take(bytes);
             if taken {
@@ -173,14 +186,25 @@ impl ContextBlocks {
             *held = Arc::default();
         }
         let sketches = Arc::make_mut(&mut now);
-        let mut room = Vec::new();
-        for at in wanted {
+        let keys: Vec<LayerBlockKey> = wanted.iter().map(|&at| self.blocks[at].layer(layer)).collect();
+        let made = shared.sketches_made(&keys, basis);
+        for ((at, key), made) in wanted.into_iter().zip(keys).zip(made) {
+            let Some(payload) = &payloads[at] else { continue };
+            let halves = payload.halves();
+            if made.is_some_and(|made| sketches.set(at, &made, &layout)) {
+                sketches.learn(at, halves, &layout, basis.basis(), layer);
+                continue;
+            }
             if late() {
                 break;
             }
-            let Some(payload) = &payloads[at] else { continue };
-            if sketches.make(at, payload.halves(), &layout, basis, layer, &mut room) {
+            let Some(new) = encode_layer(halves, &layout, basis.basis(), layer) else {
+                continue;
+            };
+            if sketches.set(at, &new, &layout) {
+                sketches.learn(at, halves, &layout, basis.basis(), layer);
                 shared.counters.sketched_blocks.add(1);
+                shared.keep_sketch(key, basis, new);
             }
         }
         if keep {

@@ -9,9 +9,19 @@ use bytes::Bytes;
 use half::f16;
 use kvasir_block::{BlockHash, KvSchema, NamespaceId};
 use kvasir_simd::cast_f16;
+use parking_lot::Mutex;
 
-use super::blocks::ContextBlocks;
-use crate::{BasisId, CacheError, ErrorKind, cache::Shared, namespace::NamespaceBasis};
+use super::{Form, Plan, blocks::ContextBlocks, search::wants_scan};
+use crate::{BasisId, CacheError, ErrorKind, cache::Shared, indexes::Covering, namespace::NamespaceBasis};
+
+/// Generation of an index that was never looked up.
+const NEVER: u64 = u64::MAX;
+
+/// Why a query is answered otherwise than its context was opened for.
+const BOUND: &str = "what was asked for, a bound or no bias, only this scan gives";
+const LATER: &str = "it was built after this context was opened";
+const UNUSABLE: &str =
+    "the files of the built index are gone or damaged, or there is no room for them (index_bytes_max)";
 
 /// A chain of held blocks, pinned until dropped. It does not keep its cache alive: once that is closed, it is of no use.
 ///
@@ -22,9 +32,9 @@ pub struct Context {
     blocks: Arc<ContextBlocks>,
     q_heads: usize,
     scale: f32,
-    serving: Serving,
-    /// Of its sketches; `None` where the flat scan serves.
-    basis: Option<Arc<NamespaceBasis>>,
+    plan: Plan,
+    /// The built index that serves it, and when that was looked up.
+    covering: Mutex<(u64, Option<Covering>)>,
 }
 
 /// What serves a context, and why not something better.
@@ -47,7 +57,7 @@ pub(crate) struct ContextBudget {
 
 /// A verified layer block whose elements can be read in place.
 #[derive(Clone, Debug)]
-pub(super) enum Payload {
+pub(crate) enum Payload {
     /// The tier's own bytes.
     Shared(Bytes),
     /// A copy, because the tier's bytes start at an odd address.
@@ -62,7 +72,7 @@ impl Context {
         chain: &[BlockHash],
         q_heads: usize,
         scale: f32,
-        (serving, basis): (Serving, Option<Arc<NamespaceBasis>>),
+        plan: Plan,
     ) -> Result<Self, CacheError> {
         if !shared.contexts.open_one() {
             let message = format!(
@@ -77,8 +87,8 @@ impl Context {
                 blocks,
                 q_heads,
                 scale,
-                serving,
-                basis,
+                plan,
+                covering: Mutex::new((NEVER, None)),
             }),
             Err(error) => {
                 shared.contexts.close_one();
@@ -88,12 +98,25 @@ impl Context {
     }
 
     pub(super) fn basis(&self) -> Option<&Arc<NamespaceBasis>> {
-        self.basis.as_ref()
+        self.plan.basis.as_ref()
     }
 
-    /// Id of the basis of the sketches that serve it; `None` where the flat scan serves.
+    /// The built index that is to serve it as of now, if there is one.
+    pub(super) fn covering(&self, shared: &Shared) -> Option<Covering> {
+        if self.plan.kinds.is_empty() {
+            return None;
+        }
+        let now = shared.indexes.library.generation();
+        let mut known = self.covering.lock();
+        if known.0 != now {
+            *known = (now, shared.covering(self.blocks.keys(), self.plan.kinds));
+        }
+        known.1
+    }
+
+    /// Id of the basis of the sketches that serve it, or help out; `None` where there are none.
     pub fn basis_id(&self) -> Option<BasisId> {
-        self.basis.as_ref().map(|basis| basis.id())
+        self.plan.basis.as_ref().map(|basis| basis.id())
     }
 
     /// Tokens of the context.
@@ -101,14 +124,14 @@ impl Context {
         self.blocks.len() * usize::from(self.schema().block_tokens)
     }
 
-    /// What serves it.
+    /// What served it when it was opened. An index that is built later serves from then on, and reports say so.
     pub fn serving(&self) -> Serving {
-        self.serving
+        self.plan.serving
     }
 
     /// Name of the index that serves it.
     pub fn index(&self) -> &'static str {
-        self.serving.index
+        self.plan.serving.index
     }
 
     /// Schema of its blocks.
@@ -126,12 +149,23 @@ impl Context {
         Arc::ptr_eq(&self.blocks, &other.blocks)
             && self.q_heads == other.q_heads
             && self.scale.to_bits() == other.scale.to_bits()
-            && self.serving.index == other.serving.index
+            && self.plan.serving.index == other.plan.serving.index
+            && self.plan.kinds == other.plan.kinds
+    }
+
+    /// Why `index` answers a query of this form, where that is not what it was opened with.
+    pub(super) fn reason(&self, index: &'static str, form: Form) -> &'static str {
+        match self.plan.serving.index {
+            opened if opened == index => "",
+            _ if wants_scan(form) => BOUND,
+            _ if index == self.plan.scan => UNUSABLE,
+            _ => LATER,
+        }
     }
 
     /// Whether all blocks of a layer are in memory, verified and sketched, or on their way there; waits for nothing.
     pub fn is_warm(&self, layer: u16) -> bool {
-        self.blocks.is_warm(layer) && (self.basis.is_none() || self.blocks.is_sketched(layer))
+        self.blocks.is_warm(layer) && (self.plan.basis.is_none() || self.blocks.is_sketched(layer))
     }
 
     /// Query heads per KV head.
@@ -203,7 +237,7 @@ fn add_within(count: &AtomicU64, more: u64, max: u64) -> bool {
 }
 
 impl Payload {
-    pub(super) fn new(bytes: Bytes) -> Self {
+    pub(crate) fn new(bytes: Bytes) -> Self {
         if cast_f16(&bytes).is_some() {
             return Self::Shared(bytes);
         }
@@ -212,7 +246,7 @@ impl Payload {
         Self::Copied(pairs.iter().map(|&pair| f16::from_le_bytes(pair)).collect())
     }
 
-    pub(super) fn halves(&self) -> &[f16] {
+    pub(crate) fn halves(&self) -> &[f16] {
         match self {
             // `new` made sure that the cast holds, and bytes do not move.
             Self::Shared(bytes) => cast_f16(bytes).unwrap_or_default(),

@@ -31,13 +31,7 @@ impl From<InvalidQuery> for CacheError {
     }
 }
 
-pub(super) fn check_context(
-    schema: &KvSchema,
-    blocks: usize,
-    q_heads: usize,
-    softmax_scale: f32,
-    blocks_max: usize,
-) -> Result<(), CacheError> {
+pub(super) fn check_blocks(schema: &KvSchema, blocks: usize, blocks_max: usize) -> Result<(), CacheError> {
     if blocks == 0 {
         return Err(InvalidQuery::new("hashes", "the chain is empty: name at least one whole block").into());
     }
@@ -48,6 +42,10 @@ pub(super) fn check_context(
         );
         return Err(CacheError::new(ErrorKind::LimitReached, message));
     }
+    Ok(())
+}
+
+pub(super) fn check_heads(schema: &KvSchema, q_heads: usize, softmax_scale: f32) -> Result<(), CacheError> {
     let kv_heads = usize::from(schema.kv_heads);
     if q_heads == 0 || q_heads > Q_HEADS_MAX || !q_heads.is_multiple_of(kv_heads) {
         let problem = format!("{q_heads} is not a multiple of the {kv_heads} KV heads up to {Q_HEADS_MAX}");

@@ -17,7 +17,8 @@ pub enum Shortfall {
 /// What a retrieval did.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Report {
-    /// Keys that were searched: scored exactly by the flat index, by their sketches first with `sketch`. Summed over KV heads.
+    /// Keys that were searched: scored exactly by the flat index, by their sketches first with `sketch`, covered by a built index.
+    /// Summed over KV heads.
     pub keys_scanned: u64,
     /// Keys that could have been searched (context minus exclusions), summed over KV heads.
     pub keys_total: u64,
@@ -37,10 +38,12 @@ pub struct Report {
     pub missed_mass_bound: Vec<f32>,
     /// More keys were attended to than `target_mass` and `k_max` ask for, since the bound was larger than `missed_mass_max`.
     pub escalated: bool,
-    /// Keys that were scored exactly after a scan of sketches, summed over KV heads; 0 with the flat index.
+    /// Keys that were scored exactly after a scan of sketches or by a built index, summed over KV heads; 0 with the flat index.
     pub keys_rescored: u64,
-    /// Index that served: `"flat"`, also where sketches could not give what was asked for, or `"sketch"`.
+    /// Index that served: `"flat"`, `"sketch"`, `"roar"` or `"wave"`.
     pub index: &'static str,
+    /// Why another than its context was opened with, for a person; empty where it is that one.
+    pub index_reason: &'static str,
 }
 
 /// A report in the making.
@@ -147,8 +150,8 @@ impl Progress {
         self.skip = Some(Skip::Bytes);
     }
 
-    pub(super) fn index(&mut self, index: &'static str) {
-        self.report.index = index;
+    pub(super) fn index(&mut self, index: &'static str, reason: &'static str) {
+        (self.report.index, self.report.index_reason) = (index, reason);
     }
 
     pub(super) fn escalated(&mut self, escalated: bool) {

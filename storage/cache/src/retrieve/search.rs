@@ -1,5 +1,7 @@
 //! One scan for one or several queries of a layer, by one or several threads.
 
+mod indexed;
+
 use std::{
     sync::{
         Arc,
@@ -11,9 +13,11 @@ use std::{
 use bytes::{BufMut, BytesMut};
 use half::f16;
 use kvasir_block::{Dtype, LayerBlockLayout};
-use kvasir_index::{Attended, Excluded, FlatScan, Rows, Segment, SketchFormat, SketchScan, Streaming};
+use kvasir_index::{Attended, Excluded, FlatScan, Segment, SketchFormat, SketchScan, Streaming};
 use parking_lot::{Condvar, Mutex};
 
+use self::indexed::Indexed;
+pub(super) use self::indexed::wants_scan;
 use super::{
     AttendOptions, Certificate, Context, FLAT, Form, Found, HeadRows, Query, Report, SKETCH, Shortfall,
     blocks::ContextBlocks,
@@ -36,6 +40,11 @@ pub struct Search {
     form: Form,
     /// Where sketches serve: their basis, the layer in it, and the sketches.
     sketched: Option<Sketched>,
+    /// Where a built index serves.
+    indexed: Option<Indexed>,
+    /// Name of the index that serves, and why another than its context was opened with.
+    served_by: &'static str,
+    served_why: &'static str,
     excluded: Excluded,
     /// Latest deadline of the queries; `None` if one has none.
     deadline: Option<Instant>,
@@ -53,6 +62,12 @@ struct Sketched {
     basis: Arc<NamespaceBasis>,
     layer: u16,
     blocks: Arc<LayerSketches>,
+}
+
+/// What one thread's scans reuse from head to head.
+struct Buffers<'a> {
+    flat: FlatScan<'a>,
+    sketch: SketchScan<'a>,
 }
 
 #[derive(Debug)]
@@ -77,7 +92,8 @@ struct Head {
 
 #[derive(Debug)]
 enum HeadFound {
-    Rows(HeadRows, Rows),
+    /// And the share of the searched mass that they hold, per query head.
+    Rows(HeadRows, Vec<f32>),
     /// And whether it was more than was asked.
     Attend(Attended, bool),
 }
@@ -91,15 +107,27 @@ impl Search {
         let deadlines = queries.iter().map(|query| query.deadline);
         let deadline = deadlines.reduce(|a, b| Some(a?.max(b?))).flatten();
         let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        let payloads = context.blocks().load(shared, first.layer, &excluded, &late);
+        let covering = context.covering(shared).filter(|_| !wants_scan(first.form));
+        let index = covering.and_then(|covering| Some((covering, shared.layer_index(covering, first.layer)?)));
+        // An index is walked over what is excluded, too.
+        let unread = if index.is_some() { &Excluded::none() } else { &excluded };
+        let payloads = context.blocks().load(shared, first.layer, unread, &late);
+        let indexed = index
+            .filter(|(covering, _)| payloads[..covering.blocks].iter().all(Option::is_some))
+            .map(|(covering, index)| Indexed::new(covering, index, &layout, first.excluded));
         let sketched = context
             .basis()
             .filter(|_| !wants_exact(first.form))
             .map(|basis| Sketched {
                 basis: Arc::clone(basis),
                 layer: first.layer,
-                blocks: (context.blocks()).sketch(shared, first.layer, &payloads, basis.basis(), &late),
+                blocks: (context.blocks()).sketch(shared, first.layer, &payloads, basis, &late),
             });
+        let served_by = match &indexed {
+            Some(indexed) => indexed.name,
+            None if sketched.is_some() => SKETCH,
+            None => FLAT,
+        };
         let per_head = group * layout.head_dim;
         let mut q = Vec::with_capacity(kv_heads * queries.len() * per_head);
         for kv_head in 0..kv_heads {
@@ -116,6 +144,9 @@ impl Search {
             scale: context.scale(),
             form: first.form,
             sketched,
+            indexed,
+            served_by,
+            served_why: context.reason(served_by, first.form),
             excluded,
             deadline,
             q,
@@ -143,8 +174,10 @@ impl Search {
             .map(|payload| payload.as_ref().map(Payload::halves))
             .collect();
         // Their buffers are used for one head after another.
-        let mut scan = FlatScan::new(self.layout.head_dim, self.scale);
-        let mut through = SketchScan::new(SketchFormat::new(self.layout.head_dim), self.scale);
+        let mut buffers = Buffers {
+            flat: FlatScan::new(self.layout.head_dim, self.scale),
+            sketch: SketchScan::new(SketchFormat::new(self.layout.head_dim), self.scale),
+        };
         loop {
             let kv_head = self.next.fetch_add(1, Ordering::Relaxed);
             if kv_head >= self.layout.kv_heads {
@@ -155,9 +188,9 @@ impl Search {
                 kv_head,
                 found: None,
             };
-            taken.found = Some(match &self.sketched {
-                Some(sketched) => self.sketched_head(kv_head, &halves, sketched, &mut through),
-                None => self.head(kv_head, &halves, &mut scan),
+            taken.found = Some(match self.index_of(kv_head) {
+                Some((indexed, index)) => self.indexed_head(kv_head, &halves, indexed, index, &mut buffers),
+                None => self.scanned_head(kv_head, &halves, &self.excluded, &mut buffers),
             });
         }
     }
@@ -177,13 +210,32 @@ impl Search {
         self.answers(&found)
     }
 
-    fn head<'a>(&'a self, kv_head: usize, halves: &[Option<&'a [f16]>], scan: &mut FlatScan<'a>) -> Head {
+    fn scanned_head<'a>(
+        &'a self,
+        kv_head: usize,
+        halves: &[Option<&'a [f16]>],
+        excluded: &'a Excluded,
+        buffers: &mut Buffers<'a>,
+    ) -> Head {
+        match &self.sketched {
+            Some(sketched) => self.sketched_head(kv_head, halves, sketched, excluded, &mut buffers.sketch),
+            None => self.head(kv_head, halves, excluded, &mut buffers.flat),
+        }
+    }
+
+    fn head<'a>(
+        &'a self,
+        kv_head: usize,
+        halves: &[Option<&'a [f16]>],
+        excluded: &Excluded,
+        scan: &mut FlatScan<'a>,
+    ) -> Head {
         let layout = &self.layout;
         let per_head = self.queries * self.group * layout.head_dim;
         scan.begin(&self.q[kv_head * per_head..][..per_head]);
         let (mut late, mut missing) = (false, false);
         for (at, halves) in halves.iter().enumerate() {
-            if self.blocks.is_excluded(at, &self.excluded) {
+            if self.blocks.is_excluded(at, excluded) {
                 continue;
             }
             if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -197,7 +249,7 @@ impl Search {
                         values: &halves[layout.values(kv_head)],
                         position: at * layout.block_tokens,
                     },
-                    &self.excluded,
+                    excluded,
                 ),
                 None => missing = true,
             }
@@ -206,7 +258,7 @@ impl Search {
             Form::Rows { k } => {
                 let rows = scan.rows(k);
                 let gathered = gather(rows.positions(), layout.head_dim, |take| scan.each_row(&rows, take));
-                HeadFound::Rows(gathered, rows)
+                HeadFound::Rows(gathered, rows.mass)
             }
             Form::Attend {
                 target_mass,
@@ -241,6 +293,7 @@ impl Search {
         kv_head: usize,
         halves: &[Option<&'a [f16]>],
         sketched: &'a Sketched,
+        excluded: &'a Excluded,
         scan: &mut SketchScan<'a>,
     ) -> Head {
         let layout = &self.layout;
@@ -251,14 +304,14 @@ impl Search {
             let searched = if streaming { &[] } else { halves };
             return Head {
                 streaming,
-                ..self.head(kv_head, searched, &mut flat)
+                ..self.head(kv_head, searched, excluded, &mut flat)
             };
         }
         let per_head = self.queries * self.group * layout.head_dim;
         let q = &self.q[kv_head * per_head..][..per_head];
         let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
         let there = |at: usize| halves[at].filter(|_| sketched.blocks.has(at));
-        let wanted = |at: usize| !self.blocks.is_excluded(at, &self.excluded);
+        let wanted = |at: usize| !self.blocks.is_excluded(at, excluded);
         // When it is late what is not there was given up.
         let mut missing = !late && (0..halves.len()).any(|at| there(at).is_none() && wanted(at));
         let segments = (0..halves.len()).map(|at| {
@@ -268,7 +321,7 @@ impl Search {
                 position: at * layout.block_tokens,
             })
         });
-        let excluded = std::slice::from_ref(&self.excluded);
+        let excluded = std::slice::from_ref(excluded);
         let begun = scan.begin(q, basis);
         missing |= match sketched.blocks.column(kv_head) {
             Some(column) if !late => begun
@@ -288,7 +341,7 @@ impl Search {
                     ..Extra::default()
                 };
                 let gathered = gather(rows.positions(), layout.head_dim, |take| scan.each_row(&rows, take));
-                (HeadFound::Rows(gathered, rows), extra)
+                (HeadFound::Rows(gathered, rows.mass), extra)
             }
             Form::Attend {
                 target_mass,
@@ -341,11 +394,11 @@ impl Search {
                 progress.sketched(extra.rescored, extra.bytes_read, bounds);
             }
             match &head.found {
-                HeadFound::Rows(head_rows, found) => {
-                    let positions = found.positions().len();
+                HeadFound::Rows(head_rows, mass) => {
+                    let positions = head_rows.positions.len();
                     progress.head(HeadCount {
                         scanned: head.scanned,
-                        mass: &found.mass,
+                        mass,
                         attended: positions * self.group,
                         value_rows: positions,
                     });
@@ -366,7 +419,7 @@ impl Search {
                 }
             }
         }
-        progress.index(if self.sketched.is_some() { SKETCH } else { FLAT });
+        progress.index(self.served_by, self.served_why);
         let found = match self.form {
             Form::Rows { .. } => Found::Rows(rows),
             Form::Attend { options, .. } => {

@@ -11,9 +11,9 @@ pub(super) const RANK: usize = 32;
 /// Tokens of a block that a sketch takes.
 pub(super) const BLOCK_TOKENS_MAX: usize = 256;
 /// Share of the keys that are scored exactly first if the caller does not say.
-const EFFORT: f32 = 0.05;
+pub(super) const EFFORT: f32 = 0.05;
 /// By how much more are, where they did not cover the mass that he wants.
-const EFFORT_GROWTH: f32 = 4.0;
+pub(super) const EFFORT_GROWTH: f32 = 4.0;
 
 /// Sketches of a chain's blocks in one layer: per KV head a column; of streaming heads none.
 #[derive(Clone, Debug, Default)]
@@ -72,32 +72,54 @@ impl LayerSketches {
         self.made.get(at).copied().unwrap_or(false)
     }
 
-    /// Sketches block `at`; answers whether that can be done in this basis.
-    pub(super) fn make(
-        &mut self,
-        at: usize,
-        halves: &[f16],
-        layout: &LayerBlockLayout,
-        basis: &Basis,
-        layer: u16,
-        room: &mut Vec<u8>,
-    ) -> bool {
-        for (kv_head, column) in self.columns.iter_mut().enumerate() {
-            let Some(column) = column else { continue };
-            let (keys, values) = (&halves[layout.keys(kv_head)], &halves[layout.values(kv_head)]);
-            let head = basis.head(layer.into(), kv_head);
-            if column.sketch(at, head, keys, values, room).is_err() {
-                return false;
-            }
+    /// Takes block `at`'s sketches, as [`encode_layer`] gives them; answers whether they are ones of this layer and basis.
+    pub(super) fn set(&mut self, at: usize, sketches: &[u8], layout: &LayerBlockLayout) -> bool {
+        let each = SketchFormat::new(layout.head_dim).bytes(layout.block_tokens);
+        if sketches.len() != self.columns.iter().flatten().count() * each {
+            return false;
         }
-        self.made[at] = true;
-        true
+        let mut parts = self.columns.iter_mut().flatten().zip(sketches.chunks_exact(each));
+        self.made[at] = parts.all(|(column, part)| column.set(at, part).is_ok());
+        self.made[at]
+    }
+
+    /// Learns from block `at`, which was set, what sketches do not say, where the columns want it.
+    pub(super) fn learn(&mut self, at: usize, halves: &[f16], layout: &LayerBlockLayout, basis: &Basis, layer: u16) {
+        for (kv_head, column) in self.columns.iter_mut().enumerate() {
+            let Some(column) = column.as_mut().filter(|column| column.learns(at)) else {
+                continue;
+            };
+            let (keys, values) = (&halves[layout.keys(kv_head)], &halves[layout.values(kv_head)]);
+            // It was sketched in this basis, so it can be.
+            let _ = column.learn(basis.head(layer.into(), kv_head), keys, values);
+        }
     }
 
     /// Those of a KV head; `None` if it is a streaming one.
     pub(super) fn column(&self, kv_head: usize) -> Option<&Column> {
         self.columns.get(kv_head).and_then(Option::as_ref)
     }
+}
+
+/// Sketches of a layer block: of each KV head that is no streaming one, one behind the other. `None` where it cannot be sketched
+/// in this basis.
+pub(crate) fn encode_layer(halves: &[f16], layout: &LayerBlockLayout, basis: &Basis, layer: u16) -> Option<Vec<u8>> {
+    let format = SketchFormat::new(layout.head_dim);
+    let mut out = Vec::with_capacity(sketched_bytes(layout, basis, layer));
+    for kv_head in 0..layout.kv_heads {
+        let head = basis.head(layer.into(), kv_head);
+        if !head.streaming {
+            let (keys, values) = (&halves[layout.keys(kv_head)], &halves[layout.values(kv_head)]);
+            encode_block(format, head, keys, values, &mut out).ok()?;
+        }
+    }
+    Some(out)
+}
+
+/// Bytes of what [`encode_layer`] gives.
+pub(crate) fn sketched_bytes(layout: &LayerBlockLayout, basis: &Basis, layer: u16) -> usize {
+    let heads = (0..layout.kv_heads).filter(|&kv_head| !basis.head(layer.into(), kv_head).streaming);
+    heads.count() * SketchFormat::new(layout.head_dim).bytes(layout.block_tokens)
 }
 
 /// Share of `keys` to score exactly for the best `k` of them.

@@ -29,6 +29,8 @@ fn config(dir: &Path) -> CacheConfig {
         disk_bytes_max: 4 << 20,
         segment_bytes: 1 << 17,
         flush_queue_bytes_max: 1 << 20,
+        // So that what is counted depends on the queries alone; `tests/ahead.rs` turns it on.
+        sketch_bytes_max: 0,
         ..CacheConfig::in_dir(dir)
     }
 }
@@ -606,5 +608,7 @@ fn a_deadline_that_passed_says_so() {
     assert_eq!(cache.stats().retrieve_late, 1);
 }
 
+mod ahead;
+mod indexes;
 mod shared;
 mod sketch;

@@ -12,6 +12,9 @@ use super::{
 };
 use crate::{Excluded, HeadBasis, IndexError};
 
+/// Of so many blocks one is learnt from. With all of them errors of the tail are hardly lower.
+const LEARN_EVERY: usize = 4;
+
 /// Sketches of consecutive blocks of one KV head. All blocks but the last have the same number of keys.
 #[derive(Clone, Debug)]
 pub struct Column {
@@ -29,7 +32,7 @@ pub struct Column {
     means: Vec<f16>,
     /// Keys per run.
     run_keys: Vec<f32>,
-    /// Of the blocks that were sketched here.
+    /// Of the blocks that were learnt from.
     slopes: Slopes,
 }
 
@@ -73,9 +76,8 @@ impl Column {
         self.set(self.blocks - 1, sketch)
     }
 
-    /// Sketches block `at`, which was pushed as missing, from its `keys[n, head_dim]` and `values` into `room`, and takes the sketch
-    /// as [`Column::set`] does. The column learns besides how values go with keys, which makes the estimate of what an answer does
-    /// not attend to much better; a sketch alone does not say it.
+    /// Sketches block `at`, which was pushed as missing, from its `keys[n, head_dim]` and `values` into `room`, takes the sketch as
+    /// [`Column::set`] does, and learns from the block where [`Column::learns`] says so.
     ///
     /// # Errors
     /// As [`crate::encode_block`] and [`Column::set`].
@@ -92,13 +94,32 @@ impl Column {
         room.clear();
         let mut learnt = std::mem::take(&mut self.slopes);
         let encoded = encode_block_and(format, basis, keys, values, room, |z| {
-            if format.values {
+            if self.learns(at) {
                 learnt.learn(z, format.directions(), values, format.head_dim);
             }
         });
         self.slopes = learnt;
         encoded?;
         self.set(at, room)
+    }
+
+    /// Whether the column learns from block `at` how values go with keys, which makes the estimate of what an answer does not attend
+    /// to much better. A sketch does not say it, so a block whose sketch was made before is shown by [`Column::learn`]; some blocks
+    /// of a context say it for all.
+    pub fn learns(&self, at: usize) -> bool {
+        self.format.values && at.is_multiple_of(LEARN_EVERY)
+    }
+
+    /// Learns from a block that was given by [`Column::set`].
+    ///
+    /// # Errors
+    /// As [`crate::encode_block`].
+    pub fn learn(&mut self, basis: &HeadBasis, keys: &[f16], values: &[f16]) -> Result<(), IndexError> {
+        let (format, mut sketch) = (self.format, Vec::new());
+        let learnt = &mut self.slopes;
+        encode_block_and(format, basis, keys, values, &mut sketch, |z| {
+            learnt.learn(z, format.directions(), values, format.head_dim);
+        })
     }
 
     /// Gives block `at`, which was pushed as missing, its sketch. Once per block: blocks that share a run share its mean.
