@@ -202,6 +202,8 @@ pub struct Report {
     pub escalated: bool,
     /// Time of searching, a hint's included.
     pub search: Duration,
+    /// Of `search`, before the query had come: a hint had begun it.
+    pub hidden: Duration,
     /// Time in the store's queue before the search began.
     pub queued: Duration,
 }

@@ -59,7 +59,7 @@ impl Served {
         let put_kib = config.put_bytes_max.as_usize().div_ceil(1024);
         Self {
             io: Door::new("io", config.io_threads),
-            searches: Searches::new(config.retrieval_threads),
+            searches: Searches::new(config.retrieval_threads, config.parked_bytes_max.as_u64()),
             streams: Arc::new(Semaphore::new(config.streams_max.min(Semaphore::MAX_PERMITS))),
             put_bytes: Arc::new(Semaphore::new(put_kib.min(Semaphore::MAX_PERMITS))),
             cache: RwLock::new(Some(Arc::new(cache))),

@@ -13,28 +13,35 @@
 //! - A context pins its blocks from opening to drop, and gives back on drop all that it took. Contexts over one chain share
 //!   blocks: what they pin and hold is counted once.
 //! - An answer does not depend on which queries shared its scan, nor on how many threads worked on it: candidates of a query are
-//!   its own.
+//!   its own. Where a search began ahead they are those of a prediction; what is found among them is the query's own still.
 
 mod blocks;
 mod context;
+mod head;
+mod parked;
 mod query;
 mod report;
 mod search;
 mod sketches;
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{
+    ops::Range,
+    sync::{Arc, atomic::AtomicBool},
+    time::Instant,
+};
 
 use bytes::Bytes;
 use kvasir_block::{BlockHash, Dtype, KvSchema, NamespaceId};
 use kvasir_index::Excluded;
 
-use self::query::InvalidQuery;
 pub(crate) use self::{blocks::Registry, context::ContextBudget};
 pub use self::{
     context::{Context, Serving},
+    parked::{ParkedSearch, SearchAhead},
     report::{Report, Shortfall},
     search::Search,
 };
+use self::{query::InvalidQuery, search::Purpose};
 use crate::{BlockCache, CacheError, ErrorKind, namespace::NamespaceBasis};
 
 /// Name of the exact scan.
@@ -280,7 +287,51 @@ impl BlockCache {
         if !others.iter().all(|other| first.joins(other)) {
             return Err(InvalidQuery::new("queries", "they cannot share a scan: ask one after another").into());
         }
-        Ok(Search::begin(&self.shared, context, first, queries))
+        Ok(Search::begin(
+            &self.shared,
+            context,
+            first,
+            queries,
+            Purpose::Answer(Vec::new()),
+        ))
+    }
+
+    /// Begins a search ahead of the query that will want it: `predicted` is about what that will ask, in the same form and with the
+    /// same exclusions. Reads the blocks; then threads [work](SearchAhead::work). It ends early once `dropped` is set. `None` where a
+    /// prediction gains nothing, since every key is to be scored.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub fn search_ahead(
+        &self,
+        context: &Context,
+        predicted: &Query<'_>,
+        dropped: &Arc<AtomicBool>,
+    ) -> Result<Option<SearchAhead>, CacheError> {
+        self.check_query(context, predicted)?;
+        Ok(SearchAhead::begin(&self.shared, context, predicted, dropped))
+    }
+
+    /// As [`Self::search`] for one query, beginning with what was [searched ahead](Self::search_ahead) for it. Where that is not
+    /// [for it](ParkedSearch::is_for), or was predicted too far off, the search is an ordinary one; the report says how many KV heads
+    /// gained.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub fn search_parked(
+        &self,
+        context: &Context,
+        query: &Query<'_>,
+        parked: ParkedSearch,
+    ) -> Result<Search, CacheError> {
+        self.check_query(context, query)?;
+        let purpose = if parked.is_for(context, query) {
+            parked.into_purpose()
+        } else {
+            Purpose::Answer(Vec::new())
+        };
+        let queries = std::slice::from_ref(query);
+        Ok(Search::begin(&self.shared, context, query, queries, purpose))
     }
 
     /// Reads and verifies the blocks of a layer that a query will want soon, unless they are there: the query then finds them in

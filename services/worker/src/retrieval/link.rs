@@ -14,7 +14,7 @@ use super::{
     Split, Tally,
     auto::{self, Experience, Sample},
     rows::{Kept, attend_rows},
-    tally::Waits,
+    tally::{Waits, in_the_store},
     wire::Wire,
 };
 use crate::{
@@ -234,7 +234,7 @@ impl Link {
             },
             bytes: reply.wire_bytes,
             whole: waits.whole,
-            store: reply.report.search + reply.report.queued,
+            store: in_the_store(reply),
         });
     }
 

@@ -4,7 +4,7 @@ use half::f16;
 use kvasir_block::LayerBlockLayout;
 use kvasir_index::{Attend, Attended, Basis, Column, SketchFormat, SketchScan, encode_block};
 
-use super::{AttendOptions, Certificate};
+use super::{AttendOptions, Certificate, Form};
 
 /// Directions that a sketch takes.
 pub(super) const RANK: usize = 32;
@@ -102,20 +102,31 @@ impl LayerSketches {
     }
 }
 
-/// Share of `keys` to score exactly for the best `k` of them.
-pub(super) fn rows_effort(k: usize, keys: usize) -> f32 {
-    (2.0 * k as f32 / keys.max(1) as f32).clamp(EFFORT, 1.0)
+/// What is asked of a scan of `keys` first.
+pub(super) fn wanted(form: Form, keys: usize) -> Attend {
+    match form {
+        Form::Rows { k } => rows_wanted(k, keys),
+        Form::Attend {
+            target_mass,
+            k_max,
+            options,
+        } => attend_wanted(target_mass, k_max, options),
+    }
 }
 
-/// Attends as the options say.
-pub(super) fn attend(
-    scan: &mut SketchScan<'_>,
-    target_mass: f32,
-    k_max: Option<usize>,
-    options: AttendOptions,
-) -> (Attended, Extra) {
+/// How rows are looked for: candidates for the best `k` of `keys`.
+pub(super) fn rows_wanted(k: usize, keys: usize) -> Attend {
+    Attend {
+        target_mass: 1.0,
+        effort: (2.0 * k as f32 / keys.max(1) as f32).clamp(EFFORT, 1.0),
+        ..Attend::default()
+    }
+}
+
+/// What is asked of a scan first, for these options.
+fn attend_wanted(target_mass: f32, k_max: Option<usize>, options: AttendOptions) -> Attend {
     let demand = (options.missed_mass_max > 0.0).then_some(options.missed_mass_max);
-    let mut wanted = Attend {
+    Attend {
         target_mass,
         k_max,
         // The whole mass is every key.
@@ -128,18 +139,32 @@ pub(super) fn attend(
         // A demand is checked by the bound, also where the caller does not want to see it.
         certificate: options.certificate != Certificate::None || demand.is_some(),
         missed_mass_max: demand,
-    };
+    }
+}
+
+/// Attends as the options say. `anew` is called before more keys are looked at than were at first, and
+/// answers whether it began the scan anew.
+pub(super) fn attend<'a>(
+    scan: &mut SketchScan<'a>,
+    (target_mass, k_max, options): (f32, Option<usize>, AttendOptions),
+    mut anew: impl FnMut(&mut SketchScan<'a>) -> bool,
+) -> (Attended, Extra) {
+    let mut wanted = attend_wanted(target_mass, k_max, options);
     let mut found = scan.attend(wanted);
+    let mut bytes_before = 0;
     // A head that looks at many keys needs more of them. Who names an effort or a number of keys wants no more than that.
     let bounded = options.effort != 0.0 || k_max.is_some();
     while !bounded && wanted.effort < 1.0 && found.cut_short {
         wanted.effort = (wanted.effort * EFFORT_GROWTH).min(1.0);
+        if anew(scan) {
+            bytes_before = found.bytes_read;
+        }
         found = scan.attend(wanted);
     }
     let extra = Extra {
         bounds: found.missed_max,
         rescored: found.keys_scored as u64,
-        bytes_read: found.bytes_read,
+        bytes_read: bytes_before + found.bytes_read,
         escalated: found.escalations > 0,
     };
     let attended = Attended {

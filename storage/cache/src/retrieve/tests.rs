@@ -606,5 +606,6 @@ fn a_deadline_that_passed_says_so() {
     assert_eq!(cache.stats().retrieve_late, 1);
 }
 
+mod parked;
 mod shared;
 mod sketch;

@@ -36,6 +36,8 @@ pub struct SketchScan<'a> {
     format: Option<SketchFormat>,
     scale: f32,
     q: Vec<f32>,
+    /// Once queries were replaced, those that the sketches were scanned with.
+    forecast: Vec<f32>,
     table: Table,
     /// Whose sketches are read: those of a column that is there, or of one that blocks are copied to.
     column: Option<&'a Column>,
@@ -51,6 +53,8 @@ pub struct SketchScan<'a> {
     parked: bool,
     /// Slots of the blocks that they were found in.
     parked_slots: usize,
+    /// What was drawn with them for a sample, by head.
+    drawn: Vec<certificate::Drawn>,
     cost: Cost,
     candidates: Candidates,
     room: Room,
@@ -81,6 +85,7 @@ impl<'a> SketchScan<'a> {
         self.positions.clear();
         self.masks.clear();
         self.parked = false;
+        self.drawn.clear();
         self.predicted = false;
         self.cost = Cost::default();
         self.candidates.clear();
@@ -268,6 +273,9 @@ impl<'a> SketchScan<'a> {
                 "q",
                 format!("{} elements, the predicted queries have {}", q.len(), self.q.len()),
             ));
+        }
+        if !self.predicted {
+            self.forecast.clone_from(&self.q);
         }
         self.q.copy_from_slice(q);
         self.predicted = true;

@@ -5,7 +5,7 @@ use kvasir_index::{Basis, Excluded, HeadBasis};
 use super::*;
 
 /// Three KV heads of 32 elements, four tokens a block.
-fn wide() -> KvSchema {
+pub(super) fn wide() -> KvSchema {
     KvSchema {
         head_dim: 32,
         rope_dims: 32,
@@ -36,14 +36,14 @@ fn basis(schema: &KvSchema) -> Basis {
     }
 }
 
-fn sketched(dir: &Path, blocks: usize) -> (BlockCache, NamespaceId) {
+pub(super) fn sketched(dir: &Path, blocks: usize) -> (BlockCache, NamespaceId) {
     let (cache, namespace) = open(config(dir), &wide());
     cache.set_basis(namespace, &basis(&wide()).encode()).unwrap();
     fill(&cache, namespace, &wide(), blocks);
     (cache, namespace)
 }
 
-fn attend(target_mass: f32, options: AttendOptions) -> Form {
+pub(super) fn attend(target_mass: f32, options: AttendOptions) -> Form {
     Form::Attend {
         target_mass,
         k_max: None,

@@ -179,7 +179,7 @@ impl SketchScan<'_> {
         let (high, found) = exp2_weights(&self.candidates.scores[own.clone()], weights);
         let mut rest = self.leave(head);
         let missed = if (how.certificate || self.predicted) && rest > f32::NEG_INFINITY {
-            let missed = self.missed(head);
+            let missed = self.missed(head, how.certificate);
             if self.predicted {
                 rest = missed.mean;
             }
