@@ -37,6 +37,7 @@ pub(crate) struct Asking {
 pub(crate) struct Forecast {
     pub(crate) layer: u16,
     pub(crate) q: Vec<f32>,
+    pub(crate) local_lse: Vec<f32>,
     /// As the stream's last query; `None` where there was none.
     pub(crate) asking: Option<Asking>,
 }

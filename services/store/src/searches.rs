@@ -53,6 +53,7 @@ pub(crate) struct Asked {
     pub(crate) form: Form,
     pub(crate) excluded: Vec<Range<u32>>,
     pub(crate) deadline: Option<Instant>,
+    pub(crate) local_lse: Vec<f32>,
 }
 
 /// What was found, and how long it took.
@@ -91,6 +92,7 @@ impl Asked {
             form: self.form,
             excluded: &self.excluded,
             deadline: self.deadline,
+            local_lse: &self.local_lse,
         }
     }
 }
@@ -162,7 +164,12 @@ impl Searches {
         context: Arc<Context>,
         forecast: Forecast,
     ) -> Result<Option<Ahead>, CacheError> {
-        let Forecast { layer, q, asking } = forecast;
+        let Forecast {
+            layer,
+            q,
+            local_lse,
+            asking,
+        } = forecast;
         let Some(asking) = asking.filter(|_| context.basis_id().is_some()) else {
             self.warm(cache, context, layer);
             return Ok(None);
@@ -173,6 +180,7 @@ impl Searches {
             form: asking.form,
             excluded: asking.excluded,
             deadline: None,
+            local_lse,
         };
         cache.check_query(&context, &expected.query())?;
         let is_idle = self.waiting.lock().is_empty();

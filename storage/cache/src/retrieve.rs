@@ -59,7 +59,7 @@ pub enum Form {
     },
     /// Partial attention over the fewest best keys that cover `target_mass`, at most `k_max`.
     Attend {
-        /// Share of the searched softmax mass, (0, 1]; 1 attends to every key.
+        /// Share of the softmax mass, (0, 1]; 1 attends to every key. See [`Query::local_lse`].
         target_mass: f32,
         /// Most keys per query head, at least 1; `None` for no bound.
         k_max: Option<usize>,
@@ -124,6 +124,10 @@ pub struct Query<'a> {
     pub excluded: &'a [Range<u32>],
     /// When the answer is of no use any more. Looked at between blocks; between KV heads where sketches serve.
     pub deadline: Option<Instant>,
+    /// Base-2 log-sum-exp of what the caller attends to by itself, `[q_heads]`, about; no number is NaN or +inf. `target_mass` is then a
+    /// share of that and the searched mass together, where sketches serve: the exact scan covers as much of the searched mass, which
+    /// is more. Empty: of the searched mass alone.
+    pub local_lse: &'a [f32],
 }
 
 impl Query<'_> {
@@ -137,7 +141,11 @@ impl Query<'_> {
             self.form,
             Form::Attend { k_max: None, options, .. } if options.missed_mass_max == 0.0
         );
-        unbounded && self.layer == other.layer && self.form == other.form && self.excluded == other.excluded
+        unbounded
+            && self.layer == other.layer
+            && self.form == other.form
+            && self.excluded == other.excluded
+            && self.local_lse.is_empty() == other.local_lse.is_empty()
     }
 }
 

@@ -209,6 +209,8 @@ impl Call {
         let forecast = Forecast {
             layer,
             q,
+            local_lse: ask::local_lse(&hint.local_lse, context.q_heads())
+                .map_err(|error| of_message(&error.inside("hint")))?,
             asking: self.asking.clone(),
         };
         let begun = self.served.searches.hint(self.served.cache()?, context, forecast);

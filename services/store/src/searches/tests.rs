@@ -88,6 +88,7 @@ fn asked(seed: u64, target_mass: f32) -> Asked {
         },
         excluded: std::iter::once(0..3).collect(),
         deadline: None,
+        local_lse: Vec::new(),
     }
 }
 

@@ -144,6 +144,7 @@ async fn hints_change_no_answer_and_certificates_hold() {
         let hint = Hint {
             layer,
             q: q.q.iter().map(|value| value * 0.9).collect(),
+            local_lse: vec![],
         };
         // Twice: the last one counts.
         hinted.hint(hint.clone()).await.expect("sent");
@@ -258,6 +259,7 @@ async fn a_hint_begins_the_search_of_its_query() {
             let next = Hint {
                 layer: (layer + 1) % LAYERS,
                 q: query(sequence + 1, (layer + 1) % LAYERS, form).q,
+                local_lse: vec![],
             };
             hinted.send(q.clone()).await.expect("sent");
             hinted.hint(next).await.expect("sent");
@@ -302,6 +304,7 @@ async fn a_hint_begins_the_search_of_its_query() {
     let bad = Hint {
         layer: 1,
         q: vec![f32::NAN; Q_HEADS * usize::from(schema.head_dim)],
+        local_lse: vec![],
     };
     hinted.hint(bad).await.expect("sent");
     hinted.send(query(99, 1, attend)).await.expect("sent");

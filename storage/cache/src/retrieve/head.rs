@@ -248,7 +248,8 @@ impl Search {
             })
         });
         let excluded = std::slice::from_ref(&self.excluded);
-        scan.scan_column(column, segments, excluded).is_ok()
+        let beside = self.local_lse_of(kv_head).is_none_or(|lse| scan.beside(lse).is_ok());
+        beside && scan.scan_column(column, segments, excluded).is_ok()
     }
 }
 

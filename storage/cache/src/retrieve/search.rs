@@ -42,6 +42,8 @@ pub struct Search {
     deadline: Option<Instant>,
     /// `[kv_heads, queries, group, head_dim]`
     q: Vec<f32>,
+    /// `[kv_heads, queries, group]`; empty where the callers do not say.
+    local_lse: Vec<f32>,
     pub(super) queries: usize,
     /// KV head that the next thread takes.
     next: AtomicUsize,
@@ -110,9 +112,13 @@ impl Search {
             });
         let per_head = group * layout.head_dim;
         let mut q = Vec::with_capacity(kv_heads * queries.len() * per_head);
+        let mut local_lse = Vec::new();
         for kv_head in 0..kv_heads {
             for query in queries {
                 q.extend_from_slice(&query.q[kv_head * per_head..][..per_head]);
+                // Of all queries that join or of none.
+                let own = query.local_lse.get(kv_head * group..(kv_head + 1) * group);
+                local_lse.extend_from_slice(own.unwrap_or_default());
             }
         }
         Self {
@@ -128,6 +134,7 @@ impl Search {
             excluded,
             deadline,
             q,
+            local_lse,
             queries: queries.len(),
             next: AtomicUsize::new(0),
             heads: Mutex::new(Heads {
@@ -193,6 +200,12 @@ impl Search {
     pub(super) fn queries_of(&self, kv_head: usize) -> &[f32] {
         let per_head = self.queries * self.group * self.layout.head_dim;
         &self.q[kv_head * per_head..][..per_head]
+    }
+
+    /// Log-sum-exp of what is attended to elsewhere, of the same rows; none where that is not known.
+    pub(super) fn local_lse_of(&self, kv_head: usize) -> Option<&[f32]> {
+        let heads = self.queries * self.group;
+        self.local_lse.get(kv_head * heads..(kv_head + 1) * heads)
     }
 
     /// Whether an answer would come too late, or is not wanted any more.

@@ -92,6 +92,7 @@ fn ask<'a>(q: &'a [f32], layer: u16, target_mass: f32, excluded: &'a [Range<u32>
         },
         excluded,
         deadline: None,
+        local_lse: &[],
     }
 }
 

@@ -73,6 +73,8 @@ pub(super) struct Table {
     runs: usize,
     /// Sum of `left`, per head.
     pub(super) total: Vec<f64>,
+    /// Weight of what is attended to elsewhere and counts as covered, per head; empty where nothing is.
+    pub(super) beside: Vec<f64>,
 }
 
 /// Buffers of a scan.
@@ -132,6 +134,7 @@ impl Table {
         self.coded.begin(format.nibbles());
         self.average.clear();
         self.kinds.clear();
+        self.beside.clear();
         for q in q.chunks_exact(d) {
             let dot = |row: &[f32]| dot(row, q) * factor;
             weights.clear();
@@ -365,7 +368,9 @@ impl Table {
             if mass < 1.0 && self.kinds[head] != Kind::Exact {
                 let found: f64 = weight_of(counts, floor);
                 let total = sum(&self.left[head * self.runs..][..self.runs]) + found;
-                wanted = wanted.min(enough(counts, floor, total * f64::from(mass)));
+                let beside = self.beside.get(head).copied().unwrap_or(0.0);
+                let missed = (1.0 - f64::from(mass)) * (total + beside);
+                wanted = wanted.min(enough(counts, floor, total - missed));
             }
             if kept.len() > wanted {
                 ties = wanted;

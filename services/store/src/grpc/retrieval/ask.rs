@@ -36,6 +36,16 @@ pub(super) fn layer(layer: u32, context: &Context) -> Result<u16, InvalidMessage
     })
 }
 
+/// Base-2 log-sum-exp of what the caller attends to by itself; empty where he does not say.
+pub(super) fn local_lse(bytes: &[u8], q_heads: usize) -> Result<Vec<f32>, InvalidMessage> {
+    if !bytes.is_empty() && bytes.len() != q_heads * 4 {
+        let problem = format!("{} bytes instead of {} or none", bytes.len(), q_heads * 4);
+        return Err(InvalidMessage::new("local_lse", problem));
+    }
+    // What they may be is for the cache to say.
+    Ok(convert::float_values(bytes))
+}
+
 /// A query's fields, as far as the wire has rules for them; the cache checks the rest.
 pub(super) fn checked(query: v1::Query, context: &Context, reply_bytes_max: usize) -> Result<Asked, InvalidMessage> {
     let schema = context.schema();
@@ -71,7 +81,9 @@ pub(super) fn checked(query: v1::Query, context: &Context, reply_bytes_max: usiz
         Some(v1::query::Form::Attend(attend)) => attend_form(&attend).map_err(|error| error.inside("attend"))?,
         None => return Err(InvalidMessage::new("form", "is missing: ask for rows or attend")),
     };
+    let local_lse = local_lse(&query.local_lse, context.q_heads())?;
     Ok(Asked {
+        local_lse,
         layer,
         q,
         form,

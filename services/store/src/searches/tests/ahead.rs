@@ -68,6 +68,7 @@ fn forecast(of: &Asked) -> Forecast {
     Forecast {
         layer: of.layer,
         q: of.q.clone(),
+        local_lse: of.local_lse.clone(),
         asking: Some(Asking {
             form: of.form,
             excluded: of.excluded.clone(),
