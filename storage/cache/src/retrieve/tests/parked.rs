@@ -3,7 +3,7 @@
 use std::sync::{Arc, atomic::AtomicBool};
 
 use super::{
-    sketch::{attend, sketched},
+    sketch::{attend, sketched, wide},
     *,
 };
 use crate::retrieve::{ParkedSearch, SearchAhead};
