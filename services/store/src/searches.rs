@@ -17,7 +17,7 @@ use std::{
 };
 
 use kvasir_cache::{
-    BlockCache, CacheError, ErrorKind,
+    BlockCache, CacheError,
     retrieve::{Context, Form, Found, Query, Report},
 };
 use parking_lot::Mutex;
@@ -32,8 +32,8 @@ use crate::{
 /// Most queries in one scan: bounds the memory for its scores.
 const JOINED_MAX: usize = 16;
 
-/// Keys of a scan, summed over KV heads, below which waking a second thread costs more than it saves.
-pub(crate) const HELP_KEYS: usize = 4096;
+/// Keys of a scan, summed over KV heads, below which waking a second thread costs more than it saves: about half a millisecond's.
+pub(crate) const HELP_KEYS: usize = 1 << 16;
 
 /// The way to the threads for retrieval.
 #[derive(Debug)]
@@ -290,12 +290,7 @@ fn finish(
 ) -> Result<Answer, CacheError> {
     let begun = Instant::now();
     let (ahead, hidden) = (parked.search_time(), parked.hidden(arrived));
-    let search = cache.search_parked(context, &asked.query(), parked.search)?;
-    search.work();
-    let (found, report) = search.wait().pop().ok_or_else(|| {
-        let message = "a search for one query gave no answer: this is a fault of the store";
-        CacheError::new(ErrorKind::Disk, message)
-    })?;
+    let (found, report) = cache.retrieve_parked(context, &asked.query(), parked.search)?;
     // Of what was done ahead the part that was of use.
     let (used, of) = (report.heads_ahead, report.heads_ahead + report.heads_too_far);
     let share = f64::from(used) / f64::from(of.max(1));

@@ -259,13 +259,29 @@ impl BlockCache {
     /// `InvalidArgument` naming the field. A deadline that passes or a block that is gone is no error: see
     /// [`Report::shortfall`].
     pub fn retrieve(&self, context: &Context, query: &Query<'_>) -> Result<(Found, Report), CacheError> {
-        let search = self.search(context, std::slice::from_ref(query))?;
-        search.work();
-        let mut answers = search.wait();
-        answers.pop().ok_or_else(|| {
-            let message = "a search for one query gave no answer: this is a fault of the cache";
-            CacheError::new(ErrorKind::Disk, message)
-        })
+        alone(&self.search(context, std::slice::from_ref(query))?)
+    }
+
+    /// As [`Self::retrieve`], beginning with what was [searched ahead](Self::search_ahead) for it. Where that is not
+    /// [for it](ParkedSearch::is_for), or was predicted too far off, the search is an ordinary one; the report says how many KV heads
+    /// gained.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub fn retrieve_parked(
+        &self,
+        context: &Context,
+        query: &Query<'_>,
+        parked: ParkedSearch,
+    ) -> Result<(Found, Report), CacheError> {
+        self.check_query(context, query)?;
+        let purpose = if parked.is_for(context, query) {
+            parked.into_purpose()
+        } else {
+            Purpose::Answer(Vec::new())
+        };
+        let queries = std::slice::from_ref(query);
+        alone(&Search::begin(&self.shared, context, query, queries, purpose))
     }
 
     /// Whether `query` can be answered over `context`; what [`Self::search`] checks of each.
@@ -320,28 +336,6 @@ impl BlockCache {
         Ok(SearchAhead::begin(&self.shared, context, predicted, dropped))
     }
 
-    /// As [`Self::search`] for one query, beginning with what was [searched ahead](Self::search_ahead) for it. Where that is not
-    /// [for it](ParkedSearch::is_for), or was predicted too far off, the search is an ordinary one; the report says how many KV heads
-    /// gained.
-    ///
-    /// # Errors
-    /// `InvalidArgument` naming the field.
-    pub fn search_parked(
-        &self,
-        context: &Context,
-        query: &Query<'_>,
-        parked: ParkedSearch,
-    ) -> Result<Search, CacheError> {
-        self.check_query(context, query)?;
-        let purpose = if parked.is_for(context, query) {
-            parked.into_purpose()
-        } else {
-            Purpose::Answer(Vec::new())
-        };
-        let queries = std::slice::from_ref(query);
-        Ok(Search::begin(&self.shared, context, query, queries, purpose))
-    }
-
     /// Reads and verifies the blocks of a layer that a query will want soon, unless they are there: the query then finds them in
     /// memory. Nothing happens where the layer does not exist or memory for contexts is used up.
     pub fn warm(&self, context: &Context, layer: u16) {
@@ -353,6 +347,15 @@ impl BlockCache {
             }
         }
     }
+}
+
+/// Does the search for one query on this thread.
+fn alone(search: &Search) -> Result<(Found, Report), CacheError> {
+    search.work();
+    search.wait().pop().ok_or_else(|| {
+        let message = "a search for one query gave no answer: this is a fault of the cache";
+        CacheError::new(ErrorKind::Disk, message)
+    })
 }
 
 #[cfg(test)]

@@ -145,7 +145,11 @@ async fn those_that_wait_at_the_same_moment_share_a_scan() {
 #[tokio::test]
 async fn threads_share_a_large_scan() {
     let dir = tempfile::tempdir().expect("a folder");
-    let (cache, contexts) = cache(dir.path(), 255, 1);
+    let large = KvSchema {
+        block_tokens: 256,
+        ..schema()
+    };
+    let (cache, contexts) = cache_of(dir.path(), &large, None, (200, 1));
     assert!(contexts[0].tokens() * 2 > HELP_KEYS);
     let alone = asked(3, 0.9);
     let (found, report) = cache.retrieve(&contexts[0], &alone.query()).expect("answered");

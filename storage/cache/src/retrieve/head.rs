@@ -186,7 +186,7 @@ impl Search {
             Form::Rows { k } => {
                 let scanned = scan.keys_scanned();
                 let before = scan.cost();
-                let rows = scan.rows(k, sketches::rows_wanted(k, scanned).effort);
+                let rows = scan.rows(k, sketches::wanted(self.form, scanned).effort);
                 let heads = (self.queries * self.group) as u64;
                 let extra = Extra {
                     rescored: (scan.cost().keys_scored - before.keys_scored) / heads,
@@ -196,15 +196,8 @@ impl Search {
                 let gathered = gather(rows.positions(), head_dim, |take| scan.each_row(&rows, take));
                 (HeadFound::Rows(gathered, rows), extra)
             }
-            Form::Attend {
-                target_mass,
-                k_max,
-                options,
-            } => {
-                // What is wanted beyond the parked candidates is looked for with the real queries.
-                let mut parked = resumed;
-                let anew = |scan: &mut SketchScan<'a>| std::mem::take(&mut parked) && self.begin_anew(place, scan);
-                let (attended, extra) = sketches::attend(scan, (target_mass, k_max, options), anew);
+            Form::Attend { .. } => {
+                let (attended, extra) = sketches::attend(scan, sketches::wanted(self.form, scan.keys_scanned()));
                 let escalated = extra.escalated;
                 (HeadFound::Attend(attended, escalated), extra)
             }

@@ -22,7 +22,7 @@ use super::{
 use crate::cache::Shared;
 
 /// Real queries this far from the predicted ones, relative to their own length, are searched for anew.
-const DISTANCE_MAX: f32 = 0.75;
+const DISTANCE_MAX: f32 = 0.75; // EXPERIMENT
 /// Candidates that are parked, as a multiple of what a search without a prediction looks at.
 const GENEROUS: f32 = 1.5;
 
@@ -174,10 +174,14 @@ impl ParkedSearch {
 
 /// Whether real queries are near enough to the predicted ones.
 pub(super) fn is_near(parked: &Parked, q: &[f32]) -> bool {
-    parked.distance(q) <= DISTANCE_MAX
+    parked.distance(q) <= env("KV_DIST", DISTANCE_MAX)
 }
 
 /// Share of the keys that become candidates where a search without a prediction scores `effort` of them.
 pub(super) fn generous(effort: f32) -> f32 {
-    (effort * GENEROUS).min(1.0)
+    (effort * env("KV_GEN", GENEROUS)).min(1.0)
+}
+
+fn env(name: &str, default: f32) -> f32 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }

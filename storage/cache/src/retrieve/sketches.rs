@@ -10,10 +10,9 @@ use super::{AttendOptions, Certificate, Form};
 pub(super) const RANK: usize = 32;
 /// Tokens of a block that a sketch takes.
 pub(super) const BLOCK_TOKENS_MAX: usize = 256;
-/// Share of the keys that are scored exactly first if the caller does not say.
+/// Share of the keys that may be scored exactly if the caller does not say: what decoding of real text needs for its likelihood to be
+/// that of full attention (the table in the worker's README).
 const EFFORT: f32 = 0.05;
-/// By how much more are, where they did not cover the mass that he wants.
-const EFFORT_GROWTH: f32 = 4.0;
 
 /// Sketches of a chain's blocks in one layer: per KV head a column; of streaming heads none.
 #[derive(Clone, Debug, Default)]
@@ -102,7 +101,7 @@ impl LayerSketches {
     }
 }
 
-/// What is asked of a scan of `keys` first.
+/// What is asked of a scan of `keys`.
 pub(super) fn wanted(form: Form, keys: usize) -> Attend {
     match form {
         Form::Rows { k } => rows_wanted(k, keys),
@@ -115,7 +114,7 @@ pub(super) fn wanted(form: Form, keys: usize) -> Attend {
 }
 
 /// How rows are looked for: candidates for the best `k` of `keys`.
-pub(super) fn rows_wanted(k: usize, keys: usize) -> Attend {
+fn rows_wanted(k: usize, keys: usize) -> Attend {
     Attend {
         target_mass: 1.0,
         effort: (2.0 * k as f32 / keys.max(1) as f32).clamp(EFFORT, 1.0),
@@ -123,7 +122,6 @@ pub(super) fn rows_wanted(k: usize, keys: usize) -> Attend {
     }
 }
 
-/// What is asked of a scan first, for these options.
 fn attend_wanted(target_mass: f32, k_max: Option<usize>, options: AttendOptions) -> Attend {
     let demand = (options.missed_mass_max > 0.0).then_some(options.missed_mass_max);
     Attend {
@@ -142,29 +140,15 @@ fn attend_wanted(target_mass: f32, k_max: Option<usize>, options: AttendOptions)
     }
 }
 
-/// Attends as the options say. `anew` is called before more keys are looked at than were at first, and
-/// answers whether it began the scan anew.
-pub(super) fn attend<'a>(
-    scan: &mut SketchScan<'a>,
-    (target_mass, k_max, options): (f32, Option<usize>, AttendOptions),
-    mut anew: impl FnMut(&mut SketchScan<'a>) -> bool,
-) -> (Attended, Extra) {
-    let mut wanted = attend_wanted(target_mass, k_max, options);
-    let mut found = scan.attend(wanted);
-    let mut bytes_before = 0;
-    // A head that looks at many keys needs more of them. Who names an effort or a number of keys wants no more than that.
-    let bounded = options.effort != 0.0 || k_max.is_some();
-    while !bounded && wanted.effort < 1.0 && found.cut_short {
-        wanted.effort = (wanted.effort * EFFORT_GROWTH).min(1.0);
-        if anew(scan) {
-            bytes_before = found.bytes_read;
-        }
-        found = scan.attend(wanted);
-    }
+/// Attends as the options say. A head whose wanted mass lies in more keys than the effort allows is not looked at further, unless the
+/// missed mass is bounded: its tail is estimated. (Looking at four times the keys until the mass was there took three times the
+/// keys and twice the time, and what the model said was no nearer to full attention.)
+pub(super) fn attend(scan: &mut SketchScan<'_>, wanted: Attend) -> (Attended, Extra) {
+    let found = scan.attend(wanted);
     let extra = Extra {
         bounds: found.missed_max,
         rescored: found.keys_scored as u64,
-        bytes_read: bytes_before + found.bytes_read,
+        bytes_read: found.bytes_read,
         escalated: found.escalations > 0,
     };
     let attended = Attended {

@@ -40,9 +40,7 @@ fn parked(cache: &BlockCache, context: &Context, predicted: &Query<'_>) -> Parke
 }
 
 fn finished(cache: &BlockCache, context: &Context, query: &Query<'_>, parked: ParkedSearch) -> (Found, Report) {
-    let search = cache.search_parked(context, query, parked).unwrap();
-    search.work();
-    search.wait().pop().expect("an answer")
+    cache.retrieve_parked(context, query, parked).unwrap()
 }
 
 fn forms() -> [Form; 3] {
@@ -292,30 +290,4 @@ fn where_a_prediction_gains_nothing_none_is_searched_for() {
         .expect("a search");
     search.work();
     assert!(search.wait().is_none(), "whoever wanted it is gone");
-}
-
-/// A target that the parked candidates do not reach is searched further for with the real queries.
-#[test]
-fn more_keys_than_were_parked_are_found_anew() {
-    let dir = tempfile::tempdir().unwrap();
-    let (cache, namespace) = sketched(dir.path(), BLOCKS);
-    let context = opened(&cache, namespace);
-    let q = queries(&wide(), 6, 3);
-    let query = Query {
-        form: attend(0.999, AttendOptions::default()),
-        ..ask(&q, 0, 1.0, &KEPT)
-    };
-    let (plain, plain_report) = cache.retrieve(&context, &query).unwrap();
-    assert!(
-        plain_report.keys_attended > 4 * 48,
-        "more than were looked at first: {plain_report:?}"
-    );
-    let predicted: Vec<f32> = q.iter().map(|q| q * 1.1).collect();
-    let predicted = Query {
-        q: &predicted,
-        ..query.clone()
-    };
-    let (found, report) = finished(&cache, &context, &query, parked(&cache, &context, &predicted));
-    assert_eq!(found, plain);
-    assert_eq!(report.mass_covered, plain_report.mass_covered);
 }
