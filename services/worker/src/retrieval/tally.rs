@@ -236,7 +236,7 @@ mod tests {
         // Per reply: searched, of that before the query came, queued, from query to reply, waited; then the share hidden and the
         // wire's median.
         type Case = (&'static [(u64, u64, u64, u64, u64)], f32, f32);
-        let table: [Case; 5] = [
+        let table: [Case; 7] = [
             (&[], 0.0, 0.0),
             (&[(300, 0, 0, 400, 400)], 0.0, 100.0),
             (&[(300, 0, 50, 400, 75)], 0.75, 50.0),
