@@ -75,7 +75,7 @@ pub enum Form {
     },
     /// Partial attention over the fewest best keys that cover `target_mass`.
     Attend {
-        /// Share of the searched softmax mass to cover, (0, 1].
+        /// Share of the softmax mass to cover, (0, 1]; see [`Query::local_lse`].
         target_mass: f32,
         /// Most keys per query head, 0 for no bound.
         k_max: u32,
@@ -118,6 +118,8 @@ pub struct Hint {
     pub layer: u16,
     /// `[q_heads, head_dim]`, rotated.
     pub q: Vec<f32>,
+    /// As in [`Query`].
+    pub local_lse: Vec<f32>,
 }
 
 /// Queries of all heads of one layer.
@@ -135,6 +137,9 @@ pub struct Query {
     pub excluded: Vec<Range<u32>>,
     /// Time the store has; the reply then covers what was reached.
     pub deadline: Option<Duration>,
+    /// Base-2 log-sum-exp of what the caller attends to by itself, `[q_heads]`, about. `target_mass` is then a share of that and
+    /// the searched mass together; empty: of the searched mass alone.
+    pub local_lse: Vec<f32>,
 }
 
 /// The answer to a query.
@@ -208,6 +213,8 @@ pub struct Report {
     pub escalated: bool,
     /// Time of searching, a hint's included.
     pub search: Duration,
+    /// Of `search`, before the query had come: a hint had begun it.
+    pub hidden: Duration,
     /// Time in the store's queue before the search began.
     pub queued: Duration,
 }
@@ -332,7 +339,7 @@ impl DecodeStream {
     /// broke.
     pub async fn send(&mut self, query: Query) -> Result<(), ClientError> {
         self.check_alive()?;
-        self.check_query(query.layer, query.q.len())?;
+        self.check_query(query.layer, query.q.len(), query.local_lse.len())?;
         if self.outstanding.len() >= OUTSTANDING_MAX {
             let problem = format!("{OUTSTANDING_MAX} queries are unanswered: receive before sending more");
             return Err(observe::failed(self.name.call, self.name.invalid(problem)));
@@ -364,6 +371,7 @@ impl DecodeStream {
             q: convert::float_bytes(&query.q),
             excluded: query.excluded.into_iter().map(v1::TokenRange::from).collect(),
             deadline_ms: query.deadline.map_or(0, millis),
+            local_lse: convert::float_bytes(&query.local_lse),
             form: Some(form),
         };
         let request = v1::DecodeRequest {
@@ -385,10 +393,11 @@ impl DecodeStream {
     /// As for [`DecodeStream::send`].
     pub async fn hint(&mut self, hint: Hint) -> Result<(), ClientError> {
         self.check_alive()?;
-        self.check_query(hint.layer, hint.q.len())?;
+        self.check_query(hint.layer, hint.q.len(), hint.local_lse.len())?;
         let hint = v1::Hint {
             layer: hint.layer.into(),
             q: convert::float_bytes(&hint.q),
+            local_lse: convert::float_bytes(&hint.local_lse),
         };
         self.put(v1::DecodeRequest {
             request: Some(v1::decode_request::Request::Hint(hint)),
@@ -396,8 +405,8 @@ impl DecodeStream {
         .await
     }
 
-    /// Whether a layer may be asked with so many values.
-    fn check_query(&self, layer: u16, values: usize) -> Result<(), ClientError> {
+    /// Whether a layer may be asked with so many values, and so many of the local log-sum-exp.
+    fn check_query(&self, layer: u16, values: usize, local: usize) -> Result<(), ClientError> {
         let head_dim = usize::from(self.namespace.schema.head_dim);
         let problem = if values != self.q_heads * head_dim {
             let heads = self.q_heads;
@@ -405,6 +414,8 @@ impl DecodeStream {
                 "q: {values} values, {heads} heads of {head_dim} are {}",
                 heads * head_dim
             )
+        } else if local != 0 && local != self.q_heads {
+            format!("local_lse: {local} values for {} heads", self.q_heads)
         } else if layer >= self.namespace.schema.layers {
             format!("layer: {layer} of {}", self.namespace.schema.layers)
         } else {

@@ -116,6 +116,10 @@ pub trait StepHooks {
         Ok(())
     }
 
+    /// After local attention of a `Local` sequence, before [`StepHooks::remote_finish`]: its base-2 log-sum-exp, rows `[tokens,
+    /// q_heads]`. Not called where it stays on a GPU.
+    fn attended_locally(&mut self, _layer: usize, _sequence: usize, _lse: &[f32]) {}
+
     /// After local attention: the partial over everything that is not local, rows `[tokens, q_heads]`; merged by the model.
     /// `None` where there is nothing.
     ///

@@ -127,6 +127,9 @@ pub struct StoreConfig {
     /// Most bytes that a decode stream's account of the rows its caller keeps may take; a stream that wants a larger row cache
     /// gets none, and all rows travel.
     pub row_cache_bytes_max: ByteSize,
+    /// Most bytes of searches that hints began and that wait for their queries, over all streams; beyond it hints are dropped and
+    /// their queries searched for when they come. 0 drops all.
+    pub parked_bytes_max: ByteSize,
     /// Most namespaces.
     pub namespaces_max: usize,
     /// Most events that a watcher may be behind; beyond it its watch ends with `RESOURCE_EXHAUSTED`.
@@ -214,6 +217,7 @@ impl Default for StoreConfig {
             build_queue_max: 16,
             build_threads: 1,
             row_cache_bytes_max: ByteSize::mib(64),
+            parked_bytes_max: ByteSize::mib(64),
             namespaces_max: 1024,
             event_queue_max: 65_536,
             subscribers_max: 256,

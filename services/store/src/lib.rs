@@ -25,6 +25,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod bulk;
 mod config;
 mod door;

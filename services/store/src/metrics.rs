@@ -27,6 +27,8 @@ pub(crate) async fn publish(served: Arc<Served>) {
             Err(_) => return,
         }
         doors(&[&served.io, &served.searches.door]);
+        gauge!("kvasir_store_parked_bytes").set(served.searches.rooms.bytes() as f64);
+        gauge!("kvasir_store_parked_bytes_max").set(served.config.parked_bytes_max.as_u64() as f64);
         let (streams, put_bytes) = served.load();
         gauge!("kvasir_store_streams").set(streams as f64);
         gauge!("kvasir_store_streams_max").set(served.config.streams_max as f64);
@@ -256,7 +258,21 @@ pub(crate) fn searched(waited: Duration, search: Duration) {
     histogram!("kvasir_store_search_seconds").record(search.as_secs_f64());
 }
 
-/// A hint came: its layer was in memory, is being read, or no thread was idle.
+/// A hint came: its search was begun (`searched`) or its blocks read (`read`) or in memory already (`warm`); no thread was idle
+/// (`busy`); of those begun, no memory was left for what it would find (`no_room`).
 pub(crate) fn hint(outcome: &'static str) {
     counter!("kvasir_store_hints_total", "outcome" => outcome).increment(1);
+}
+
+/// A query came that was searched ahead for: with what it asks (`taken`) or something else (`other`).
+pub(crate) fn parked(outcome: &'static str) {
+    counter!("kvasir_store_parked_total", "outcome" => outcome).increment(1);
+}
+
+/// A query was answered with what was searched ahead, `hidden` of the time before it came. KV heads whose forecast was of use,
+/// and of those where it was too far off.
+pub(crate) fn searched_ahead(hidden: Duration, used: u32, too_far: u32) {
+    histogram!("kvasir_store_search_hidden_seconds").record(hidden.as_secs_f64());
+    counter!("kvasir_store_parked_heads_total", "outcome" => "used").increment(used.into());
+    counter!("kvasir_store_parked_heads_total", "outcome" => "too_far").increment(too_far.into());
 }

@@ -2,7 +2,8 @@
 //!
 //! A query that finds no thread free waits, and so do others. Whoever gets a thread takes its own query and all that can share
 //! its scan: those of other sequences over the same context, layer and options. So the busier the store, the fewer scans per query,
-//! and nobody waits for company. A scan of many keys is worked on by further threads, as far as they are idle.
+//! and nobody waits for company. A scan of many keys is worked on by further threads, as far as they are idle. A query that was
+//! searched ahead of time ([`crate::ahead`]) has its candidates already, and shares nothing.
 //!
 //! Invariant: a query in `waiting` has a caller who waits for a thread; callers who leave take their query along.
 
@@ -23,6 +24,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use crate::{
+    ahead::{Ahead, Forecast, Parked, Rooms},
     door::{Door, Lost},
     metrics,
 };
@@ -30,13 +32,15 @@ use crate::{
 /// Most queries in one scan: bounds the memory for its scores.
 const JOINED_MAX: usize = 16;
 
-/// Keys of a scan, summed over KV heads, below which waking a second thread costs more than it saves.
-const HELP_KEYS: usize = 4096;
+/// Keys of a scan, summed over KV heads, below which waking a second thread costs more than it saves: about half a millisecond's.
+pub(crate) const HELP_KEYS: usize = 1 << 16;
 
 /// The way to the threads for retrieval.
 #[derive(Debug)]
 pub(crate) struct Searches {
     pub(crate) door: Door,
+    /// What searches ahead of time hold.
+    pub(crate) rooms: Arc<Rooms>,
     waiting: Mutex<Vec<Waiting>>,
     next: AtomicU64,
 }
@@ -49,6 +53,7 @@ pub(crate) struct Asked {
     pub(crate) form: Form,
     pub(crate) excluded: Vec<Range<u32>>,
     pub(crate) deadline: Option<Instant>,
+    pub(crate) local_lse: Vec<f32>,
 }
 
 /// What was found, and how long it took.
@@ -56,10 +61,18 @@ pub(crate) struct Asked {
 pub(crate) struct Answer {
     pub(crate) found: Found,
     pub(crate) report: Report,
+    pub(crate) times: Times,
+}
+
+/// Where the time of an answer went.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Times {
     /// In the queue.
     pub(crate) waited: Duration,
-    /// At work, blocks that were read included.
+    /// At work, blocks that were read included, and what was done ahead of time.
     pub(crate) search: Duration,
+    /// Of `search`, before the query was there.
+    pub(crate) hidden: Duration,
 }
 
 #[derive(Debug)]
@@ -72,36 +85,48 @@ struct Waiting {
 }
 
 impl Asked {
-    fn query(&self) -> Query<'_> {
+    pub(crate) fn query(&self) -> Query<'_> {
         Query {
             layer: self.layer,
             q: &self.q,
             form: self.form,
             excluded: &self.excluded,
             deadline: self.deadline,
+            local_lse: &self.local_lse,
         }
     }
 }
 
 impl Searches {
-    pub(crate) fn new(threads: usize) -> Self {
+    /// With so many threads, and so many bytes for searches ahead of time.
+    pub(crate) fn new(threads: usize, parked_bytes_max: u64) -> Self {
         Self {
             door: Door::new("retrieval", threads),
+            rooms: Arc::new(Rooms::new(parked_bytes_max)),
             waiting: Mutex::default(),
             next: AtomicU64::new(0),
         }
     }
 
-    /// Answers a query, alone or together with others that wait.
+    /// Answers a query: with what was searched ahead for it, or alone, or together with others that wait.
     pub(crate) async fn answer(
         &self,
         cache: Arc<BlockCache>,
         context: Arc<Context>,
         asked: Asked,
+        ahead: Option<Ahead>,
     ) -> Result<Result<Answer, CacheError>, Lost> {
         // Before it may share a scan: a query that cannot be must not spoil those of others.
         if let Err(error) = cache.check_query(&context, &asked.query()) {
             return Ok(Err(error));
+        }
+        let since = Instant::now();
+        if let Some(ahead) = ahead
+            && let Some(parked) = ahead.parked_for(&context, &asked).await
+        {
+            let permit = self.door.permit().await?;
+            let work = move || finish(&cache, &context, &asked, parked, since);
+            return self.door.spawn(permit, work).await;
         }
         let (sender, mut answer) = oneshot::channel();
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -109,7 +134,7 @@ impl Searches {
             id,
             context,
             asked,
-            since: Instant::now(),
+            since,
             answer: sender,
         });
         let _place = Place { searches: self, id };
@@ -128,8 +153,44 @@ impl Searches {
         answer.await.map_err(|_| Lost::Panicked)
     }
 
-    /// Reads the blocks of a layer that will be asked soon, if a thread has nothing better to do.
-    pub(crate) fn hint(&self, cache: Arc<BlockCache>, context: Arc<Context>, layer: u16) {
+    /// Begins the search of a layer that will be asked soon, if a thread has nothing better to do; or reads its blocks, where
+    /// what will be asked is not known or every key will be scored.
+    ///
+    /// # Errors
+    /// A forecast that no query could be.
+    pub(crate) fn hint(
+        &self,
+        cache: Arc<BlockCache>,
+        context: Arc<Context>,
+        forecast: Forecast,
+    ) -> Result<Option<Ahead>, CacheError> {
+        let Forecast {
+            layer,
+            q,
+            local_lse,
+            asking,
+        } = forecast;
+        let Some(asking) = asking.filter(|_| context.basis_id().is_some()) else {
+            self.warm(cache, context, layer);
+            return Ok(None);
+        };
+        let expected = Asked {
+            layer,
+            q,
+            form: asking.form,
+            excluded: asking.excluded,
+            deadline: None,
+            local_lse,
+        };
+        cache.check_query(&context, &expected.query())?;
+        let is_idle = self.waiting.lock().is_empty();
+        let ahead = is_idle.then(|| Ahead::begin(&self.door, &self.rooms, cache, context, expected));
+        let ahead = ahead.flatten();
+        metrics::hint(if ahead.is_some() { "searched" } else { "busy" });
+        Ok(ahead)
+    }
+
+    fn warm(&self, cache: Arc<BlockCache>, context: Arc<Context>, layer: u16) {
         if context.is_warm(layer) {
             return metrics::hint("warm");
         }
@@ -208,12 +269,41 @@ fn run(door: &Door, cache: &BlockCache, joined: Vec<Waiting>) {
         let answer = answer.map(|(found, report)| Answer {
             found,
             report,
-            waited,
-            search,
+            times: Times {
+                waited,
+                search,
+                hidden: Duration::ZERO,
+            },
         });
         // Who left does not want it.
         let _ = waiting.answer.send(answer);
     }
+}
+
+/// Answers a query that came at `arrived` with what was searched ahead for it.
+fn finish(
+    cache: &BlockCache,
+    context: &Context,
+    asked: &Asked,
+    parked: Parked,
+    arrived: Instant,
+) -> Result<Answer, CacheError> {
+    let begun = Instant::now();
+    let (ahead, hidden) = (parked.search_time(), parked.hidden(arrived));
+    let (found, report) = cache.retrieve_parked(context, &asked.query(), parked.search)?;
+    // Of what was done ahead the part that was of use.
+    let (used, of) = (report.heads_ahead, report.heads_ahead + report.heads_too_far);
+    let share = f64::from(used) / f64::from(of.max(1));
+    let (ahead, hidden) = (ahead.mul_f64(share), hidden.mul_f64(share));
+    let waited = begun.saturating_duration_since(arrived).saturating_sub(ahead - hidden);
+    let search = ahead + begun.elapsed();
+    metrics::searched(waited, search);
+    metrics::searched_ahead(hidden, used, report.heads_too_far);
+    Ok(Answer {
+        found,
+        report,
+        times: Times { waited, search, hidden },
+    })
 }
 
 #[cfg(test)]

@@ -59,7 +59,7 @@ impl Served {
         let put_kib = config.put_bytes_max.as_usize().div_ceil(1024);
         let (io, searches) = (
             Door::new("io", config.io_threads),
-            Searches::new(config.retrieval_threads),
+            Searches::new(config.retrieval_threads, config.parked_bytes_max.as_u64()),
         );
         let doors = [io.clone(), searches.door.clone()];
         cache.set_busy(move || doors.iter().any(Door::has_queue));

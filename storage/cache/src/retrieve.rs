@@ -13,23 +13,28 @@
 //! - A context pins its blocks from opening to drop, and gives back on drop all that it took. Contexts over one chain share
 //!   blocks: what they pin and hold is counted once.
 //! - An answer does not depend on which queries shared its scan, nor on how many threads worked on it: candidates of a query are
-//!   its own.
+//!   its own. Where a search began ahead they are those of a prediction; what is found among them is the query's own still.
 
 mod blocks;
 mod context;
 mod covered;
+mod head;
+mod parked;
 mod query;
 mod report;
 mod search;
 mod sketches;
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{
+    ops::Range,
+    sync::{Arc, atomic::AtomicBool},
+    time::Instant,
+};
 
 use bytes::Bytes;
 use kvasir_block::{BlockHash, Dtype, KvSchema, NamespaceId};
 use kvasir_index::Excluded;
 
-use self::query::InvalidQuery;
 pub(crate) use self::{
     blocks::{ContextBlocks, Registry},
     context::{ContextBudget, Payload},
@@ -37,9 +42,11 @@ pub(crate) use self::{
 };
 pub use self::{
     context::{Context, Serving},
+    parked::{ParkedSearch, SearchAhead},
     report::{Report, Shortfall},
     search::Search,
 };
+use self::{query::InvalidQuery, search::Purpose};
 use crate::{BlockCache, CacheError, ErrorKind, cache::Shared, indexes::BuiltIndex, namespace::NamespaceBasis};
 
 /// Name of the exact scan.
@@ -63,7 +70,7 @@ pub enum Form {
     },
     /// Partial attention over the fewest best keys that cover `target_mass`, at most `k_max`.
     Attend {
-        /// Share of the searched softmax mass, (0, 1]; 1 attends to every key.
+        /// Share of the softmax mass, (0, 1]; 1 attends to every key. See [`Query::local_lse`].
         target_mass: f32,
         /// Most keys per query head, at least 1; `None` for no bound.
         k_max: Option<usize>,
@@ -144,6 +151,10 @@ pub struct Query<'a> {
     pub excluded: &'a [Range<u32>],
     /// When the answer is of no use any more. Looked at between blocks; between KV heads where sketches serve.
     pub deadline: Option<Instant>,
+    /// Base-2 log-sum-exp of what the caller attends to by itself, `[q_heads]`, about; no number is NaN or +inf. `target_mass` is then a
+    /// share of that and the searched mass together, where sketches serve: the exact scan covers as much of the searched mass, which
+    /// is more. Empty: of the searched mass alone.
+    pub local_lse: &'a [f32],
 }
 
 impl Query<'_> {
@@ -157,7 +168,11 @@ impl Query<'_> {
             self.form,
             Form::Attend { k_max: None, options, .. } if options.missed_mass_max == 0.0
         );
-        unbounded && self.layer == other.layer && self.form == other.form && self.excluded == other.excluded
+        unbounded
+            && self.layer == other.layer
+            && self.form == other.form
+            && self.excluded == other.excluded
+            && self.local_lse.is_empty() == other.local_lse.is_empty()
     }
 }
 
@@ -283,13 +298,29 @@ impl BlockCache {
     /// `InvalidArgument` naming the field. A deadline that passes or a block that is gone is no error: see
     /// [`Report::shortfall`].
     pub fn retrieve(&self, context: &Context, query: &Query<'_>) -> Result<(Found, Report), CacheError> {
-        let search = self.search(context, std::slice::from_ref(query))?;
-        search.work();
-        let mut answers = search.wait();
-        answers.pop().ok_or_else(|| {
-            let message = "a search for one query gave no answer: this is a fault of the cache";
-            CacheError::new(ErrorKind::Disk, message)
-        })
+        alone(&self.search(context, std::slice::from_ref(query))?)
+    }
+
+    /// As [`Self::retrieve`], beginning with what was [searched ahead](Self::search_ahead) for it. Where that is not
+    /// [for it](ParkedSearch::is_for), or was predicted too far off, the search is an ordinary one; the report says how many KV heads
+    /// gained.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub fn retrieve_parked(
+        &self,
+        context: &Context,
+        query: &Query<'_>,
+        parked: ParkedSearch,
+    ) -> Result<(Found, Report), CacheError> {
+        self.check_query(context, query)?;
+        let purpose = if parked.is_for(context, query) {
+            parked.into_purpose()
+        } else {
+            Purpose::Answer(Vec::new())
+        };
+        let queries = std::slice::from_ref(query);
+        alone(&Search::begin(&self.shared, context, query, queries, purpose))
     }
 
     /// Whether `query` can be answered over `context`; what [`Self::search`] checks of each.
@@ -319,7 +350,29 @@ impl BlockCache {
         if !others.iter().all(|other| first.joins(other)) {
             return Err(InvalidQuery::new("queries", "they cannot share a scan: ask one after another").into());
         }
-        Ok(Search::begin(&self.shared, context, first, queries))
+        Ok(Search::begin(
+            &self.shared,
+            context,
+            first,
+            queries,
+            Purpose::Answer(Vec::new()),
+        ))
+    }
+
+    /// Begins a search ahead of the query that will want it: `predicted` is about what that will ask, in the same form and with the
+    /// same exclusions. Reads the blocks; then threads [work](SearchAhead::work). It ends early once `dropped` is set. `None` where a
+    /// prediction gains nothing, since every key is to be scored.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub fn search_ahead(
+        &self,
+        context: &Context,
+        predicted: &Query<'_>,
+        dropped: &Arc<AtomicBool>,
+    ) -> Result<Option<SearchAhead>, CacheError> {
+        self.check_query(context, predicted)?;
+        Ok(SearchAhead::begin(&self.shared, context, predicted, dropped))
     }
 
     /// Reads and verifies the blocks of a layer that a query will want soon, unless they are there: the query then finds them in
@@ -359,6 +412,15 @@ impl Shared {
         query::check_blocks(&schema, blocks, self.config.context_blocks_max)?;
         Ok(schema)
     }
+}
+
+/// Does the search for one query on this thread.
+fn alone(search: &Search) -> Result<(Found, Report), CacheError> {
+    search.work();
+    search.wait().pop().ok_or_else(|| {
+        let message = "a search for one query gave no answer: this is a fault of the cache";
+        CacheError::new(ErrorKind::Disk, message)
+    })
 }
 
 #[cfg(test)]

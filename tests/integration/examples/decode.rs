@@ -1,72 +1,100 @@
 //! Decoding speed and agreement of each attention mode over one real prompt, beside full attention.
 //!
-//! `cargo run --release -p kvasir-integration --example decode -- [PROMPT_TOKENS] [NEW_TOKENS]`
+//! `cargo run -p kvasir-integration --example decode -- [PROMPT_TOKENS] [NEW_TOKENS] [TEXT_FILE] [THREADS] [ROWS,OF,THE,TABLE] [own]`
 //!
-//! A store, a worker and a router run in this process, over their real protocols. Each mode is fed the tokens that full
-//! attention chose, so that an early difference does not make the rest incomparable.
+//! A store, a worker and a router run in this process, over their real protocols. Every mode is fed the same tokens, so that an early
+//! difference does not make the rest incomparable: those of the text behind the prompt, or, with `own`, those that full attention
+//! chose. Agreement is that of the model's choices with those of full attention. `flat-1` attends to every key exactly: what it
+//! differs by is not retrieval's doing but that of activations that are rounded to 8 bits after sums in another order.
 #![expect(clippy::print_stdout, reason = "an example prints what it measured")]
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use kvasir_proto::v1::{AttentionMode, AttentionOptions, GenerateRequest};
-use kvasir_testkit::{Cluster, Generated, Options, generate, request};
+use kvasir_testkit::{Cluster, Generated, Options, generate, request, until_durable};
+
+/// Query heads of SmolLM2 per KV head: attended keys are counted per query head, searchable ones per KV head.
+const GROUP: u64 = 3;
 
 type Change = fn(&mut AttentionOptions);
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let mut number = |default: usize| arguments.next().and_then(|text| text.parse().ok()).unwrap_or(default);
-    let (tokens, new) = (number(3500), number(64));
-    let cluster = Cluster::start(Options::default()).await?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let number = |at: usize, default: usize| arguments.get(at).map_or(Ok(default), |text| text.parse());
+    let (tokens, new, threads) = (number(0, 4500)?, number(1, 256)?, number(3, 0)?);
+    let text = match arguments.get(2).filter(|path| *path != "-") {
+        Some(path) => std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?,
+        None => kvasir_integration::PAGE.to_owned(),
+    };
+    let wanted: Vec<&str> = arguments.get(4).map_or(Vec::new(), |names| names.split(',').collect());
+    let mut options = Options::default();
+    options.worker_config.threads = threads;
+    let cluster = Cluster::start(options).await?;
     let worker = cluster.worker_url(0);
-    let prompt = kvasir_integration::prompt(cluster.file(), tokens);
-    let free = generate(&worker, request(&prompt, new as u32)).await?;
-    // The same again with its own tokens forced, for their likelihood.
-    let full = GenerateRequest {
-        forced: free.ids,
+    let mut prompt = cluster.file().tokenizer().encode(&text, false)?;
+    ensure!(prompt.len() >= tokens + new, "the text has {} tokens", prompt.len());
+    prompt.truncate(tokens + new);
+    let mut forced = prompt.split_off(tokens);
+    if arguments.get(5).is_some_and(|fed| fed == "own") {
+        forced = generate(&worker, request(&prompt, new as u32)).await?.ids;
+    }
+    let asked = |attention| GenerateRequest {
+        attention,
+        forced: forced.clone(),
         ..request(&prompt, new as u32)
     };
-    let full = generate(&worker, full).await?;
-    println!("{tokens} prompt tokens, {new} new ones");
+    generate(&worker, request(&prompt, 1)).await?;
+    until_durable(&cluster.store_url(), tokens as u64 / 64).await?;
+    let full = generate(&worker, asked(None)).await?;
+    println!("{tokens} prompt tokens, {} fed behind them", forced.len());
     print_line("full", &full, &full);
-    let table: [(&str, AttentionMode, Change); 4] = [
-        ("attend, all", AttentionMode::Attend, |options| {
-            options.target_mass = 1.0
-        }),
-        ("attend, 0.99", AttentionMode::Attend, |options| {
-            options.target_mass = 0.99
-        }),
-        ("attend, 0.95", AttentionMode::Attend, |options| {
-            options.target_mass = 0.95
-        }),
-        ("rows, 128", AttentionMode::Rows, |options| options.k = 128),
-    ];
-    for (name, mode, change) in table {
+    for &(name, mode, change) in TABLE {
+        if !wanted.is_empty() && !wanted.contains(&name) {
+            continue;
+        }
         let mut options = AttentionOptions::default();
         options.set_mode(mode);
         change(&mut options);
-        let asked = GenerateRequest {
-            attention: Some(options),
-            forced: full.ids.clone(),
-            ..request(&prompt, new as u32)
-        };
-        let answer = generate(&worker, asked).await?;
+        let answer = generate(&worker, asked(Some(options))).await?;
         print_line(name, &answer, &full);
     }
     cluster.stop().await
 }
 
+/// How attention is asked for, by name.
+const TABLE: &[(&str, AttentionMode, Change)] = {
+    use AttentionMode::{Attend, Rows};
+    &[
+        ("attend", Attend, |_| {}),
+        ("flat-1", Attend, |o| (o.target_mass, o.index) = (1.0, "flat".to_owned())),
+        ("flat-.99", Attend, |o| (o.target_mass, o.index) = (0.99, "flat".to_owned())),
+        ("mass-1", Attend, |o| o.target_mass = 1.0),
+        ("mass-.995", Attend, |o| o.target_mass = 0.995),
+        ("mass-.99", Attend, |o| o.target_mass = 0.99),
+        ("mass-.98", Attend, |o| o.target_mass = 0.98),
+        ("mass-.95", Attend, |o| o.target_mass = 0.95),
+        ("mass-.9", Attend, |o| o.target_mass = 0.9),
+        ("effort-.02", Attend, |o| o.effort = 0.02),
+        ("effort-.05", Attend, |o| o.effort = 0.05),
+        ("effort-.1", Attend, |o| o.effort = 0.1),
+        ("mass-.98-effort-.1", Attend, |o| (o.target_mass, o.effort) = (0.98, 0.1)),
+        ("mass-.95-effort-.1", Attend, |o| (o.target_mass, o.effort) = (0.95, 0.1)),
+        ("rows-128", Rows, |o| o.k = 128),
+        ("rows-256", Rows, |o| o.k = 256),
+    ]
+};
+
 fn print_line(name: &str, answer: &Generated, full: &Generated) {
     let report = answer.finished.report.clone().unwrap_or_default();
+    let full_nll = full.finished.report.as_ref().map_or(0.0, |report| report.forced_nll);
     let agreeing = answer.ids.iter().zip(&full.ids).filter(|(a, b)| a == b).count();
     let steps = answer.ids.len().saturating_sub(1);
     println!(
-        "{name:14} {:6.1} tok/s, {agreeing} of {} as full, nll {:.4}, {:5.2} % of keys attended, mass p50 {:.4}, {} B/token{}",
+        "{name:20} {:6.1} tok/s, {:6.2} % as full, nll {:+.4}, {:5.2} % of keys attended, mass p50 {:.4}, {} B/token{}",
         steps as f32 * 1e3 / report.decode_ms,
-        full.ids.len(),
-        report.forced_nll,
-        // Attended keys are counted per query head, searchable ones per KV head: SmolLM2 has 3 query heads to one.
-        report.keys_attended as f64 * 100.0 / (report.keys_total * 3).max(1) as f64,
+        agreeing as f64 * 100.0 / full.ids.len().max(1) as f64,
+        report.forced_nll - full_nll,
+        report.keys_attended as f64 * 100.0 / (report.keys_total * GROUP).max(1) as f64,
         report.mass_covered_p50,
         report.retrieved_bytes / steps.max(1) as u64,
         if report.fell_back {
@@ -78,8 +106,8 @@ fn print_line(name: &str, answer: &Generated, full: &Generated) {
     if report.round_trips > 0 {
         let per_reply = |ms: f32| ms * 1e3 / report.round_trips as f32;
         println!(
-            "{:14} {}: per reply {:.0} us searched, {:.0} us queued, {:.0} us waited for; wire p50 {:.0} us; {:.0} % of the \
-             search hidden, {} hinted; {} of {} rows kept",
+            "{:20} {}: per reply {:.0} us searched, {:.0} us queued, {:.0} us waited for; wire p50 {:.0} us; {:.1} % of the \
+             search hidden, {} of {} hinted; {} of {} rows kept",
             "",
             report.index,
             per_reply(report.search_ms),
@@ -88,6 +116,7 @@ fn print_line(name: &str, answer: &Generated, full: &Generated) {
             report.wire_us_p50,
             report.search_hidden * 100.0,
             report.hinted,
+            report.round_trips,
             report.rows_kept,
             report.rows,
         );

@@ -38,11 +38,11 @@ async fn retrieval_agrees_with_full_attention() -> Result<()> {
             "attend to 0.99",
             AttentionMode::Attend,
             |o| o.target_mass = 0.99,
-            0.98,
+            0.96,
             0.02,
-            0.6,
+            0.08,
         ),
-        ("auto", AttentionMode::Auto, |o| o.target_mass = 0.99, 0.98, 0.02, 0.6),
+        ("auto", AttentionMode::Auto, |o| o.target_mass = 0.99, 0.96, 0.02, 0.08),
         ("rows", AttentionMode::Rows, |o| o.k = 128, 0.95, 0.05, 0.3),
     ];
     for (name, mode, change, agreement, nll, attended) in table {
@@ -68,6 +68,9 @@ async fn retrieval_agrees_with_full_attention() -> Result<()> {
         // Every layer of every token but the first asked once.
         assert_eq!(report.round_trips, u64::from(TOKENS - 1) * 30, "{name}");
         assert!(report.search_ms > 0.0 && report.waited_ms > 0.0, "{name}: {report:?}");
+        // Nine tenths where nothing else runs; a busy store drops some.
+        assert!(report.hinted > report.round_trips / 4, "{name}: {report:?}");
+        assert!(report.search_hidden > 0.0, "{name}: {report:?}");
     }
     cluster.stop().await
 }

@@ -141,6 +141,8 @@ impl DecodeStream {
             hinted: report.hinted,
             escalated: report.escalated,
             search: Duration::from_micros(report.search_us.into()),
+            // Never more than the whole.
+            hidden: Duration::from_micros(report.hidden_us.min(report.search_us).into()),
             queued: Duration::from_micros(report.waited_us.into()),
         })
     }

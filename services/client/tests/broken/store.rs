@@ -465,6 +465,7 @@ async fn retrieval_replies_are_compared_with_what_was_asked() {
             },
             excluded: vec![],
             deadline: None,
+            local_lse: vec![],
         };
         let short = Query {
             q: vec![0.0; 7],
@@ -564,12 +565,14 @@ async fn rows_that_do_not_fit_together_are_refused() {
         let short = Hint {
             layer: 1,
             q: vec![0.0; 7],
+            local_lse: vec![],
         };
         let error = stream.hint(short).await.expect_err("too short");
         assert!(error.message.contains("q: 7 values, 2 heads of 4 are 8"), "{error}");
         let hint = Hint {
             layer: 1,
             q: vec![0.0; 8],
+            local_lse: vec![],
         };
         stream.hint(hint).await.expect("a hint has no reply");
         let query = Query {
@@ -579,6 +582,7 @@ async fn rows_that_do_not_fit_together_are_refused() {
             form: Form::Rows { k: 3 },
             excluded: vec![],
             deadline: None,
+            local_lse: vec![],
         };
         stream.send(query).await.expect("sent");
         match (stream.receive().await, message) {

@@ -112,6 +112,7 @@ impl CpuModel {
         self.attend_sparsely(plan, layer, last, q, pool, qkv, &mut attention.sparse, attended);
         for (index, sequence) in plan.sequences.iter().enumerate().filter(|(_, sequence)| sequence.local) {
             attention.gather(plan, index, group, self.shape.q_heads, self.shape.head_dim);
+            hooks.attended_locally(layer, index, &attention.partial.lse);
             if let Some(remote) = hooks.remote_finish(layer, index)? {
                 check_remote(&remote, attention.partial.lse.len(), self.shape.head_dim)?;
                 merge(&mut attention.partial, &remote, self.shape.head_dim);

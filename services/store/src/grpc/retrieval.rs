@@ -1,17 +1,15 @@
-//! Decode: one context per stream, one query at a time; queries of several streams may share a scan (`searches`).
+//! Decode: one context per stream, one query at a time; queries of several streams may share a scan (`searches`). Hints are taken
+//! while a query is being answered, so that the next layer's search begins at once (`ahead`).
 
-use std::{
-    ops::Range,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod ask;
+mod reply;
 
-use bytes::{Bytes, BytesMut};
+use std::sync::Arc;
+
+use bytes::Bytes;
 use futures::{StreamExt, stream, stream::BoxStream};
 use kvasir_block::{BlockHash, NamespaceId};
-use kvasir_cache::retrieve::{
-    AttendOptions, Certificate, Context, Form, Found, HeadRows, IndexChoice, Report, Shortfall,
-};
+use kvasir_cache::retrieve::{Context, Form};
 use kvasir_proto::{
     InvalidMessage, convert,
     v1::{self, decode_reply, decode_request, retrieval_server::Retrieval},
@@ -24,9 +22,9 @@ use super::{
     status::{observed, of_cache, of_message, refused, stopping, too_many_streams},
 };
 use crate::{
+    ahead::{Ahead, Asking, Forecast},
     metrics,
     row_cache::SentRows,
-    searches::Asked,
     served::{Served, StreamSlot},
 };
 
@@ -34,8 +32,6 @@ const CALL: &str = "decode";
 
 /// More query heads than any model has; checked before a buffer is sized by it.
 const Q_HEADS_MAX: u32 = 4096;
-/// Ranges that a caller holds itself: a sink, a window, and some.
-const EXCLUDED_MAX: usize = 1024;
 
 #[derive(Clone, Debug)]
 pub(super) struct RetrievalApi(pub(super) Arc<Served>);
@@ -59,6 +55,9 @@ impl Retrieval for RetrievalApi {
             requests: request.into_inner(),
             context: None,
             sent: None,
+            asking: None,
+            ahead: None,
+            next: None,
             span,
             _slot: slot,
         };
@@ -96,6 +95,12 @@ struct Call {
     requests: Streaming<v1::DecodeRequest>,
     context: Option<Arc<Context>>,
     sent: Option<SentRows>,
+    /// As the last query: what the next one will ask for is thought to be the same.
+    asking: Option<Asking>,
+    /// The search that the last hint began.
+    ahead: Option<Ahead>,
+    /// What came while a query was being answered, and is no hint.
+    next: Option<Result<Option<v1::DecodeRequest>, Status>>,
     span: tracing::Span,
     _slot: StreamSlot,
 }
@@ -111,14 +116,39 @@ impl Call {
         }
     }
 
-    /// Takes one message.
-    async fn turn(&mut self) -> Result<Turn, Status> {
+    async fn message(&mut self) -> Result<Option<v1::DecodeRequest>, Status> {
         let stop = self.served.stopping.clone();
-        let message = tokio::select! {
+        if let Some(next) = self.next.take() {
+            return next;
+        }
+        tokio::select! {
             biased;
             () = stop.cancelled() => Err(stopping()),
             message = self.requests.message() => message,
-        };
+        }
+    }
+
+    /// Waits for `work`, and takes the hints that come meanwhile.
+    async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Status> {
+        tokio::pin!(work);
+        loop {
+            let message = tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                message = self.requests.message(), if self.next.is_none() => message,
+            };
+            match message {
+                Ok(Some(v1::DecodeRequest {
+                    request: Some(decode_request::Request::Hint(hint)),
+                })) => self.hint(&hint)?,
+                other => self.next = Some(other),
+            }
+        }
+    }
+
+    /// Takes one message.
+    async fn turn(&mut self) -> Result<Turn, Status> {
+        let message = self.message().await;
         let span = self.span.clone();
         let request = match message {
             Ok(Some(v1::DecodeRequest { request })) => request,
@@ -132,7 +162,7 @@ impl Call {
             Some(decode_request::Request::Open(open)) => observed("open_context", span, self.open(open)).await?,
             Some(decode_request::Request::Query(query)) => observed(CALL, span, self.answer(query)).await?,
             Some(decode_request::Request::Hint(hint)) => {
-                self.hint(&hint).inspect_err(|status| refused("hint", &span, status))?;
+                self.hint(&hint)?;
                 return Ok(Turn::Silent);
             }
             None => return Err(Status::invalid_argument("request: is empty, send open, query or hint")),
@@ -149,7 +179,7 @@ impl Call {
         let (namespace, hashes) = self
             .context_of(&open)
             .map_err(|error| of_message(&error.inside("open")))?;
-        let index = index_choice(&open.index).map_err(|error| of_message(&error.inside("open")))?;
+        let index = ask::index_choice(&open.index).map_err(|error| of_message(&error.inside("open")))?;
         let (q_heads, scale) = (open.q_heads as usize, open.softmax_scale);
         let opened = self
             .served
@@ -182,17 +212,30 @@ impl Call {
         (rows > 0 && fits).then(|| SentRows::new(rows, layers, kv_heads))
     }
 
-    /// Takes a forecast of queries.
-    fn hint(&self, hint: &v1::Hint) -> Result<(), Status> {
+    /// Takes a forecast of queries, in the place of the one before.
+    fn hint(&mut self, hint: &v1::Hint) -> Result<(), Status> {
+        self.ahead = None;
+        let begun = self.begin_ahead(hint);
+        self.ahead = begun.inspect_err(|status| refused("hint", &self.span, status))?;
+        Ok(())
+    }
+
+    fn begin_ahead(&self, hint: &v1::Hint) -> Result<Option<Ahead>, Status> {
         let Some(context) = self.context.clone() else {
             return Err(Status::invalid_argument("hint: no context is open, send open first"));
         };
-        let layer = layer(hint.layer, &context).map_err(|error| of_message(&error.inside("hint")))?;
+        let layer = ask::layer(hint.layer, &context).map_err(|error| of_message(&error.inside("hint")))?;
         let count = context.q_heads() * usize::from(context.schema().head_dim);
-        convert::floats("q", &hint.q, count).map_err(|error| of_message(&error.inside("hint")))?;
-        // A scan of every key gains nothing from a forecast of the queries, but its blocks can be there in time.
-        self.served.searches.hint(self.served.cache()?, context, layer);
-        Ok(())
+        let q = convert::floats("q", &hint.q, count).map_err(|error| of_message(&error.inside("hint")))?;
+        let forecast = Forecast {
+            layer,
+            q,
+            local_lse: ask::local_lse(&hint.local_lse, context.q_heads())
+                .map_err(|error| of_message(&error.inside("hint")))?,
+            asking: self.asking.clone(),
+        };
+        let begun = self.served.searches.hint(self.served.cache()?, context, forecast);
+        begun.map_err(|error| of_cache(&error))
     }
 
     fn context_of(&self, open: &v1::OpenContext) -> Result<(NamespaceId, Vec<BlockHash>), InvalidMessage> {
@@ -213,12 +256,16 @@ impl Call {
             return Err(Status::invalid_argument("query: no context is open, send open first"));
         };
         let (sequence, wire_layer) = (query.sequence, query.layer);
-        let asked = checked(query, &context, self.served.config.reply_bytes_max.as_usize())
+        let asked = ask::checked(query, &context, self.served.config.reply_bytes_max.as_usize())
             .map_err(|error| of_message(&error.inside("query")))?;
         let (layer, form) = (asked.layer, asked.form);
-        let cache = self.served.cache()?;
-        let searched = self.served.searches.answer(cache, Arc::clone(&context), asked).await?;
-        let answer = searched.map_err(|error| of_cache(&error))?;
+        self.asking = Some(Asking {
+            form,
+            excluded: asked.excluded.clone(),
+        });
+        let (served, cache, ahead) = (Arc::clone(&self.served), self.served.cache()?, self.ahead.take());
+        let search = served.searches.answer(cache, Arc::clone(&context), asked, ahead);
+        let answer = self.meanwhile(search).await??.map_err(|error| of_cache(&error))?;
         let name = match form {
             Form::Rows { .. } => "rows",
             Form::Attend { .. } => "attend",
@@ -227,203 +274,8 @@ impl Call {
         Ok(v1::DecodeReply {
             sequence,
             layer: wire_layer,
-            result: Some(self.result(layer, answer.found, &context)),
-            report: Some(v1::RetrievalReport {
-                search_us: micros(answer.search),
-                waited_us: micros(answer.waited),
-                ..wire_report(answer.report)
-            }),
+            report: Some(reply::report(answer.report, answer.times)),
+            result: Some(reply::result(layer, answer.found, &context, self.sent.as_mut())),
         })
-    }
-
-    fn result(&mut self, layer: u16, found: Found, context: &Context) -> decode_reply::Result {
-        let row_bytes = usize::from(context.schema().head_dim) * context.schema().dtype.bytes();
-        match found {
-            Found::Rows(heads) => {
-                let heads = heads
-                    .into_iter()
-                    .enumerate()
-                    .map(|(kv_head, rows)| match &mut self.sent {
-                        Some(sent) => missing_rows(sent.missing(layer, kv_head, &rows.positions), rows, row_bytes),
-                        None => all_rows(rows),
-                    });
-                decode_reply::Result::Rows(v1::RowsResult { heads: heads.collect() })
-            }
-            Found::Attend { o, lse } => decode_reply::Result::Attend(v1::AttendResult {
-                o: convert::float_bytes(&o),
-                lse: convert::float_bytes(&lse),
-            }),
-        }
-    }
-}
-
-fn index_choice(name: &str) -> Result<IndexChoice, InvalidMessage> {
-    match name {
-        "" => Ok(IndexChoice::Best),
-        "flat" => Ok(IndexChoice::Flat),
-        "sketch" => Ok(IndexChoice::Sketch),
-        "roar" => Ok(IndexChoice::Roar),
-        "wave" => Ok(IndexChoice::Wave),
-        other => {
-            let shown: String = other.chars().take(40).collect();
-            let problem = format!(
-                "{shown:?} is no index: say \"flat\", \"sketch\", \"roar\", \"wave\", or leave it empty for the best there is"
-            );
-            Err(InvalidMessage::new("index", problem))
-        }
-    }
-}
-
-fn layer(layer: u32, context: &Context) -> Result<u16, InvalidMessage> {
-    let layers = context.schema().layers;
-    let found = u16::try_from(layer).ok().filter(|layer| *layer < layers);
-    found.ok_or_else(|| {
-        let problem = format!("{layer}: the namespace has layers 0 to {}", layers - 1);
-        InvalidMessage::new("layer", problem)
-    })
-}
-
-fn all_rows(rows: HeadRows) -> v1::HeadRows {
-    v1::HeadRows {
-        positions: rows.positions,
-        keys: rows.keys,
-        values: rows.values,
-        ..v1::HeadRows::default()
-    }
-}
-
-/// Of `rows`, the keys and values at the indices `sent`.
-fn missing_rows(sent: Vec<u32>, rows: HeadRows, row_bytes: usize) -> v1::HeadRows {
-    let pick = |all: &Bytes| -> Bytes {
-        let mut picked = BytesMut::with_capacity(sent.len() * row_bytes);
-        for &at in &sent {
-            picked.extend_from_slice(&all[at as usize * row_bytes..][..row_bytes]);
-        }
-        picked.freeze()
-    };
-    let (keys, values) = if sent.len() == rows.positions.len() {
-        (rows.keys, rows.values)
-    } else {
-        (pick(&rows.keys), pick(&rows.values))
-    };
-    v1::HeadRows {
-        positions: rows.positions,
-        keys,
-        values,
-        sent,
-        partial: true,
-    }
-}
-
-/// A query's fields, as far as the wire has rules for them; the cache checks the rest.
-fn checked(query: v1::Query, context: &Context, reply_bytes_max: usize) -> Result<Asked, InvalidMessage> {
-    let schema = context.schema();
-    let layer = layer(query.layer, context)?;
-    let head_dim = usize::from(schema.head_dim);
-    let q = convert::floats("q", &query.q, context.q_heads() * head_dim)?;
-    if query.excluded.len() > EXCLUDED_MAX {
-        let problem = format!(
-            "{} ranges, at most {EXCLUDED_MAX}: join neighbours",
-            query.excluded.len()
-        );
-        return Err(InvalidMessage::new("excluded", problem));
-    }
-    let excluded = query.excluded.into_iter().enumerate().map(|(i, range)| {
-        Range::try_from(range).map_err(|error: InvalidMessage| error.inside(&format!("excluded[{i}]")))
-    });
-    let form = match query.form {
-        Some(v1::query::Form::Rows(v1::Rows { k })) => {
-            let k = k as usize;
-            // The union of a KV head's query heads, at most all tokens; keys and values and a position each.
-            let rows = k
-                .saturating_mul(context.q_heads())
-                .min(usize::from(schema.kv_heads) * context.tokens());
-            let bytes = rows.saturating_mul(2 * head_dim * schema.dtype.bytes() + 4);
-            if bytes > reply_bytes_max {
-                let problem = format!(
-                    "{k}: the reply could have {bytes} bytes, store.reply_bytes_max is {reply_bytes_max}: ask for fewer keys"
-                );
-                return Err(InvalidMessage::new("rows.k", problem));
-            }
-            Form::Rows { k }
-        }
-        Some(v1::query::Form::Attend(attend)) => attend_form(&attend).map_err(|error| error.inside("attend"))?,
-        None => return Err(InvalidMessage::new("form", "is missing: ask for rows or attend")),
-    };
-    Ok(Asked {
-        layer,
-        q,
-        form,
-        excluded: excluded.collect::<Result<_, _>>()?,
-        deadline: deadline(query.deadline_ms),
-    })
-}
-
-fn attend_form(attend: &v1::Attend) -> Result<Form, InvalidMessage> {
-    let certificate = match v1::Certificate::try_from(attend.certificate) {
-        Ok(v1::Certificate::None) => Certificate::None,
-        Ok(v1::Certificate::Statistical) => Certificate::Statistical,
-        Ok(v1::Certificate::Deterministic) => Certificate::Deterministic,
-        Err(_) => {
-            let problem = format!("{} is no kind of certificate", attend.certificate);
-            return Err(InvalidMessage::new("certificate", problem));
-        }
-    };
-    Ok(Form::Attend {
-        target_mass: attend.target_mass,
-        k_max: (attend.k_max > 0).then_some(attend.k_max as usize),
-        options: AttendOptions {
-            tail: attend.tail,
-            certificate,
-            missed_mass_max: attend.missed_mass_max,
-            unbiased: attend.unbiased,
-            effort: attend.effort,
-        },
-    })
-}
-
-fn micros(duration: Duration) -> u32 {
-    u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
-}
-
-/// When an answer is of no use any more; 0 is never.
-fn deadline(ms: u32) -> Option<Instant> {
-    (ms > 0).then(|| Instant::now() + Duration::from_millis(ms.into()))
-}
-
-fn wire_report(report: Report) -> v1::RetrievalReport {
-    use v1::retrieval_report::Shortfall as Wire;
-    let Report {
-        keys_scanned,
-        keys_total,
-        keys_attended,
-        mass_covered,
-        shortfall,
-        bytes_read,
-        missed_mass_bound,
-        escalated,
-        keys_rescored,
-        index,
-        index_reason,
-    } = report;
-    let shortfall = match shortfall {
-        None => Wire::None,
-        Some(Shortfall::Deadline) => Wire::Deadline,
-        Some(Shortfall::MissingBlocks) => Wire::MissingBlocks,
-        Some(Shortfall::KMax) => Wire::KMax,
-    };
-    v1::RetrievalReport {
-        keys_scanned,
-        keys_total,
-        keys_attended,
-        mass_covered,
-        shortfall: shortfall.into(),
-        bytes_read,
-        missed_mass_bound,
-        escalated,
-        keys_rescored,
-        index: index.to_owned(),
-        index_reason: index_reason.to_owned(),
-        ..v1::RetrievalReport::default()
     }
 }

@@ -6,9 +6,13 @@ use kvasir_cache::{
     CacheConfig, PutOutcome,
     retrieve::{AttendOptions, IndexChoice},
 };
+use kvasir_index::Basis;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use super::*;
+
+/// More than any search here parks.
+const ROOM: u64 = 1 << 20;
 
 fn schema() -> KvSchema {
     KvSchema {
@@ -34,6 +38,16 @@ fn schema() -> KvSchema {
 
 /// A cache with one chain of `blocks`, and `contexts` contexts over it.
 fn cache(dir: &Path, blocks: u8, contexts: usize) -> (Arc<BlockCache>, Vec<Arc<Context>>) {
+    cache_of(dir, &schema(), None, (blocks, contexts))
+}
+
+/// The same of another schema, with a basis for its sketches.
+fn cache_of(
+    dir: &Path,
+    schema: &KvSchema,
+    basis: Option<&Basis>,
+    (blocks, contexts): (u8, usize),
+) -> (Arc<BlockCache>, Vec<Arc<Context>>) {
     let cache = BlockCache::open(CacheConfig {
         disk_bytes_max: 64 << 20,
         segment_bytes: 8 << 20,
@@ -41,11 +55,14 @@ fn cache(dir: &Path, blocks: u8, contexts: usize) -> (Arc<BlockCache>, Vec<Arc<C
     })
     .expect("a cache");
     let tenant = Tenant::new("default").expect("not empty");
-    let namespace = cache.open_namespace(&tenant, &schema()).expect("a namespace");
+    let namespace = cache.open_namespace(&tenant, schema).expect("a namespace");
+    if let Some(basis) = basis {
+        cache.set_basis(namespace, &basis.encode()).expect("taken");
+    }
     let chain: Vec<BlockHash> = (0..blocks).map(|at| BlockHash::from_bytes([at; 32])).collect();
     let mut random = SmallRng::seed_from_u64(1);
     for hash in &chain {
-        let halves = (0..schema().layer_block_bytes() / 2).map(|_| half::f16::from_f32(random.random_range(-1.0..1.0)));
+        let halves = (0..schema.layer_block_bytes() / 2).map(|_| half::f16::from_f32(random.random_range(-1.0..1.0)));
         let payload: Bytes = halves.flat_map(half::f16::to_le_bytes).collect();
         let key = namespace.block(*hash).layer(0);
         let put = cache.put(key, payload.clone(), Checksum::of(&payload));
@@ -71,6 +88,7 @@ fn asked(seed: u64, target_mass: f32) -> Asked {
         },
         excluded: std::iter::once(0..3).collect(),
         deadline: None,
+        local_lse: Vec::new(),
     }
 }
 
@@ -78,7 +96,7 @@ fn asked(seed: u64, target_mass: f32) -> Asked {
 async fn those_that_wait_at_the_same_moment_share_a_scan() {
     let dir = tempfile::tempdir().expect("a folder");
     let (cache, contexts) = cache(dir.path(), 5, 20);
-    let searches = Arc::new(Searches::new(1));
+    let searches = Arc::new(Searches::new(1, ROOM));
     let (go, wait) = mpsc::channel::<()>();
     assert!(searches.door.start_if_idle(move || assert!(wait.recv().is_ok())));
     // 17 join, which is more than one scan takes; one asks for something else, one cannot be answered, one leaves.
@@ -91,7 +109,7 @@ async fn those_that_wait_at_the_same_moment_share_a_scan() {
                 asked.q[3] = f32::NAN;
             }
             let (searches, cache, context) = (Arc::clone(&searches), Arc::clone(&cache), Arc::clone(context));
-            tokio::spawn(async move { searches.answer(cache, context, asked).await })
+            tokio::spawn(async move { searches.answer(cache, context, asked, None).await })
         })
         .collect();
     while searches.waiting.lock().len() < 19 {
@@ -127,14 +145,18 @@ async fn those_that_wait_at_the_same_moment_share_a_scan() {
 #[tokio::test]
 async fn threads_share_a_large_scan() {
     let dir = tempfile::tempdir().expect("a folder");
-    let (cache, contexts) = cache(dir.path(), 255, 1);
+    let large = KvSchema {
+        block_tokens: 256,
+        ..schema()
+    };
+    let (cache, contexts) = cache_of(dir.path(), &large, None, (200, 1));
     assert!(contexts[0].tokens() * 2 > HELP_KEYS);
     let alone = asked(3, 0.9);
     let (found, report) = cache.retrieve(&contexts[0], &alone.query()).expect("answered");
     for threads in [1, 2, 5] {
-        let searches = Searches::new(threads);
+        let searches = Searches::new(threads, ROOM);
         let answer = searches
-            .answer(Arc::clone(&cache), Arc::clone(&contexts[0]), asked(3, 0.9))
+            .answer(Arc::clone(&cache), Arc::clone(&contexts[0]), asked(3, 0.9), None)
             .await
             .expect("open")
             .expect("answered");
@@ -146,3 +168,5 @@ async fn threads_share_a_large_scan() {
         searches.door.drain().await;
     }
 }
+
+mod ahead;

@@ -99,6 +99,7 @@ pub(crate) fn query(sequence: u64, layer: u16, form: Form) -> Query {
         form,
         excluded: vec![],
         deadline: None,
+        local_lse: vec![],
     }
 }
 

@@ -144,6 +144,7 @@ async fn hints_change_no_answer_and_certificates_hold() {
         let hint = Hint {
             layer,
             q: q.q.iter().map(|value| value * 0.9).collect(),
+            local_lse: vec![],
         };
         // Twice: the last one counts.
         hinted.hint(hint.clone()).await.expect("sent");
@@ -181,11 +182,15 @@ async fn hints_change_no_answer_and_certificates_hold() {
 }
 
 fn basis(mean: f32) -> Basis {
+    basis_of(mean, 8, 0.25)
+}
+
+fn basis_of(mean: f32, rank: usize, direction: f32) -> Basis {
     let schema = schema();
-    let (head_dim, rank) = (usize::from(schema.head_dim), 8);
+    let head_dim = usize::from(schema.head_dim);
     let head = HeadBasis {
         mean: vec![mean; head_dim],
-        keys: vec![0.25; rank * head_dim],
+        keys: vec![direction; rank * head_dim],
         queries: vec![0.5; rank * head_dim],
         streaming: false,
     };
@@ -197,6 +202,117 @@ fn basis(mean: f32) -> Basis {
         rank,
         heads: vec![head; usize::from(schema.layers * schema.kv_heads)],
     }
+}
+
+/// The axes as directions.
+fn axes() -> Basis {
+    let mut basis = basis_of(0.0, 32, 0.0);
+    for head in &mut basis.heads {
+        head.queries.fill(0.0);
+        for at in 0..32 {
+            (head.keys[at * 33], head.queries[at * 33]) = (1.0, 1.0);
+        }
+    }
+    basis
+}
+
+/// Over sketches a hint begins the search: a query that is as predicted takes what it found, any other one is answered as without
+/// a hint, in both forms.
+#[tokio::test]
+async fn a_hint_begins_the_search_of_its_query() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let setup = Setup::with(&config(dir.path())).await;
+    let (tenant, schema) = (tenant(), schema());
+    let taken = setup
+        .client
+        .open_namespace_with(&tenant, &schema, axes().encode().into());
+    taken.await.expect("a basis for these weights");
+    let chain = chain(64, 40);
+    put(&setup, &chain).await;
+    let open = || async {
+        let context = OpenContext {
+            chain: chain.clone(),
+            q_heads: Q_HEADS,
+            softmax_scale: SCALE,
+            index: IndexChoice::Best,
+            row_cache_rows: 0,
+        };
+        setup.client.decode(&setup.namespace, context).await.expect("a context")
+    };
+    let (mut hinted, mut plain) = (open().await, open().await);
+    assert_eq!(hinted.opened().index, "sketch");
+    let attend = Form::Attend {
+        target_mass: 0.9,
+        k_max: 0,
+        options: AttendOptions {
+            tail: true,
+            effort: 0.1,
+            ..AttendOptions::default()
+        },
+    };
+    let (mut used, mut sequence) = (0, 0);
+    for form in [attend, Form::Rows { k: 8 }] {
+        // The first query says what the others will be like.
+        for layer in [0, 1, 2, 0, 1] {
+            sequence += 1;
+            let q = query(sequence, layer, form);
+            let next = Hint {
+                layer: (layer + 1) % LAYERS,
+                q: query(sequence + 1, (layer + 1) % LAYERS, form).q,
+                local_lse: vec![],
+            };
+            hinted.send(q.clone()).await.expect("sent");
+            hinted.hint(next).await.expect("sent");
+            plain.send(q).await.expect("sent");
+            let (found, expected) = (
+                hinted.receive().await.expect("a reply"),
+                plain.receive().await.expect("a reply"),
+            );
+            assert!(!expected.report.hinted && expected.report.hidden.is_zero());
+            used += usize::from(found.report.hinted);
+            if !found.report.hinted {
+                assert!(found.report.hidden.is_zero());
+            }
+            assert!(found.report.hidden <= found.report.search);
+            assert_eq!(found.report.keys_total, expected.report.keys_total);
+            match (found.found, expected.found) {
+                (Found::Rows(found), Found::Rows(expected)) => {
+                    for (found, expected) in found.iter().zip(&expected) {
+                        let same = found
+                            .positions
+                            .iter()
+                            .filter(|at| expected.positions.contains(at))
+                            .count();
+                        assert!(
+                            same * 10 >= expected.positions.len() * 8,
+                            "{same} of {}",
+                            expected.positions.len()
+                        );
+                    }
+                }
+                (Found::Attend { lse, .. }, Found::Attend { lse: expected, .. }) => {
+                    for (lse, expected) in lse.iter().zip(&expected) {
+                        assert!((lse - expected).abs() < 0.3, "{lse} is not about {expected}");
+                    }
+                }
+                _ => panic!("another form than was asked"),
+            }
+        }
+    }
+    assert!(used >= 6, "{used} of 10 had a search that was begun ahead");
+    // A hint that no query can be ends the stream, as a query does.
+    let bad = Hint {
+        layer: 1,
+        q: vec![f32::NAN; Q_HEADS * usize::from(schema.head_dim)],
+        local_lse: vec![],
+    };
+    hinted.hint(bad).await.expect("sent");
+    hinted.send(query(99, 1, attend)).await.expect("sent");
+    let error = hinted.receive().await.expect_err("not a number");
+    assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
+    assert!(error.message.contains("q[0]"), "{error}");
+    drop((hinted, plain));
+    setup.store.stop().await.expect("everything written");
 }
 
 #[tokio::test]

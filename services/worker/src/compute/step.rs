@@ -407,6 +407,12 @@ impl StepHooks for Hooks<'_> {
         self.with_link(sequence, |link, _| link.hint(layer, q))
     }
 
+    fn attended_locally(&mut self, layer: usize, sequence: usize, lse: &[f32]) {
+        if let Some(link) = self.links.get_mut(&self.ids[sequence]) {
+            link.attended(layer, lse);
+        }
+    }
+
     fn remote_finish(&mut self, _layer: usize, sequence: usize) -> Result<Option<Partial>, StepAborted> {
         self.with_link(sequence, |link, settings| {
             link.finish(settings.retrieval_timeout).map(Some)

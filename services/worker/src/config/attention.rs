@@ -13,7 +13,7 @@ pub struct AttentionConfig {
     pub mode: AttentionMode,
     /// Keys per query head that `rows` brings.
     pub k: u32,
-    /// Share of the searched softmax mass that `attend` covers, (0, 1].
+    /// Share of the softmax mass that `attend` covers, (0, 1], of which what the worker attends to by itself is a part.
     pub target_mass: f32,
     /// First tokens of the context that the worker attends to by itself.
     pub sink: u32,

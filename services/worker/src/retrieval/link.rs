@@ -14,7 +14,7 @@ use super::{
     Split, Tally,
     auto::{self, Experience, Sample},
     rows::{Kept, attend_rows},
-    tally::Waits,
+    tally::{Waits, in_the_store},
     wire::Wire,
 };
 use crate::{
@@ -39,6 +39,8 @@ pub(crate) struct Link {
     /// The last query, where its answer is attended to here.
     q: Vec<f32>,
     kept: Kept,
+    /// By layer, base-2 log-sum-exp of what the last token attended to here: about that of the next one. Empty before the first.
+    local_lse: Vec<Vec<f32>>,
     tally: Tally,
     around: LinkAround,
 }
@@ -117,6 +119,7 @@ impl Link {
             asked: None,
             q: Vec::new(),
             kept: Kept::new(shape, plan.row_cache_rows),
+            local_lse: vec![Vec::new(); shape.layers],
             tally: Tally::new(opened),
             around,
         }
@@ -153,6 +156,7 @@ impl Link {
             form: self.form,
             excluded: self.excluded.clone(),
             deadline: Some(deadline),
+            local_lse: self.local_lse.get(layer).cloned().unwrap_or_default(),
         })?;
         self.asked = Some(asked);
         Ok(())
@@ -172,7 +176,16 @@ impl Link {
         self.wire.hint(Hint {
             layer: layer as u16,
             q: q.to_vec(),
+            local_lse: self.local_lse.get(layer).cloned().unwrap_or_default(),
         })
+    }
+
+    /// Takes what the token attends to here in a layer.
+    pub(crate) fn attended(&mut self, layer: usize, lse: &[f32]) {
+        if let Some(local) = self.local_lse.get_mut(layer) {
+            local.clear();
+            local.extend_from_slice(lse);
+        }
     }
 
     /// Waits for the answer to the last query and makes it a partial: `[q_heads]` rows.
@@ -234,7 +247,7 @@ impl Link {
             },
             bytes: reply.wire_bytes,
             whole: waits.whole,
-            store: reply.report.search + reply.report.queued,
+            store: in_the_store(reply),
         });
     }
 

@@ -65,6 +65,7 @@ impl Tally {
             mass_covered,
             missed_mass_bound,
             search,
+            hidden,
             queued,
             ..
         } = &reply.report;
@@ -78,8 +79,8 @@ impl Tally {
         self.search += *search;
         self.store_queued += *queued;
         self.waited += waits.waited;
-        self.hidden += search.saturating_sub(waits.waited);
-        // A reply that was begun with a hint may have been searched for longer than it was waited for.
+        // What was done after the query came is hidden as far as the compute thread had work of its own meanwhile.
+        self.hidden += *search - search.saturating_sub(*hidden).min(waits.waited);
         self.wire.add(on_the_wire(reply, waits.whole).as_secs_f64());
         for mass in mass_covered {
             let mass = if mass.is_finite() { mass.clamp(0.0, 1.0) } else { 0.0 };
@@ -128,7 +129,15 @@ impl Tally {
 
 /// What of a reply's time is not the store's.
 pub(crate) fn on_the_wire(reply: &Reply, whole: Duration) -> Duration {
-    whole.saturating_sub(reply.report.search + reply.report.queued)
+    whole.saturating_sub(in_the_store(reply))
+}
+
+/// What the store needed of the time from a query to its reply.
+pub(crate) fn in_the_store(reply: &Reply) -> Duration {
+    let Report {
+        search, hidden, queued, ..
+    } = reply.report;
+    search.saturating_sub(hidden) + queued
 }
 
 /// Buckets, each 2 % narrower than the one before; the last takes all below 1e-6.
@@ -224,21 +233,25 @@ mod tests {
     #[test]
     fn searching_is_hidden_as_far_as_it_is_not_waited_for() {
         let us = Duration::from_micros;
-        // Per reply: searched, queued, from query to reply, waited; then the share hidden and the wire's median.
-        type Case = (&'static [(u64, u64, u64, u64)], f32, f32);
-        let table: [Case; 5] = [
+        // Per reply: searched, of that before the query came, queued, from query to reply, waited; then the share hidden and the
+        // wire's median.
+        type Case = (&'static [(u64, u64, u64, u64, u64)], f32, f32);
+        let table: [Case; 7] = [
             (&[], 0.0, 0.0),
-            (&[(300, 0, 400, 400)], 0.0, 100.0),
-            (&[(300, 50, 400, 75)], 0.75, 50.0),
-            (&[(300, 0, 400, 0), (100, 0, 400, 100)], 0.75, 100.0),
-            // Begun with a hint: longer than the wait.
-            (&[(900, 0, 120, 120)], 0.8667, 0.0),
+            (&[(300, 0, 0, 400, 400)], 0.0, 100.0),
+            (&[(300, 0, 50, 400, 75)], 0.75, 50.0),
+            (&[(300, 0, 0, 400, 0), (100, 0, 0, 400, 100)], 0.75, 100.0),
+            // Begun with a hint: what is left of the search is waited for, or the wire alone.
+            (&[(900, 800, 0, 150, 150)], 0.8889, 50.0),
+            (&[(900, 800, 10, 210, 40)], 0.9556, 100.0),
+            (&[(900, 900, 0, 100, 100)], 1.0, 100.0),
         ];
         for (replies, hidden, wire) in table {
             let mut tally = Tally::default();
-            for (search, queued, whole, waited) in replies {
+            for (search, before, queued, whole, waited) in replies {
                 let report = Report {
                     search: us(*search),
+                    hidden: us(*before),
                     queued: us(*queued),
                     ..Report::default()
                 };

@@ -11,7 +11,13 @@ use half::f16;
 use kvasir_index::{Attended, Cost, Estimate, Excluded, IndexError, KeyRows, Search as Asked};
 use kvasir_simd::{Partial, log_sum_exp2, merge, score_rows, top_k, weigh_rows};
 
-use super::{AttendOptions, sketches::EFFORT, sketches::EFFORT_GROWTH, sketches::rows_effort};
+use super::{
+    AttendOptions,
+    sketches::{EFFORT, rows_effort},
+};
+
+/// By how much more of the keys is searched where those that were found do not hold the mass that is wanted.
+const EFFORT_GROWTH: f32 = 4.0;
 use crate::indexes::HeadIndex;
 
 /// Keys, evenly spread, whose scores tell what a walk did not see.

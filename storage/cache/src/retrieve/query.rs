@@ -77,6 +77,15 @@ pub(super) fn check(query: &Query<'_>, context: &Context) -> Result<(), InvalidQ
         let problem = format!("element {at} is not finite: the forward that made it went wrong");
         return Err(InvalidQuery::new("q", problem));
     }
+    if !query.local_lse.is_empty() && query.local_lse.len() != q_heads {
+        let problem = format!("{} numbers for {q_heads} query heads", query.local_lse.len());
+        return Err(InvalidQuery::new("local_lse", problem));
+    }
+    let is_number = |lse: &f32| !lse.is_nan() && *lse < f32::INFINITY;
+    if let Some(at) = query.local_lse.iter().position(|lse| !is_number(lse)) {
+        let problem = format!("element {at} is no log-sum-exp of finite scores");
+        return Err(InvalidQuery::new("local_lse", problem));
+    }
     match query.form {
         Form::Rows { k: 0 } => return Err(InvalidQuery::new("k", "0 keys per query head: ask for at least one")),
         Form::Attend { target_mass, .. } if !(target_mass > 0.0 && target_mass <= 1.0) => {

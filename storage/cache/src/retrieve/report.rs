@@ -3,6 +3,8 @@
 use kvasir_block::LayerBlockLayout;
 use kvasir_index::Excluded;
 
+use super::parked::Ahead;
+
 /// Why a result covers less than was asked. Where there are several reasons, the first of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shortfall {
@@ -40,6 +42,10 @@ pub struct Report {
     pub escalated: bool,
     /// Keys that were scored exactly after a scan of sketches or by a built index, summed over KV heads; 0 with the flat index.
     pub keys_rescored: u64,
+    /// KV heads whose search had begun with a prediction.
+    pub heads_ahead: u32,
+    /// KV heads whose prediction was too far off, so that they were searched anew.
+    pub heads_too_far: u32,
     /// Index that served: `"flat"`, `"sketch"`, `"roar"` or `"wave"`.
     pub index: &'static str,
     /// Why another than its context was opened with, for a person; empty where it is that one.
@@ -130,6 +136,12 @@ impl Progress {
     pub(super) fn stopped(&mut self, late: bool, missing: bool) {
         self.late |= late;
         self.missing |= missing;
+    }
+
+    /// What became of a search of a KV head that had begun ahead.
+    pub(super) fn ahead(&mut self, ahead: Ahead) {
+        self.report.heads_ahead += u32::from(ahead == Ahead::Used);
+        self.report.heads_too_far += u32::from(ahead == Ahead::TooFar);
     }
 
     pub(super) fn cut_short(&mut self, cut_short: bool) {

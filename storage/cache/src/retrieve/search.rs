@@ -5,25 +5,25 @@ mod indexed;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Instant,
 };
 
-use bytes::{BufMut, BytesMut};
 use half::f16;
-use kvasir_block::{Dtype, LayerBlockLayout};
-use kvasir_index::{Attended, Excluded, FlatScan, Segment, SketchFormat, SketchScan, Streaming};
+use kvasir_block::LayerBlockLayout;
+use kvasir_index::{Excluded, FlatScan, Parked, SketchFormat, SketchScan};
 use parking_lot::{Condvar, Mutex};
 
 use self::indexed::Indexed;
 pub(super) use self::indexed::wants_scan;
 use super::{
-    AttendOptions, Certificate, Context, FLAT, Form, Found, HeadRows, Query, Report, SKETCH, Shortfall,
+    Certificate, Context, FLAT, Form, Found, Query, Report, SKETCH, Shortfall,
     blocks::ContextBlocks,
     context::Payload,
+    head::{Head, HeadFound},
     report::{HeadCount, Progress},
-    sketches::{self, Extra, LayerSketches, rows_effort},
+    sketches::LayerSketches,
 };
 use crate::{cache::Shared, namespace::NamespaceBasis};
 
@@ -32,42 +32,66 @@ use crate::{cache::Shared, namespace::NamespaceBasis};
 #[derive(Debug)]
 pub struct Search {
     shared: Arc<Shared>,
-    blocks: Arc<ContextBlocks>,
+    pub(super) purpose: Purpose,
+    pub(super) blocks: Arc<ContextBlocks>,
     payloads: Arc<[Option<Payload>]>,
-    layout: LayerBlockLayout,
-    group: usize,
-    scale: f32,
-    form: Form,
+    pub(super) layout: LayerBlockLayout,
+    pub(super) group: usize,
+    pub(super) scale: f32,
+    pub(super) form: Form,
     /// Where sketches serve: their basis, the layer in it, and the sketches.
-    sketched: Option<Sketched>,
+    pub(super) sketched: Option<Sketched>,
     /// Where a built index serves.
     indexed: Option<Indexed>,
     /// Name of the index that serves, and why another than its context was opened with.
     served_by: &'static str,
     served_why: &'static str,
-    excluded: Excluded,
+    pub(super) excluded: Excluded,
     /// Latest deadline of the queries; `None` if one has none.
     deadline: Option<Instant>,
     /// `[kv_heads, queries, group, head_dim]`
     q: Vec<f32>,
-    queries: usize,
+    /// `[kv_heads, queries, group]`; empty where the callers do not say.
+    local_lse: Vec<f32>,
+    pub(super) queries: usize,
     /// KV head that the next thread takes.
     next: AtomicUsize,
     heads: Mutex<Heads>,
     changed: Condvar,
 }
 
+/// What a search is for.
 #[derive(Debug)]
-struct Sketched {
-    basis: Arc<NamespaceBasis>,
-    layer: u16,
-    blocks: Arc<LayerSketches>,
+pub(super) enum Purpose {
+    /// Answers. By KV head what was parked for them; empty where nothing was.
+    Answer(Vec<Mutex<Option<Box<Parked>>>>),
+    /// Candidates for queries that are still to come.
+    Park {
+        /// Most bytes that are kept of a KV head.
+        head_bytes: usize,
+        /// Nobody wants it any more.
+        dropped: Arc<AtomicBool>,
+    },
+}
+
+impl Purpose {
+    /// Whether what it is for is of no use any more.
+    fn is_gone(&self) -> bool {
+        matches!(self, Self::Park { dropped, .. } if dropped.load(Ordering::Relaxed))
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Sketched {
+    pub(super) basis: Arc<NamespaceBasis>,
+    pub(super) layer: u16,
+    pub(super) blocks: Arc<LayerSketches>,
 }
 
 /// What one thread's scans reuse from head to head.
-struct Buffers<'a> {
-    flat: FlatScan<'a>,
-    sketch: SketchScan<'a>,
+pub(super) struct Buffers<'a> {
+    pub(super) flat: FlatScan<'a>,
+    pub(super) sketch: SketchScan<'a>,
 }
 
 #[derive(Debug)]
@@ -77,36 +101,21 @@ struct Heads {
     panicked: bool,
 }
 
-/// What was found for one KV head, for all queries.
-#[derive(Debug)]
-struct Head {
-    scanned: usize,
-    late: bool,
-    missing: bool,
-    /// Of a search through sketches.
-    sketch: Option<Extra>,
-    /// It attends to sink and window only: nothing was searched.
-    streaming: bool,
-    found: HeadFound,
-}
-
-#[derive(Debug)]
-enum HeadFound {
-    /// And the share of the searched mass that they hold, per query head.
-    Rows(HeadRows, Vec<f32>),
-    /// And whether it was more than was asked.
-    Attend(Attended, bool),
-}
-
 impl Search {
     /// All `queries` are checked and join `first`, which is one of them.
-    pub(super) fn begin(shared: &Arc<Shared>, context: &Context, first: &Query<'_>, queries: &[Query<'_>]) -> Self {
+    pub(super) fn begin(
+        shared: &Arc<Shared>,
+        context: &Context,
+        first: &Query<'_>,
+        queries: &[Query<'_>],
+        purpose: Purpose,
+    ) -> Self {
         let layout = context.schema().layout();
         let (group, kv_heads) = (context.group(), layout.kv_heads);
         let excluded = Excluded::new(first.excluded);
         let deadlines = queries.iter().map(|query| query.deadline);
         let deadline = deadlines.reduce(|a, b| Some(a?.max(b?))).flatten();
-        let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline) || purpose.is_gone();
         let covering = context.covering(shared).filter(|_| !wants_scan(first.form));
         let index = covering.and_then(|covering| Some((covering, shared.layer_index(covering, first.layer)?)));
         // An index is walked over what is excluded, too.
@@ -130,13 +139,18 @@ impl Search {
         };
         let per_head = group * layout.head_dim;
         let mut q = Vec::with_capacity(kv_heads * queries.len() * per_head);
+        let mut local_lse = Vec::new();
         for kv_head in 0..kv_heads {
             for query in queries {
                 q.extend_from_slice(&query.q[kv_head * per_head..][..per_head]);
+                // Of all queries that join or of none.
+                let own = query.local_lse.get(kv_head * group..(kv_head + 1) * group);
+                local_lse.extend_from_slice(own.unwrap_or_default());
             }
         }
         Self {
             shared: Arc::clone(shared),
+            purpose,
             blocks: Arc::clone(context.blocks()),
             payloads,
             layout,
@@ -150,6 +164,7 @@ impl Search {
             excluded,
             deadline,
             q,
+            local_lse,
             queries: queries.len(),
             next: AtomicUsize::new(0),
             heads: Mutex::new(Heads {
@@ -200,167 +215,34 @@ impl Search {
     /// # Panics
     /// If a thread panicked at work.
     pub fn wait(&self) -> Vec<(Found, Report)> {
+        self.answers(&self.finished())
+    }
+
+    /// Waits until all KV heads are done, and takes what was found.
+    pub(super) fn finished(&self) -> Vec<Head> {
         let mut heads = self.heads.lock();
         while heads.missing > 0 && !heads.panicked {
             self.changed.wait(&mut heads);
         }
         assert!(!heads.panicked, "search: a thread that worked on it panicked");
-        let found: Vec<Head> = heads.found.drain(..).flatten().collect();
-        drop(heads);
-        self.answers(&found)
+        heads.found.drain(..).flatten().collect()
     }
 
-    fn scanned_head<'a>(
-        &'a self,
-        kv_head: usize,
-        halves: &[Option<&'a [f16]>],
-        excluded: &'a Excluded,
-        buffers: &mut Buffers<'a>,
-    ) -> Head {
-        match &self.sketched {
-            Some(sketched) => self.sketched_head(kv_head, halves, sketched, excluded, &mut buffers.sketch),
-            None => self.head(kv_head, halves, excluded, &mut buffers.flat),
-        }
+    /// Query rows of one KV head, `[queries, group, head_dim]`.
+    pub(super) fn queries_of(&self, kv_head: usize) -> &[f32] {
+        let per_head = self.queries * self.group * self.layout.head_dim;
+        &self.q[kv_head * per_head..][..per_head]
     }
 
-    fn head<'a>(
-        &'a self,
-        kv_head: usize,
-        halves: &[Option<&'a [f16]>],
-        excluded: &Excluded,
-        scan: &mut FlatScan<'a>,
-    ) -> Head {
-        let layout = &self.layout;
-        let per_head = self.queries * self.group * layout.head_dim;
-        scan.begin(&self.q[kv_head * per_head..][..per_head]);
-        let (mut late, mut missing) = (false, false);
-        for (at, halves) in halves.iter().enumerate() {
-            if self.blocks.is_excluded(at, excluded) {
-                continue;
-            }
-            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                late = true;
-                break;
-            }
-            match halves {
-                Some(halves) => scan.scan(
-                    Segment {
-                        keys: &halves[layout.keys(kv_head)],
-                        values: &halves[layout.values(kv_head)],
-                        position: at * layout.block_tokens,
-                    },
-                    excluded,
-                ),
-                None => missing = true,
-            }
-        }
-        let found = match self.form {
-            Form::Rows { k } => {
-                let rows = scan.rows(k);
-                let gathered = gather(rows.positions(), layout.head_dim, |take| scan.each_row(&rows, take));
-                HeadFound::Rows(gathered, rows.mass)
-            }
-            Form::Attend {
-                target_mass,
-                k_max,
-                options,
-            } => attend(scan, target_mass, k_max, options),
-        };
-        Head {
-            scanned: scan.keys_scanned(),
-            late,
-            missing,
-            sketch: None,
-            streaming: false,
-            found,
-        }
+    /// Log-sum-exp of what is attended to elsewhere, of the same rows; none where that is not known.
+    pub(super) fn local_lse_of(&self, kv_head: usize) -> Option<&[f32]> {
+        let heads = self.queries * self.group;
+        self.local_lse.get(kv_head * heads..(kv_head + 1) * heads)
     }
 
-    /// Whether the caller attends by itself to what a streaming head was found to attend to. Only then may such a head go
-    /// unsearched.
-    fn keeps_static_set(&self) -> bool {
-        let tokens = (self.blocks.len() * self.layout.block_tokens) as u32;
-        let kept = [
-            0..(Streaming::SINK as u32).min(tokens),
-            tokens.saturating_sub(Streaming::WINDOW as u32)..tokens,
-        ];
-        kept.into_iter()
-            .all(|range| self.excluded.searched(range).next().is_none())
-    }
-
-    fn sketched_head<'a>(
-        &'a self,
-        kv_head: usize,
-        halves: &[Option<&'a [f16]>],
-        sketched: &'a Sketched,
-        excluded: &'a Excluded,
-        scan: &mut SketchScan<'a>,
-    ) -> Head {
-        let layout = &self.layout;
-        let basis = sketched.basis.basis().head(sketched.layer.into(), kv_head);
-        if basis.streaming {
-            let mut flat = FlatScan::new(layout.head_dim, self.scale);
-            let streaming = self.keeps_static_set();
-            let searched = if streaming { &[] } else { halves };
-            return Head {
-                streaming,
-                ..self.head(kv_head, searched, excluded, &mut flat)
-            };
-        }
-        let per_head = self.queries * self.group * layout.head_dim;
-        let q = &self.q[kv_head * per_head..][..per_head];
-        let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        let there = |at: usize| halves[at].filter(|_| sketched.blocks.has(at));
-        let wanted = |at: usize| !self.blocks.is_excluded(at, excluded);
-        // When it is late what is not there was given up.
-        let mut missing = !late && (0..halves.len()).any(|at| there(at).is_none() && wanted(at));
-        let segments = (0..halves.len()).map(|at| {
-            there(at).map(|halves| Segment {
-                keys: &halves[layout.keys(kv_head)],
-                values: &halves[layout.values(kv_head)],
-                position: at * layout.block_tokens,
-            })
-        });
-        let excluded = std::slice::from_ref(excluded);
-        let begun = scan.begin(q, basis);
-        missing |= match sketched.blocks.column(kv_head) {
-            Some(column) if !late => begun
-                .and_then(|()| scan.scan_column(column, segments, excluded))
-                .is_err(),
-            Some(_) => begun.is_err(),
-            None => true,
-        };
-        let scanned = scan.keys_scanned();
-        let (found, extra) = match self.form {
-            Form::Rows { k } => {
-                let before = scan.cost();
-                let rows = scan.rows(k, rows_effort(k, scanned));
-                let extra = Extra {
-                    rescored: (scan.cost().keys_scored - before.keys_scored) / (self.queries * self.group) as u64,
-                    bytes_read: scan.cost().bytes_read,
-                    ..Extra::default()
-                };
-                let gathered = gather(rows.positions(), layout.head_dim, |take| scan.each_row(&rows, take));
-                (HeadFound::Rows(gathered, rows.mass), extra)
-            }
-            Form::Attend {
-                target_mass,
-                k_max,
-                options,
-            } => {
-                let (attended, extra) = sketches::attend(scan, target_mass, k_max, options);
-                let escalated = extra.escalated;
-                (HeadFound::Attend(attended, escalated), extra)
-            }
-        };
-        Head {
-            scanned,
-            late,
-            missing,
-            sketch: Some(extra),
-            streaming: false,
-            found,
-        }
+    /// Whether an answer would come too late, or is not wanted any more.
+    pub(super) fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline) || self.purpose.is_gone()
     }
 
     fn answers(&self, heads: &[Head]) -> Vec<(Found, Report)> {
@@ -393,6 +275,7 @@ impl Search {
                 let bounds = extra.bounds.get(group.clone()).unwrap_or_default();
                 progress.sketched(extra.rescored, extra.bytes_read, bounds);
             }
+            progress.ahead(head.ahead);
             match &head.found {
                 HeadFound::Rows(head_rows, mass) => {
                     let positions = head_rows.positions.len();
@@ -417,6 +300,8 @@ impl Search {
                     o.extend_from_slice(&found.o[group.start * head_dim..group.end * head_dim]);
                     lse.extend_from_slice(&found.lse[group.clone()]);
                 }
+                // Of a search that gives no answers.
+                HeadFound::Parked(_) => {}
             }
         }
         progress.index(self.served_by, self.served_why);
@@ -455,35 +340,6 @@ impl Drop for Taken<'_> {
 }
 
 /// Whether only a scan of every key gives what is asked for.
-fn wants_exact(form: Form) -> bool {
+pub(super) fn wants_exact(form: Form) -> bool {
     matches!(form, Form::Attend { options, .. } if options.unbiased || options.certificate == Certificate::Deterministic)
-}
-
-/// Attends to what is asked for, and to more where that leaves out more than is acceptable.
-fn attend(scan: &FlatScan<'_>, target_mass: f32, k_max: Option<usize>, options: AttendOptions) -> HeadFound {
-    let found = scan.attend(target_mass, k_max);
-    let missed_max = options.missed_mass_max;
-    let misses = |found: &Attended| missed_max > 0.0 && found.mass.iter().any(|mass| 1.0 - mass > missed_max);
-    if !misses(&found) {
-        return HeadFound::Attend(found, false);
-    }
-    // Every key is scored: the fewest that are enough are known, up to rounding.
-    let more = scan.attend((1.0 - missed_max).max(target_mass), None);
-    let more = if misses(&more) { scan.attend(1.0, None) } else { more };
-    HeadFound::Attend(more, true)
-}
-
-/// Copies chosen rows out of their blocks: they travel, the blocks stay.
-fn gather(positions: &[u32], head_dim: usize, each_row: impl FnOnce(&mut dyn FnMut(&[f16], &[f16]))) -> HeadRows {
-    let bytes = positions.len() * head_dim * Dtype::F16.bytes();
-    let (mut keys, mut values) = (BytesMut::with_capacity(bytes), BytesMut::with_capacity(bytes));
-    each_row(&mut |key, value| {
-        key.iter().for_each(|half| keys.put_u16_le(half.to_bits()));
-        value.iter().for_each(|half| values.put_u16_le(half.to_bits()));
-    });
-    HeadRows {
-        positions: positions.to_vec(),
-        keys: keys.freeze(),
-        values: values.freeze(),
-    }
 }

@@ -2,18 +2,17 @@
 
 use half::f16;
 use kvasir_block::LayerBlockLayout;
-use kvasir_index::{Attend, Attended, Basis, Column, SketchFormat, SketchScan};
+use kvasir_index::{Attend, Attended, Basis, Column, SketchFormat, SketchScan, encode_block};
 
-use super::{AttendOptions, Certificate};
+use super::{AttendOptions, Certificate, Form};
 
 /// Directions that a sketch takes.
 pub(super) const RANK: usize = 32;
 /// Tokens of a block that a sketch takes.
 pub(super) const BLOCK_TOKENS_MAX: usize = 256;
-/// Share of the keys that are scored exactly first if the caller does not say.
+/// Share of the keys that may be scored exactly if the caller does not say: what decoding of real text needs for its likelihood to be
+/// that of full attention (the table in the worker's README).
 pub(super) const EFFORT: f32 = 0.05;
-/// By how much more are, where they did not cover the mass that he wants.
-pub(super) const EFFORT_GROWTH: f32 = 4.0;
 
 /// Sketches of a chain's blocks in one layer: per KV head a column; of streaming heads none.
 #[derive(Clone, Debug, Default)]
@@ -122,20 +121,35 @@ pub(crate) fn sketched_bytes(layout: &LayerBlockLayout, basis: &Basis, layer: u1
     heads.count() * SketchFormat::new(layout.head_dim).bytes(layout.block_tokens)
 }
 
+/// What is asked of a scan of `keys`.
+pub(super) fn wanted(form: Form, keys: usize) -> Attend {
+    match form {
+        Form::Rows { k } => rows_wanted(k, keys),
+        Form::Attend {
+            target_mass,
+            k_max,
+            options,
+        } => attend_wanted(target_mass, k_max, options),
+    }
+}
+
+/// How rows are looked for: candidates for the best `k` of `keys`.
+fn rows_wanted(k: usize, keys: usize) -> Attend {
+    Attend {
+        target_mass: 1.0,
+        effort: rows_effort(k, keys),
+        ..Attend::default()
+    }
+}
+
 /// Share of `keys` to score exactly for the best `k` of them.
 pub(super) fn rows_effort(k: usize, keys: usize) -> f32 {
     (2.0 * k as f32 / keys.max(1) as f32).clamp(EFFORT, 1.0)
 }
 
-/// Attends as the options say.
-pub(super) fn attend(
-    scan: &mut SketchScan<'_>,
-    target_mass: f32,
-    k_max: Option<usize>,
-    options: AttendOptions,
-) -> (Attended, Extra) {
+fn attend_wanted(target_mass: f32, k_max: Option<usize>, options: AttendOptions) -> Attend {
     let demand = (options.missed_mass_max > 0.0).then_some(options.missed_mass_max);
-    let mut wanted = Attend {
+    Attend {
         target_mass,
         k_max,
         // The whole mass is every key.
@@ -148,14 +162,14 @@ pub(super) fn attend(
         // A demand is checked by the bound, also where the caller does not want to see it.
         certificate: options.certificate != Certificate::None || demand.is_some(),
         missed_mass_max: demand,
-    };
-    let mut found = scan.attend(wanted);
-    // A head that looks at many keys needs more of them. Who names an effort or a number of keys wants no more than that.
-    let bounded = options.effort != 0.0 || k_max.is_some();
-    while !bounded && wanted.effort < 1.0 && found.cut_short {
-        wanted.effort = (wanted.effort * EFFORT_GROWTH).min(1.0);
-        found = scan.attend(wanted);
     }
+}
+
+/// Attends as the options say. A head whose wanted mass lies in more keys than the effort allows is not looked at further, unless the
+/// missed mass is bounded: its tail is estimated. (Looking at four times the keys until the mass was there took three times the
+/// keys and twice the time, and what the model said was no nearer to full attention.)
+pub(super) fn attend(scan: &mut SketchScan<'_>, wanted: Attend) -> (Attended, Extra) {
+    let found = scan.attend(wanted);
     let extra = Extra {
         bounds: found.missed_max,
         rescored: found.keys_scored as u64,

@@ -94,6 +94,7 @@ fn ask<'a>(q: &'a [f32], layer: u16, target_mass: f32, excluded: &'a [Range<u32>
         },
         excluded,
         deadline: None,
+        local_lse: &[],
     }
 }
 
@@ -610,5 +611,6 @@ fn a_deadline_that_passed_says_so() {
 
 mod ahead;
 mod indexes;
+mod parked;
 mod shared;
 mod sketch;

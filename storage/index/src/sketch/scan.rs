@@ -37,6 +37,8 @@ pub struct SketchScan<'a> {
     format: Option<SketchFormat>,
     scale: f32,
     q: Vec<f32>,
+    /// Once queries were replaced, those that the sketches were scanned with.
+    forecast: Vec<f32>,
     table: Table,
     /// Whose sketches are read: those of a column that is there, or of one that blocks are copied to.
     column: Option<&'a Column>,
@@ -52,8 +54,12 @@ pub struct SketchScan<'a> {
     parked: bool,
     /// Slots of the blocks that they were found in.
     parked_slots: usize,
+    /// What was drawn with them for a sample, by head.
+    drawn: Vec<certificate::Drawn>,
     cost: Cost,
     candidates: Candidates,
+    /// Base-2 log-sum-exp of what is attended to elsewhere, per head; empty where nothing is.
+    beside: Vec<f32>,
     room: Room,
     rows: attend::Rows,
     union: Bits,
@@ -83,6 +89,8 @@ impl<'a> SketchScan<'a> {
         self.positions.clear();
         self.masks.clear();
         self.parked = false;
+        self.drawn.clear();
+        self.beside.clear();
         self.predicted = false;
         self.cost = Cost::default();
         self.candidates.clear();
@@ -110,6 +118,27 @@ impl<'a> SketchScan<'a> {
         self.q.extend_from_slice(q);
         self.table.begin(format, q, basis, self.scale, self.room.weights());
         self.clear();
+        Ok(())
+    }
+
+    /// Says what each head attends to elsewhere, as a base-2 log-sum-exp: [`Attend::target_mass`] is then a share of both
+    /// together, so a head that finds most of its mass elsewhere is content with few keys. About is good enough: it decides how
+    /// many keys are looked at and no weight.
+    ///
+    /// # Errors
+    /// [`IndexError::Invalid`] if it is not one number for each head, or NaN.
+    pub fn beside(&mut self, lse: &[f32]) -> Result<(), IndexError> {
+        if lse.len() != self.table.heads() || lse.iter().any(|lse| lse.is_nan()) {
+            let problem = format!("wants {} numbers, not {}", self.table.heads(), lse.len());
+            return Err(invalid("beside", problem));
+        }
+        self.beside.clear();
+        self.beside.extend_from_slice(lse);
+        let weight = |(head, lse): (usize, &f32)| {
+            // Of the same unit as weights by sketch, and finite.
+            f64::from(lse + Level::UNIT - self.table.average[head]).min(1000.0).exp2()
+        };
+        self.table.beside = lse.iter().enumerate().map(weight).collect();
         Ok(())
     }
 
@@ -270,6 +299,9 @@ impl<'a> SketchScan<'a> {
                 "q",
                 format!("{} elements, the predicted queries have {}", q.len(), self.q.len()),
             ));
+        }
+        if !self.predicted {
+            self.forecast.clone_from(&self.q);
         }
         self.q.copy_from_slice(q);
         self.predicted = true;

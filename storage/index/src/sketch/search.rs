@@ -72,6 +72,8 @@ pub(super) struct Table {
     pub(super) total: Vec<f64>,
     /// Per head; empty of a column that has learnt no slopes.
     pub(super) leans: Vec<Lean>,
+    /// Weight of what is attended to elsewhere and counts as covered, per head; empty where nothing is.
+    pub(super) beside: Vec<f64>,
 }
 
 /// Which keys each sequence searches.
@@ -109,6 +111,7 @@ impl Table {
         self.average.clear();
         self.kinds.clear();
         self.along.clear();
+        self.beside.clear();
         for q in q.chunks_exact(d) {
             let dot = |row: &[f32]| dot(row, q) * factor;
             let first = self.along.len();

@@ -155,6 +155,8 @@ impl StepHooks for Remote<'_> {
             form: self.asking.form,
             excluded: self.asking.excluded.clone(),
             deadline: Some(REPLY_MAX),
+            // It stays on the GPU.
+            local_lse: Vec::new(),
         };
         self.runtime.block_on(self.stream.send(query)).map_err(aborted)
     }
@@ -167,6 +169,7 @@ impl StepHooks for Remote<'_> {
         let hint = Hint {
             layer: layer as u16,
             q: q.to_vec(),
+            local_lse: Vec::new(),
         };
         self.runtime.block_on(self.stream.hint(hint)).map_err(aborted)
     }

@@ -151,6 +151,20 @@ fn a_partial_passes_through_and_is_tallied() {
     assert!((tally.mass_p50() - 0.9).abs() < 0.002);
 }
 
+/// What a token attends to here travels with the next one's query and hint, by layer.
+#[test]
+fn local_attention_is_told_for_the_next_token() {
+    let (mut link, store) = link(AttentionMode::Attend, "sketch");
+    for (told, expected) in [(7, vec![]), (8, values(4, 3)), (9, values(4, 3))] {
+        link.begin(7, &values(32, 9), SOON).expect("is sent");
+        link.hint(7, &values(32, 9)).expect("is sent");
+        let hint = store.0.lock().hints.pop().expect("a hint");
+        assert_eq!((store.heard().local_lse, hint.local_lse), (expected.clone(), expected));
+        // Of the first token, then of another layer and of none.
+        link.attended(told, &values(4, if told == 7 { 3 } else { 5 }));
+    }
+}
+
 #[test]
 fn what_ends_retrieval_is_said_in_words() {
     let short = |mut reply: Reply| {

@@ -1,18 +1,20 @@
 //! One KV head searched through a built index, and what lies behind the index's prefix by a scan.
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{ops::Range, sync::Arc};
 
 use half::f16;
 use kvasir_block::{Dtype, LayerBlockLayout};
 use kvasir_index::{Excluded, IndexError, KeyRows};
 use kvasir_simd::log_sum_exp2;
 
-use super::{Buffers, Head, HeadFound, Search, gather, wants_exact};
+use super::{Buffers, Purpose, Search, wants_exact};
 use crate::{
     indexes::{Covering, HeadIndex, LayerIndex},
     retrieve::{
         AttendOptions, Certificate, Form,
         covered::{Covered, Part, Work, best_of, mass_of},
+        head::{Head, HeadFound, gather},
+        parked::Ahead,
         sketches::Extra,
     },
 };
@@ -67,9 +69,13 @@ impl Search {
         index: &HeadIndex,
         buffers: &mut Buffers<'a>,
     ) -> Head {
+        if matches!(self.purpose, Purpose::Park { .. }) {
+            // A walk keeps no candidates for other queries.
+            return Head::parked(None);
+        }
         let layout = &self.layout;
         let behind = self.scanned_head(kv_head, halves, &indexed.behind, buffers);
-        if behind.late || self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        if behind.late || self.is_late() {
             return Head { late: true, ..behind };
         }
         let rows = |range: Range<usize>| -> Vec<&'a [f16]> {
@@ -117,6 +123,7 @@ impl Search {
             missing: behind.missing,
             sketch: Some(extra),
             streaming: false,
+            ahead: Ahead::No,
             found,
         }
     }
@@ -131,8 +138,7 @@ impl Search {
         work: &mut Work,
     ) -> Option<HeadFound> {
         let (d, per_query) = (self.layout.head_dim, self.group * self.layout.head_dim);
-        let per_head = self.queries * per_query;
-        let q = &self.q[kv_head * per_head..][..per_head];
+        let q = self.queries_of(kv_head);
         let refused = |error: IndexError| tracing::error!(%error, "an index refused a checked query");
         match (self.form, behind) {
             (Form::Rows { k }, HeadFound::Rows(behind, mass)) => {

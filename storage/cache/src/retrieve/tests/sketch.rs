@@ -36,14 +36,14 @@ pub(super) fn basis(schema: &KvSchema) -> Basis {
     }
 }
 
-fn sketched(dir: &Path, blocks: usize) -> (BlockCache, NamespaceId) {
+pub(super) fn sketched(dir: &Path, blocks: usize) -> (BlockCache, NamespaceId) {
     let (cache, namespace) = open(config(dir), &wide());
     cache.set_basis(namespace, &basis(&wide()).encode()).unwrap();
     fill(&cache, namespace, &wide(), blocks);
     (cache, namespace)
 }
 
-fn attend(target_mass: f32, options: AttendOptions) -> Form {
+pub(super) fn attend(target_mass: f32, options: AttendOptions) -> Form {
     Form::Attend {
         target_mass,
         k_max: None,
@@ -213,4 +213,58 @@ fn rows_are_among_the_best_and_whole() {
         }
     }
     assert!(same >= 170, "{same} of 200 are the best");
+}
+
+/// What the caller attends to by himself counts towards the mass he wants: where that is most of it, few keys are read.
+#[test]
+fn what_the_caller_attends_to_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, namespace) = sketched(dir.path(), 200);
+    let open = |index| cache.open_context(namespace, &chain(200), 6, 0.35, index).unwrap();
+    let (context, flat) = (open(IndexChoice::Best), open(IndexChoice::Flat));
+    let q = queries(&wide(), 6, 1);
+    let lse = attended(&cache, &flat, &ask(&q, 1, 1.0, &KEPT)).1;
+    let options = AttendOptions {
+        tail: true,
+        effort: 0.9,
+        ..AttendOptions::default()
+    };
+    let query = Query {
+        form: attend(0.95, options),
+        ..ask(&q, 1, 1.0, &KEPT)
+    };
+    let (_, plain_lse, plain) = attended(&cache, &context, &query);
+    let mut before = plain.keys_attended;
+    for more in [0.0, 2.0, 12.0] {
+        let local: Vec<f32> = lse.iter().map(|lse| lse + more).collect();
+        let beside = Query {
+            local_lse: &local,
+            ..query.clone()
+        };
+        let (_, found_lse, report) = attended(&cache, &context, &beside);
+        assert!(report.keys_attended < before, "{more}: {report:?}");
+        before = report.keys_attended;
+        // The tail stands for what was not attended to.
+        for (found, plain) in found_lse.iter().zip(&plain_lse).take(4) {
+            assert!((found - plain).abs() < 0.3, "{more}: {found} is not about {plain}");
+        }
+    }
+    assert_eq!(before, 0, "all that matters is with the caller");
+    let mut wrong = lse.clone();
+    wrong[2] = f32::INFINITY;
+    for (local_lse, words) in [
+        (&lse[1..], "local_lse: 5 numbers for 6"),
+        (&wrong[..], "local_lse: element 2"),
+    ] {
+        let error = cache
+            .retrieve(
+                &context,
+                &Query {
+                    local_lse,
+                    ..query.clone()
+                },
+            )
+            .unwrap_err();
+        assert!(error.to_string().starts_with(words), "{error}");
+    }
 }

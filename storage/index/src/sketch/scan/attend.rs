@@ -15,7 +15,8 @@ use crate::sketch::{column::Column, search::Candidates};
 /// How [`SketchScan::attend`] decides.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attend {
-    /// Attend exactly to the fewest keys that hold this share of the estimated mass.
+    /// Attend exactly to the fewest keys that hold this share of the estimated mass, what was said to lie
+    /// [beside](SketchScan::beside) counted as held.
     pub target_mass: f32,
     /// At most so many keys per head.
     pub k_max: Option<usize>,
@@ -205,7 +206,7 @@ impl SketchScan<'_> {
         let (high, found) = exp2_weights(&self.candidates.scores[own.clone()], weights);
         let mut rest = self.leave(head);
         let missed = if (how.certificate || self.predicted) && rest > f32::NEG_INFINITY {
-            let missed = self.missed(head);
+            let missed = self.missed(head, how.certificate);
             rest = if self.predicted { missed.mean } else { missed.likely };
             Some(missed)
         } else {
@@ -213,8 +214,10 @@ impl SketchScan<'_> {
         };
         let scores = &self.candidates.scores[own.clone()];
         let all = log_add(found, rest);
+        let beside = self.beside.get(head).copied().unwrap_or(f32::NEG_INFINITY);
         let wanted = if how.target_mass < 1.0 && high > f32::NEG_INFINITY {
-            f64::from(how.target_mass) * f64::from(all - high).exp2()
+            let (all, beside) = (f64::from(all - high).exp2(), f64::from(beside - high).min(1000.0).exp2());
+            all - (1.0 - f64::from(how.target_mass)) * (all + beside)
         } else {
             f64::INFINITY
         };
@@ -228,7 +231,9 @@ impl SketchScan<'_> {
         out.lse[head] = lse;
         out.keys[head] = choice.picked.len();
         out.mass[head] = crate::flat::share(chosen_lse, all);
-        out.cut_short |= cut || out.mass[head] < how.target_mass.min(0.9999);
+        // Of everything that the head attends to, here and elsewhere.
+        let covered = crate::flat::share(log_add(chosen_lse, beside), log_add(all, beside));
+        out.cut_short |= cut || covered < how.target_mass.min(0.9999);
         if how.certificate {
             out.missed_max.push(bound(chosen_lse, found, missed));
         }

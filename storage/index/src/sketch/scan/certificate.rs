@@ -39,33 +39,71 @@ pub(super) struct Missed {
 
 #[derive(Default)]
 pub(super) struct Sampler<'a> {
-    /// Slots with their levels, those by weight first.
-    drawn: Vec<(u32, Level)>,
-    /// How many were to be drawn by weight.
-    asked: usize,
-    /// How many were.
-    by_weight: usize,
+    drawn: Drawn,
     rows: Vec<&'a [f16]>,
     scores: Vec<f32>,
 }
 
+/// Keys that were drawn for one head. Which ones is a matter of the weights by sketch alone: with a prediction it is done ahead.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Drawn {
+    /// Slots with their levels, those by weight first.
+    slots: Vec<(u32, Level)>,
+    /// How many were to be drawn by weight.
+    asked: usize,
+    /// How many were.
+    by_weight: usize,
+}
+
+impl Drawn {
+    /// Bytes of one that is drawn ahead, at most.
+    pub(super) const BYTES_MAX: usize = (BY_WEIGHT + EVENLY) * size_of::<(u32, Level)>();
+
+    pub(super) fn bytes(&self) -> usize {
+        self.slots.len() * size_of::<(u32, Level)>()
+    }
+}
+
 impl SketchScan<'_> {
-    /// Samples for one head of which `self.leave(head)` is not empty.
-    pub(super) fn missed(&mut self, head: usize) -> Missed {
+    /// Draws for every head what a sample will want.
+    pub(super) fn draw_ahead(&mut self) -> Vec<Drawn> {
         let mut sampler = std::mem::take(&mut self.sampler);
-        let missed = self.sample(head, &mut sampler);
+        let draw = |head| {
+            sampler.drawn.slots = Vec::new();
+            if self.leave(head) > f32::NEG_INFINITY {
+                let mut random = self.random(head);
+                self.draw(head, BY_WEIGHT, &mut sampler.drawn, &mut random);
+            }
+            std::mem::take(&mut sampler.drawn)
+        };
+        let drawn = (0..self.table.heads()).map(draw).collect();
+        self.sampler = sampler;
+        drawn
+    }
+
+    /// Samples for one head of which `self.leave(head)` is not empty.
+    ///
+    /// `sure` where the bound matters and not the mean alone.
+    pub(super) fn missed(&mut self, head: usize, sure: bool) -> Missed {
+        let mut sampler = std::mem::take(&mut self.sampler);
+        let missed = self.sample(head, sure, &mut sampler);
         self.sampler = sampler;
         missed
     }
 }
 
 impl<'a> SketchScan<'a> {
-    fn sample(&mut self, head: usize, sampler: &mut Sampler<'a>) -> Missed {
-        let mut random = Random::new(&self.q[head * self.head_dim()..][..self.head_dim()], self.slots());
-        self.draw(head, BY_WEIGHT, sampler, &mut random);
+    fn sample(&mut self, head: usize, sure: bool, sampler: &mut Sampler<'a>) -> Missed {
+        let mut random = self.random(head);
+        match self.drawn.get_mut(head).map(std::mem::take) {
+            Some(drawn) if drawn.asked > 0 => sampler.drawn = drawn,
+            _ => self.draw(head, BY_WEIGHT, &mut sampler.drawn, &mut random),
+        }
+        self.score(head, sampler);
         let mut errors = self.errors(head, sampler);
-        if errors.variance > WIDE {
-            self.draw(head, BY_WEIGHT_WIDE, sampler, &mut random);
+        if sure && errors.variance > WIDE {
+            self.draw(head, BY_WEIGHT_WIDE, &mut sampler.drawn, &mut random);
+            self.score(head, sampler);
             errors = self.errors(head, sampler);
         }
         let by_sketch = self.by_sketch(head, self.table.total[head]);
@@ -82,9 +120,16 @@ impl<'a> SketchScan<'a> {
         missed
     }
 
+    /// Seeded from the query that the sketches were scanned with.
+    fn random(&self, head: usize) -> Random {
+        let q = if self.predicted { &self.forecast } else { &self.q };
+        Random::new(&q[head * self.head_dim()..][..self.head_dim()], self.slots())
+    }
+
     /// What sketches err by, of the keys that were drawn by weight.
     fn errors(&self, head: usize, sampler: &Sampler<'a>) -> Errors {
-        let own = sampler.drawn.iter().zip(&sampler.scores).take(sampler.by_weight);
+        let Drawn { slots, by_weight, .. } = &sampler.drawn;
+        let own = slots.iter().zip(&sampler.scores).take(*by_weight);
         let errors = own.filter(|(_, score)| score.is_finite()).map(|((_, level), score)| {
             let by_sketch = self.by_sketch(head, f64::from(level.weight()));
             f64::from(score - by_sketch) * std::f64::consts::LN_2
@@ -92,16 +137,13 @@ impl<'a> SketchScan<'a> {
         Errors::of(errors)
     }
 
-    /// Draws keys and scores them.
-    fn draw(&mut self, head: usize, by_weight: usize, sampler: &mut Sampler<'a>, random: &mut Random) {
-        let d = self.head_dim();
-        let q = &self.q[head * d..][..d];
+    fn draw(&self, head: usize, by_weight: usize, drawn: &mut Drawn, random: &mut Random) {
         let all = self.slots();
         let slots = &self.candidates.slots[self.candidates.of(head)];
         let total = self.table.total[head];
-        sampler.drawn.clear();
-        self.draw_by_weight(head, slots, (total, by_weight), sampler, random);
-        (sampler.asked, sampler.by_weight) = (by_weight, sampler.drawn.len());
+        drawn.slots.clear();
+        self.draw_by_weight(head, slots, (total, by_weight), &mut drawn.slots, random);
+        (drawn.asked, drawn.by_weight) = (by_weight, drawn.slots.len());
         let mut levels = [0; GROUP * RUN_GROUPS];
         for _ in 0..EVENLY {
             // A slot that cannot be drawn is drawn again; where nearly all are scored some draws come to nothing, which the
@@ -115,18 +157,24 @@ impl<'a> SketchScan<'a> {
                 self.levels(head, group..group + 1, &mut levels);
                 let level = Level(levels[slot as usize % GROUP]);
                 if level >= Level::LOWEST {
-                    sampler.drawn.push((slot, level));
+                    drawn.slots.push((slot, level));
                     break;
                 }
             }
         }
+    }
+
+    /// Scores what was drawn.
+    fn score(&mut self, head: usize, sampler: &mut Sampler<'a>) {
+        let d = self.head_dim();
         sampler.rows.clear();
-        for (slot, _) in &sampler.drawn {
+        for (slot, _) in &sampler.drawn.slots {
             let (block, row) = self.place(*slot);
             sampler.rows.push(&self.keys[block][row * d..(row + 1) * d]);
         }
         sampler.scores.clear();
         sampler.scores.resize(sampler.rows.len(), 0.0);
+        let q = &self.q[head * d..][..d];
         score_rows(q, &sampler.rows, d, self.scale, &mut sampler.scores);
         self.cost.keys_scored += sampler.rows.len() as u64;
         self.cost.bytes_read += (sampler.rows.len() * d * 2) as u64;
@@ -138,7 +186,7 @@ impl<'a> SketchScan<'a> {
         let searched = self.masks.searched[self.masks.sequence(head, self.table.heads())];
         let others = searched - self.candidates.of(head).len();
         // Those that came to nothing are counted.
-        let draws = (sampler.asked + EVENLY) as f64;
+        let draws = (sampler.drawn.asked + EVENLY) as f64;
         let finite = |score: f32| if score.is_finite() { score } else { f32::NEG_INFINITY };
         let high = sampler
             .scores
@@ -152,9 +200,9 @@ impl<'a> SketchScan<'a> {
             };
         }
         let (mut sum, mut squares) = (0.0_f64, 0.0_f64);
-        for ((_, level), score) in sampler.drawn.iter().zip(&sampler.scores) {
+        for ((_, level), score) in sampler.drawn.slots.iter().zip(&sampler.scores) {
             let weight = f64::from(level.weight());
-            let chance = (sampler.asked as f64 * weight / total.max(f64::MIN_POSITIVE)
+            let chance = (sampler.drawn.asked as f64 * weight / total.max(f64::MIN_POSITIVE)
                 + EVENLY as f64 / others.max(1) as f64)
                 / draws;
             let x = f64::from(finite(*score) - high).exp2() / chance;
@@ -178,7 +226,7 @@ impl<'a> SketchScan<'a> {
         head: usize,
         slots: &[u32],
         (total, count): (f64, usize),
-        sampler: &mut Sampler<'a>,
+        drawn: &mut Vec<(u32, Level)>,
         random: &mut Random,
     ) {
         let mut targets = (0..count).map(|share| (share as f64 + random.next()) / count as f64 * total);
@@ -206,7 +254,7 @@ impl<'a> SketchScan<'a> {
                 let level = Level(*level);
                 sum += f64::from(level.weight());
                 while level >= Level::LOWEST && target < sum {
-                    sampler.drawn.push((slot, level));
+                    drawn.push((slot, level));
                     match targets.next() {
                         Some(next) => target = next,
                         None => return,

@@ -1,9 +1,11 @@
 //! A scan with predicted queries, kept until the real ones arrive.
 //!
-//! It owns what it keeps: candidates with their levels and a weight per run, some tens of kilobytes a head, and nothing of the
-//! blocks. So it can wait beside a stream while the blocks are free.
+//! It owns what it keeps: candidates with their levels, a weight per run and which keys a sample takes, some kilobytes a head, and
+//! nothing of the blocks. So it can wait beside a stream while the blocks are free.
 
-use super::{Attend, SketchScan};
+use kvasir_simd::{GROUP, RUN_GROUPS};
+
+use super::{Attend, SketchScan, certificate::Drawn};
 use crate::{
     IndexError,
     sketch::{
@@ -19,6 +21,8 @@ pub struct Parked {
     q: Vec<f32>,
     table: Table,
     candidates: Candidates,
+    /// By head.
+    drawn: Vec<Drawn>,
     /// Of all blocks, searched or not.
     slots: usize,
 }
@@ -44,9 +48,17 @@ impl Parked {
             .fold(0.0, f32::max)
     }
 
+    /// Bytes that one of `heads` query rows of `head_dim` holds at most, with so many candidates of each, over blocks that have so many
+    /// keys once each is rounded up to sixteen.
+    pub fn bytes_max(heads: usize, head_dim: usize, candidates: usize, keys: usize) -> usize {
+        let runs = keys.div_ceil(GROUP * RUN_GROUPS);
+        heads * (head_dim * 4 + candidates * 6 + runs * 4 + Drawn::BYTES_MAX)
+    }
+
     /// Bytes that it holds.
     pub fn bytes(&self) -> usize {
-        self.q.len() * 4 + self.candidates.slots.len() * 6 + self.table.bytes()
+        let drawn: usize = self.drawn.iter().map(Drawn::bytes).sum();
+        self.q.len() * 4 + self.candidates.slots.len() * 6 + self.table.bytes() + drawn
     }
 }
 
@@ -55,12 +67,17 @@ impl SketchScan<'_> {
     /// The scan is empty then.
     pub fn park(&mut self, how: Attend) -> Parked {
         self.find_for(how);
-        let parked = Parked {
+        let drawn = self.draw_ahead();
+        let mut parked = Parked {
             q: std::mem::take(&mut self.q),
             table: std::mem::take(&mut self.table),
             candidates: std::mem::take(&mut self.candidates),
+            drawn,
             slots: self.slots(),
         };
+        // They were given room for what was kept of a scan before the best were chosen.
+        parked.candidates.slots.shrink_to_fit();
+        parked.candidates.levels.shrink_to_fit();
         self.clear();
         parked
     }
@@ -82,6 +99,7 @@ impl SketchScan<'_> {
         self.q.clear();
         self.q.extend_from_slice(q);
         (self.table, self.candidates, self.parked_slots) = (parked.table, parked.candidates, parked.slots);
+        (self.forecast, self.drawn) = (parked.q, parked.drawn);
         self.parked = true;
         self.predicted = true;
         self.spoil_dead();

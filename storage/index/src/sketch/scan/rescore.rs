@@ -55,6 +55,7 @@ impl SketchScan<'_> {
             return;
         };
         if !(self.parked && self.parked_slots == column.groups() * GROUP) {
+            self.drawn.clear();
             self.table
                 .find(column, &self.masks, &mut self.room, ask, &mut self.candidates);
             self.cost.bytes_read += column.coded_bytes() as u64;

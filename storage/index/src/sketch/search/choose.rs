@@ -72,7 +72,9 @@ impl Table {
             if mass < 1.0 && self.kinds[head] != Kind::Exact {
                 let found: f64 = weight_of(counts, floor);
                 let total = sum(&self.left[head * self.runs..][..self.runs]) + found;
-                wanted = wanted.min(enough(counts, floor, total * f64::from(mass)));
+                let beside = self.beside.get(head).copied().unwrap_or(0.0);
+                let missed = (1.0 - f64::from(mass)) * (total + beside);
+                wanted = wanted.min(enough(counts, floor, total - missed));
             }
             if kept.len() > wanted {
                 ties = wanted;

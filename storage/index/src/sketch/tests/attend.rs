@@ -328,3 +328,38 @@ fn sequences_together_are_as_each_alone() {
         );
     }
 }
+
+/// What a head attends to elsewhere counts as covered: the more that is, the fewer keys are wanted, and the whole is covered still.
+#[test]
+fn what_is_attended_to_elsewhere_counts() {
+    let case = Case::new(12, 64, 4, 64, 2000);
+    let (none, heads) = (Excluded::none(), 4);
+    let truth = case.flat(&none).attend(1.0, None);
+    let how = Attend {
+        target_mass: 0.95,
+        effort: 0.5,
+        certificate: false,
+        ..Attend::default()
+    };
+    let plain = case.scan(&none).attend(how);
+    let mut before = plain.keys.clone();
+    for more in [f32::NEG_INFINITY, -4.0, 0.0, 2.0, 8.0, 1e30] {
+        let mut scan = case.scan(&none);
+        let beside: Vec<f32> = truth.lse.iter().map(|lse| lse + more).collect();
+        scan.beside(&beside).unwrap();
+        let found = scan.attend(how);
+        assert!(!found.cut_short, "{more}");
+        if more == f32::NEG_INFINITY {
+            assert_eq!(found, plain);
+        }
+        for head in 0..heads {
+            assert!(found.keys[head] <= before[head], "{more}: {found:?}");
+            let covered = (f64::from(found.mass[head]) + f64::from(more).exp2().min(1e300)) / (1.0 + f64::from(more).exp2().min(1e300));
+            assert!(covered > 0.95 - 1e-3, "{more}: {covered} of head {head}");
+        }
+        before.clone_from(&found.keys);
+    }
+    assert_eq!(before, [0; 4], "all that matters is elsewhere");
+    let mut scan = case.scan(&none);
+    assert!(scan.beside(&truth.lse[1..]).is_err() && scan.beside(&[f32::NAN; 4]).is_err());
+}
