@@ -1304,8 +1304,9 @@ pub struct OpenContext {
     #[prost(uint32, tag = "6")]
     pub row_cache_rows: u32,
 }
-/// Predicted queries of a layer that will be asked soon, so that the search is done when the real ones arrive. The last hint of a
-/// layer counts; one that is never asked for is dropped.
+/// Predicted queries of a layer that will be asked soon, so that its search begins before the real ones arrive: in the form, with the
+/// options and the exclusions of the stream's last query. The last hint counts; one that is not asked for next, that is asked otherwise,
+/// or that was too far off, is dropped. A store that is busy drops hints first.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Hint {
     #[prost(uint32, tag = "1")]
@@ -1313,6 +1314,9 @@ pub struct Hint {
     /// Rotated queries of all heads, little-endian f32, q_heads x head_dim.
     #[prost(bytes = "bytes", tag = "2")]
     pub q: ::prost::bytes::Bytes,
+    /// As in Query.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub local_lse: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Query {
@@ -1330,6 +1334,10 @@ pub struct Query {
     /// Time left for this query in milliseconds; 0 for none.
     #[prost(uint32, tag = "7")]
     pub deadline_ms: u32,
+    /// Log-sum-exp of what the caller attends to by itself, base 2, little-endian f32, q_heads; about is good enough. target_mass is then a
+    /// share of both together, so that heads that find most of theirs with the caller read little here. Empty: of the searched mass alone.
+    #[prost(bytes = "bytes", tag = "8")]
+    pub local_lse: ::prost::bytes::Bytes,
     #[prost(oneof = "query::Form", tags = "4, 5")]
     pub form: ::core::option::Option<query::Form>,
 }
@@ -1353,7 +1361,8 @@ pub struct Rows {
 /// The query travels to the data; (o, lse) travels back.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct Attend {
-    /// Share of the searched softmax mass to cover, (0, 1\]; 1 attends to every key.
+    /// Share of the softmax mass to cover, (0, 1\]: of the searched one, or with local_lse of that and the caller's own, which is covered. 1
+    /// attends to every key.
     #[prost(float, tag = "1")]
     pub target_mass: f32,
     /// Most keys per query head, 0 for no bound.
@@ -1477,7 +1486,7 @@ pub struct RetrievalReport {
     /// A hint's search was used.
     #[prost(bool, tag = "10")]
     pub hinted: bool,
-    /// Microseconds of the search.
+    /// Microseconds of the search, what a hint began included.
     #[prost(uint32, tag = "11")]
     pub search_us: u32,
     /// More was done than effort and k_max say, since the bound was larger than missed_mass_max.
@@ -1486,6 +1495,9 @@ pub struct RetrievalReport {
     /// Microseconds queued before the search began.
     #[prost(uint32, tag = "13")]
     pub waited_us: u32,
+    /// Microseconds of search_us that had passed when the query came, since a hint had begun the search.
+    #[prost(uint32, tag = "14")]
+    pub hidden_us: u32,
     /// Why another index served than Opened said; empty where it is that one.
     #[prost(string, tag = "15")]
     pub index_reason: ::prost::alloc::string::String,
@@ -2363,7 +2375,7 @@ pub struct GenerateReport {
     pub store_queued_ms: f32,
     #[prost(float, tag = "24")]
     pub waited_ms: f32,
-    /// Share of the searching that the worker did not wait for.
+    /// Share of the searching that the worker did not wait for: it was done before the query was sent, or behind work of its own.
     #[prost(float, tag = "25")]
     pub search_hidden: f32,
     /// Median microseconds from a query to its reply, less what the store needed.
