@@ -16,6 +16,7 @@ mod check;
 mod forward;
 mod linear;
 mod prefill;
+mod refusals;
 mod sample;
 mod transfer;
 
