@@ -111,7 +111,7 @@ def lines(title, x_label, y_label, curves, x_range, y_range, y_kind="linear", ma
     if mark is not None:
         place = y.at(mark[0])
         out.append(line(LEFT, place, WIDTH - RIGHT, place, "#777777", ' stroke-dasharray="2 3"'))
-        out.append(text(WIDTH - RIGHT - 2, place + 11, mark[1], "end", 9.5, SOFT))
+        out.append(text(LEFT + 4, place + 11, mark[1], size=9.5, fill=SOFT))
     # The first one last, so that it lies on top.
     for name in sorted(curves, key=lambda name: name == FIRST):
         points = sorted((a, b) for a, b in curves[name] if a is not None and b is not None and x_range[0] <= a <= x_range[1])

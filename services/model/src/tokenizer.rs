@@ -1,7 +1,7 @@
 //! Text to token ids and back: byte-level BPE and SentencePiece's BPE, as GGUF files carry them.
 //!
-//! The merges of the first are run by the `tokenizers` library, those of the second by [`pieces`]. Special tokens are found here, because whether they count is decided
-//! per call: in a rendered template they do, in a user's text they must not.
+//! The merges of the first are run by the `tokenizers` library, those of the second by `pieces`. Special tokens are found here,
+//! because whether they count is decided per call: in a rendered template they do, in a user's text they must not.
 
 mod bytes;
 mod decoder;

@@ -9,6 +9,7 @@
 
 use faiss::{
     Index as _, MetricType,
+    cluster::{Clustering, ClusteringParameters},
     index::{IndexImpl, autotune::ParameterSpace, flat::FlatIndex, index_factory, ivf_flat::IVFFlatIndex},
 };
 use half::f16;
@@ -21,6 +22,8 @@ use crate::{
 };
 
 const VERSION: u16 = 1;
+/// Of k-means, as `IndexIVF` has by default.
+const ITERATIONS: u32 = 10;
 /// Neighbours per key and layer of the graph; twice as many in the lowest.
 const NEIGHBOURS: usize = 32;
 /// Width of the search that inserts, as elsewhere here; faiss' default is 40.
@@ -129,8 +132,9 @@ fn failed(error: faiss::error::Error) -> IndexError {
 /// Inverted lists (`IndexIVFFlat`) under centroids that are compared by product.
 pub struct FaissIvf {
     rows: Rows,
-    /// Dropped before the quantizer, which it refers to.
+    /// `None` while there is no key.
     index: Option<Mutex<IVFFlatIndex>>,
+    /// The centroids once more, to know which lists are probed.
     quantizer: Mutex<FlatIndex>,
     /// Keys of each list.
     sizes: Vec<u32>,
@@ -178,10 +182,22 @@ impl FaissIvf {
         Self::build(KeyRows::new(&[&keys], rows.max(1), head_dim), None, origin)
     }
 
+    /// Clusters as `IndexIVF` does for products. Twice the same centroids: faiss keeps its quantizer to itself, and what it would
+    /// probe must be known here.
     fn train(&mut self, rows: &[f32], lists: usize) -> Result<(), IndexError> {
-        let quantizer = self.quantizer.get_mut();
-        let (d, lists_u32) = (self.rows.head_dim as u32, lists as u32);
-        let mut index = IVFFlatIndex::new_ip_by_ref(quantizer, d, lists_u32).map_err(failed)?;
+        let (d, count) = (self.rows.head_dim as u32, lists as u32);
+        let mut params = ClusteringParameters::new();
+        params.set_niter(ITERATIONS);
+        params.set_spherical(true);
+        params.set_min_points_per_centroid(1);
+        let mut clustering = Clustering::new_with_params(d, count, &params).map_err(failed)?;
+        let mut assigning = index_factory(d, "Flat", MetricType::InnerProduct).map_err(failed)?;
+        clustering.train(rows, &mut assigning).map_err(failed)?;
+        let centroids = clustering.centroids().map_err(failed)?.concat();
+        let mut own = FlatIndex::new_ip(d).map_err(failed)?;
+        own.add(&centroids).map_err(failed)?;
+        self.quantizer.get_mut().add(&centroids).map_err(failed)?;
+        let mut index = IVFFlatIndex::new_ip(own, d, count).map_err(failed)?;
         index.train(rows).map_err(failed)?;
         self.index = Some(Mutex::new(index));
         self.sizes = vec![0; lists];
@@ -287,8 +303,8 @@ impl FaissHnsw {
     pub fn new(head_dim: usize, origin: Origin) -> Result<Self, IndexError> {
         let rows = Rows::new(head_dim, origin)?;
         let kind = format!("HNSW{NEIGHBOURS},Flat");
-        let mut index = index_factory(head_dim as u32, kind, MetricType::InnerProduct).map_err(failed)?;
-        set(&mut index, c"efConstruction", BUILD_WIDTH)?;
+        let index = index_factory(head_dim as u32, kind, MetricType::InnerProduct).map_err(failed)?;
+        set(&index, "efConstruction", BUILD_WIDTH)?;
         Ok(Self {
             rows,
             index: Mutex::new(index),
@@ -307,7 +323,7 @@ impl FaissHnsw {
     }
 }
 
-fn set(index: &mut IndexImpl, name: &std::ffi::CStr, value: f64) -> Result<(), IndexError> {
+fn set(index: &IndexImpl, name: &str, value: f64) -> Result<(), IndexError> {
     let space = ParameterSpace::new().map_err(failed)?;
     space.set_index_parameter(index, name, value).map_err(failed)
 }
@@ -348,7 +364,7 @@ impl KeyIndex for FaissHnsw {
         }
         let found = {
             let mut index = self.index.lock();
-            set(&mut index, c"efSearch", width as f64)?;
+            set(&index, "efSearch", width as f64)?;
             index.search(&signed(search), width).map_err(failed)?
         };
         Ok(hits(self.rows.rank(search, &found.labels, width), Cost::default()))
