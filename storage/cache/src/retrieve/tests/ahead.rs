@@ -126,7 +126,7 @@ fn a_damaged_one_is_made_again() {
     let layout = wide().layout();
     let sketch = encode_layer(&halves(&wide(), 3, 1), &layout, &basis(&wide()), 1).unwrap();
     let mut damaged = 0;
-    for entry in std::fs::read_dir(dir.path()).unwrap().flatten() {
+    for entry in std::fs::read_dir(dir.path().join("segments")).unwrap().flatten() {
         let path = entry.path();
         let Ok(mut bytes) = std::fs::read(&path) else { continue };
         if let Some(at) = bytes.windows(sketch.len()).position(|window| window == sketch) {
