@@ -98,7 +98,8 @@ impl Covered<'_> {
             total: self.totals(q, &hits, estimate.as_ref(), work),
         };
         for hits in &hits {
-            best.positions.extend(hits.iter().take(k).map(|(position, _)| *position));
+            best.positions
+                .extend(hits.iter().take(k).map(|(position, _)| *position));
         }
         best.positions.sort_unstable();
         best.positions.dedup();
