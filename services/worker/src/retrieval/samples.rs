@@ -76,7 +76,7 @@ impl QuerySamples {
             match blocks.last_mut() {
                 Some(last) if last.hash == *hash && last.layer == layer => {
                     last.tokens.push(token);
-                    last.q = [&last.q[..], row].concat().into();
+                    last.q = [&last.q[..], &row[..]].concat().into();
                 }
                 _ => blocks.push(BlockQueries {
                     hash: *hash,

@@ -69,6 +69,11 @@ impl Tally {
             queued,
             ..
         } = &reply.report;
+        if !reply.report.index_reason.is_empty() {
+            // Another than the context was opened with: what served last is told.
+            self.index.clone_from(&reply.report.index);
+            self.index_reason.clone_from(&reply.report.index_reason);
+        }
         self.keys_scanned += keys_scanned;
         self.keys_total += keys_total;
         self.keys_attended += keys_attended;
@@ -269,6 +274,29 @@ mod tests {
                 "{replies:?}: {found} is not {wire}"
             );
         }
+    }
+
+    #[test]
+    fn the_index_that_served_last_is_told() {
+        let mut tally = Tally::new(&Opened {
+            index: "flat".to_owned(),
+            index_reason: "none is built".to_owned(),
+            ..Opened::default()
+        });
+        let told = |tally: &Tally| (tally.index.clone(), tally.index_reason.clone());
+        let as_opened = Report {
+            index: "flat".to_owned(),
+            ..Report::default()
+        };
+        tally.add(&reply(&[], as_opened), Waits::default());
+        assert_eq!(told(&tally), ("flat".to_owned(), "none is built".to_owned()));
+        let later = Report {
+            index: "roar".to_owned(),
+            index_reason: "it was built later".to_owned(),
+            ..Report::default()
+        };
+        tally.add(&reply(&[], later), Waits::default());
+        assert_eq!(told(&tally), ("roar".to_owned(), "it was built later".to_owned()));
     }
 
     #[test]

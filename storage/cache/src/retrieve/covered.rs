@@ -101,12 +101,11 @@ impl Covered<'_> {
         let (hits, estimate) = self.find(&asked, work)?;
         let mut best = Best {
             positions: Vec::new(),
-            total: Vec::new(),
+            total: self.totals(q, &hits, estimate.as_ref(), work),
         };
-        for (head, hits) in hits.iter().enumerate() {
+        for hits in &hits {
             best.positions
                 .extend(hits.iter().take(k).map(|(position, _)| *position));
-            best.total.push(self.total(hits, head, estimate.as_ref()));
         }
         best.positions.sort_unstable();
         best.positions.dedup();
