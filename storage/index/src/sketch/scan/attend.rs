@@ -73,8 +73,6 @@ pub struct SketchAttended {
 const LIKE_CHOSEN: f32 = 8.0;
 /// The same of what slopes leave of the difference: 0, 2 and 8 are within a tenth of it.
 const LIKE_CHOSEN_BESIDE_SLOPES: f32 = 4.0;
-/// By how much more is looked at where the wanted mass was not covered.
-const EFFORT_GROWTH: f32 = 4.0;
 
 /// Buffers of an answer.
 #[derive(Default)]
@@ -125,18 +123,6 @@ impl SketchScan<'_> {
                 }
                 _ => break,
             }
-        }
-    }
-
-    /// As [`SketchScan::attend`], looking further where a head would have needed more keys than its effort let it have, until
-    /// it has them. The number of keys that `how` allows, if it does, is still a limit: then nothing is gained by looking further.
-    pub fn attend_covering(&mut self, how: Attend, out: &mut SketchAttended) {
-        let mut now = how;
-        self.attend_into(now, out);
-        while now.k_max.is_none() && now.effort < 1.0 && out.cut_short {
-            now.effort = (now.effort * EFFORT_GROWTH).min(1.0);
-            self.parked = false;
-            self.attend_into(now, out);
         }
     }
 
