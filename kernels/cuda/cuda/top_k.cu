@@ -6,10 +6,12 @@
 #include "types.cuh"
 
 struct TopKSet {
-    u64 scores; // f32 [rows, n]
-    u64 out;    // u32 [rows, k]
+    u64 scores;  // f32 [rows, n], of each row `score_stride` numbers
+    u64 out;     // u32 [rows, k], likewise
+    u64 lengths; // u32 [rows, 2]: n and k of each row, or 0: then those below
     u32 n;
     u32 k; // at most n
+    u32 score_stride, out_stride;
 };
 
 struct TopKParams {
@@ -94,12 +96,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
     const bool second = blockIdx.x >= params.rows;
     const TopKSet& set = params.sets[second];
     const u64 row = blockIdx.x - (second ? params.rows : 0);
-    const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.n;
-    u32* out = reinterpret_cast<u32*>(set.out) + row * set.k;
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, n = set.n;
-    if (set.k == 0) return;
+    const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.score_stride;
+    u32* out = reinterpret_cast<u32*>(set.out) + row * set.out_stride;
+    const u32* lengths = reinterpret_cast<const u32*>(set.lengths) + 2 * row;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u;
+    const u32 n = set.lengths != 0 ? lengths[0] : set.n, k = set.lengths != 0 ? lengths[1] : set.k;
+    if (k == 0) return;
 
-    u32 prefix = 0, wanted = set.k;
+    u32 prefix = 0, wanted = k;
     const u32 shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
 #pragma unroll
     for (u32 pass = 0; pass < 3; ++pass) {

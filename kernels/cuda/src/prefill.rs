@@ -50,15 +50,7 @@ impl DeviceTiles {
             match head {
                 HeadTiles::Relative { tiles, columns } => {
                     heads.push(0);
-                    let first = numbers.len();
-                    numbers.extend(tiles);
-                    let column = numbers.len();
-                    numbers.extend(columns);
-                    let cover = numbers.len();
-                    let words = cover_words(tiles);
-                    numbers.extend(&words);
-                    let entry = [first, tiles.len(), column, columns.len(), cover, 32 * words.len(), 0];
-                    lists.extend(entry.map(|number| number as u32));
+                    lists.extend(relative_list(tiles, columns, &mut numbers));
                 }
                 HeadTiles::Absolute { rows } => {
                     heads.push(1);
@@ -84,6 +76,18 @@ impl DeviceTiles {
             blocks,
         })
     }
+}
+
+/// A list, see prefill.cuh, whose numbers are appended to `numbers`.
+pub(crate) fn relative_list(tiles: &[u32], columns: &[u32], numbers: &mut Vec<u32>) -> [u32; 7] {
+    let first = numbers.len();
+    numbers.extend(tiles);
+    let column = numbers.len();
+    numbers.extend(columns);
+    let cover = numbers.len();
+    let words = cover_words(tiles);
+    numbers.extend(&words);
+    [first, tiles.len(), column, columns.len(), cover, 32 * words.len(), 0].map(|number| number as u32)
 }
 
 /// Bit `u - 1` is set if a tile holds distance `u`.

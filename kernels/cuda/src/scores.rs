@@ -75,8 +75,12 @@ pub fn key_scores(
 pub(crate) struct TopKSet {
     pub(crate) scores: u64,
     pub(crate) out: u64,
+    /// Of each row how many scores it has and how many are chosen, where that differs; 0: as below.
+    pub(crate) lengths: u64,
     pub(crate) n: u32,
     pub(crate) k: u32,
+    pub(crate) score_stride: u32,
+    pub(crate) out_stride: u32,
 }
 
 #[repr(C)]
@@ -95,24 +99,6 @@ pub fn top_k(gpu: &Gpu, scores: &Buffer<f32>, rows: usize, k: usize, out: &mut B
     launch_top_k(gpu, sets, rows, rows)
 }
 
-/// The same of two sets of as many rows in one launch: one row occupies one multiprocessor, so a few of them more take no
-/// longer.
-///
-/// # Errors
-/// As there, for either.
-pub(crate) fn top_k_of_two(
-    gpu: &Gpu,
-    rows: usize,
-    first: (&Buffer<f32>, usize, &mut Buffer<u32>),
-    second: (&Buffer<f32>, usize, &mut Buffer<u32>),
-) -> Result<(), GpuError> {
-    let sets = [
-        set(first.0, rows, first.1, first.2)?,
-        set(second.0, rows, second.1, second.2)?,
-    ];
-    launch_top_k(gpu, sets, rows, 2 * rows)
-}
-
 fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result<TopKSet, GpuError> {
     let n = scores.len().checked_div(rows).unwrap_or(0);
     if n * rows != scores.len() || k > n || n > 1 << 30 || rows > 1 << 20 || out.len() != rows * k {
@@ -126,14 +112,18 @@ fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result
     Ok(TopKSet {
         scores: scores.pointer,
         out: out.pointer,
+        lengths: 0,
         n: n as u32,
         k: k as u32,
+        score_stride: n as u32,
+        out_stride: k as u32,
     })
 }
 
-/// `ctas` rows, of which the first `rows` are the first set's; addresses and lengths are the caller's to check.
+/// `ctas` rows, of which the first `rows` are the first set's: one row occupies one multiprocessor, so a few of a second set
+/// take no longer. Addresses and lengths are the caller's to check.
 pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, ctas: usize) -> Result<(), GpuError> {
-    if ctas == 0 || sets.iter().all(|set| set.k == 0) {
+    if ctas == 0 || sets.iter().all(|set| set.k == 0 && set.lengths == 0) {
         return Ok(());
     }
     let params = TopKParams {

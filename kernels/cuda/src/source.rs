@@ -60,6 +60,7 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("prefill.cuh", include_str!("../cuda/prefill.cuh")),
     ("prefill_wide.cuh", include_str!("../cuda/prefill_wide.cuh")),
     ("keys.cuh", include_str!("../cuda/keys.cuh")),
+    ("planner.cuh", include_str!("../cuda/planner.cuh")),
 ];
 
 impl Family {

@@ -77,7 +77,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
     type Check = fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     type Checked<'a> = &'a dyn Fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     let delayed: Checked<'_> = &|gpu, rng, cases, tally| crate::prefill::delayed(gpu, slow, rng, cases, tally);
-    let checks: [(&str, Check); 15] = [
+    let checks: [(&str, Check); 14] = [
         ("decode", decode),
         ("decode in a graph", recorded),
         ("merge", merged),
@@ -85,8 +85,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
         ("key_scores", scored),
         ("top_k", selected),
         ("prefill", crate::prefill::prefilled),
-        ("vertical-slash", crate::prefill::planned),
-        ("block-sparse", crate::blocks::planned),
+        ("planner", crate::planner::planned),
         ("linear", crate::forward::products),
         ("rows", crate::forward::rows),
         ("steps", crate::forward::steps),

@@ -8,10 +8,10 @@
 mod bench;
 mod bench_forward;
 mod bench_prefill;
-mod blocks;
 mod cases;
 mod check;
 mod forward;
+mod planner;
 mod prefill;
 mod transfer;
 
