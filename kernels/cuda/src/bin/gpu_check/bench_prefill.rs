@@ -216,7 +216,7 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
             }
         }
         let blocks = HeadPlan::BlockSparse(BlockSparse::new(100));
-        let figures = [
+        let planners = [
             (
                 "vertical_slash_1000_6096_plan_ms",
                 inputs.plan(gpu, HeadPlan::VerticalSlash(VerticalSlash::new(1000, 6096)))?,
@@ -224,7 +224,7 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
             ("block_sparse_100_plan_ms", inputs.plan(gpu, blocks.clone())?),
             ("block_sparse_100_ms", inputs.attend_planned(gpu, blocks)?),
         ];
-        entry.extend(figures.map(|(name, ms)| (name.to_owned(), ms.into())));
+        entry.extend(planners.map(|(name, ms)| (name.to_owned(), ms.into())));
         figures.insert(tokens.to_string(), entry.into());
     }
     let mut others = Map::new();
