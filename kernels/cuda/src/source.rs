@@ -25,6 +25,8 @@ pub enum Family {
     Plan,
     /// `block_scores` and `blocks_build`: a Block-Sparse list from the prompt itself.
     Blocks,
+    /// `sample_best`, `sample_weigh`, `sample_draw`: the next token of every row.
+    Sample,
 }
 
 /// How the kernels are compiled. All variants give the same bits.
@@ -76,6 +78,7 @@ impl Family {
         Self::Rows,
         Self::Plan,
         Self::Blocks,
+        Self::Sample,
     ];
 
     /// Name of the family and of its source file, without the ending.
@@ -91,6 +94,7 @@ impl Family {
             Self::Rows => "rows",
             Self::Plan => "plan",
             Self::Blocks => "blocks",
+            Self::Sample => "sample",
         }
     }
 
@@ -107,6 +111,7 @@ impl Family {
             Self::Rows => include_str!("../cuda/rows.cu"),
             Self::Plan => include_str!("../cuda/plan.cu"),
             Self::Blocks => include_str!("../cuda/blocks.cu"),
+            Self::Sample => include_str!("../cuda/sample.cu"),
         }
     }
 
