@@ -12,9 +12,6 @@ use crate::{PageId, PoolError};
 /// Layer blocks that may be on their way to the device.
 const INBOUND_PLACES: usize = 64;
 
-/// Page-locked memory for what was sent to the host and is still read; while it is full, pages are read one by one.
-const OUTBOUND_BYTES_MAX: usize = 1 << 30;
-
 /// All pages of a pool on a GPU.
 pub(crate) struct DevicePages {
     layout: LayerBlockLayout,
@@ -31,7 +28,15 @@ pub(crate) struct DevicePages {
 }
 
 impl DevicePages {
-    pub(super) fn new(gpu: &Gpu, layout: LayerBlockLayout, layers: usize, pages: usize) -> Result<Self, PoolError> {
+    /// With `landing_bytes` of page-locked memory for what is sent to the host and still read there; while it is full, pages are
+    /// read one by one.
+    pub(super) fn new(
+        gpu: &Gpu,
+        layout: LayerBlockLayout,
+        layers: usize,
+        pages: usize,
+        landing_bytes: usize,
+    ) -> Result<Self, PoolError> {
         let size = PoolError::Size {
             pages,
             layers,
@@ -47,7 +52,7 @@ impl DevicePages {
             pages,
             layers: memory.collect::<Result<_, _>>().map_err(pool_error)?,
             inbound: Inbound::new(gpu, INBOUND_PLACES, layout.bytes()).map_err(pool_error)?,
-            outbound: Outbound::new(gpu, OUTBOUND_BYTES_MAX).map_err(pool_error)?,
+            outbound: Outbound::new(gpu, landing_bytes).map_err(pool_error)?,
             places: HashMap::new(),
             sent: (0..layers).map(|_| None).collect(),
             identity: Arc::default(),

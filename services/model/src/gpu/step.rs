@@ -9,8 +9,10 @@ use kvasir_cuda::{
 use super::{
     GpuModel,
     layout::RowLayout,
+    output::drawn_rows,
     pages::DevicePages,
     scratch::{Room, SAMPLED_ROWS, Scratch},
+    sparse::GpuSparse,
     step_error,
 };
 use crate::{PagePool, StepError, StepHooks, StepOutput, StepSequence, forward::Plan};
@@ -26,7 +28,8 @@ impl GpuModel {
         pool: &mut PagePool,
         hooks: &mut dyn StepHooks,
     ) -> Result<StepOutput, StepError> {
-        let plan = Plan::new(batch, pool, &self.shape, &self.schema, 1)?;
+        let sparse_from = self.sparse.as_ref().map(GpuSparse::from);
+        let plan = Plan::with_sparse(batch, pool, &self.shape, &self.schema, 1, sparse_from)?;
         let layout = RowLayout::new(batch, &plan, pool.layout().block_tokens)?;
         let vocab = self.shape.vocab;
         if pool.device_mut().is_none() {
@@ -34,15 +37,15 @@ impl GpuModel {
             return Err(StepError::Invalid(problem.to_owned()));
         }
         if layout.rows.is_empty() {
-            return Ok(StepOutput {
-                vocab,
-                rows: vec![Vec::new(); batch.len()],
-            });
+            return Ok(StepOutput::empty(vocab, batch.len()));
         }
-        let mut scratch = self.scratch_for(&layout, pool.pages())?;
-        let done = self.compute(&layout, pool, hooks, &mut scratch);
-        let output = done.and_then(|()| self.logits(&layout, &mut scratch).map_err(step_error));
-        self.scratch = Some(scratch);
+        let draws = drawn_rows(batch, &layout);
+        let mut scratch = self.scratch_for(&layout, draws.len(), pool.pages())?;
+        let mut sparse = self.sparse.take();
+        let set = scratch.draws.set(&self.gpu, &draws).map_err(step_error);
+        let done = set.and_then(|()| self.compute(&layout, draws.len(), pool, hooks, sparse.as_mut(), &mut scratch));
+        let output = done.and_then(|()| self.output(batch, &layout, draws.len(), &mut scratch).map_err(step_error));
+        (self.sparse, self.scratch) = (sparse, Some(scratch));
         if let Some(pages) = pool.device_mut() {
             pages.end_sending();
         }
@@ -50,10 +53,11 @@ impl GpuModel {
     }
 
     /// Buffers with room for the step; a step that needs more than any before gets new ones.
-    fn scratch_for(&mut self, layout: &RowLayout, pages: usize) -> Result<Scratch, StepError> {
+    fn scratch_for(&mut self, layout: &RowLayout, drawn: usize, pages: usize) -> Result<Scratch, StepError> {
         let needed = Room {
             rows: layout.rows.len().next_power_of_two().max(ROWS_MIN),
             sampled: layout.sampled().len().next_power_of_two(),
+            drawn: drawn.next_power_of_two(),
             tables: layout.tables.len().next_power_of_two().max(TABLES_MIN),
             pages,
         };
@@ -62,6 +66,7 @@ impl GpuModel {
         if let (Some(scratch), Some(had)) = (old, had)
             && had.rows >= needed.rows
             && had.sampled >= needed.sampled
+            && had.drawn >= needed.drawn
             && had.tables >= needed.tables
             && had.pages == pages
         {
@@ -70,6 +75,7 @@ impl GpuModel {
         let room = had.map_or(needed, |had| Room {
             rows: needed.rows.max(had.rows),
             sampled: needed.sampled.max(had.sampled),
+            drawn: needed.drawn.max(had.drawn),
             tables: needed.tables.max(had.tables),
             pages,
         });
@@ -80,8 +86,10 @@ impl GpuModel {
     fn compute(
         &self,
         layout: &RowLayout,
+        drawn: usize,
         pool: &mut PagePool,
         hooks: &mut dyn StepHooks,
+        mut sparse: Option<&mut GpuSparse>,
         scratch: &mut Scratch,
     ) -> Result<(), StepError> {
         let sequences = &layout.sequences;
@@ -90,7 +98,7 @@ impl GpuModel {
             && hooks.wanted_pages().is_empty()
             && (0..sequences.len()).all(|index| !sequences[index].local && !hooks.wants_queries(index));
         if plain {
-            return self.sampled_alone(layout, pool, hooks, scratch);
+            return self.sampled_alone(layout, drawn, pool, hooks, scratch);
         }
         scratch
             .step
@@ -119,7 +127,7 @@ impl GpuModel {
             self.watch(layout, layer, hooks, scratch)?;
             device(pool, &mut |pages| {
                 if !last {
-                    self.attend_prompts(layout, layer, pages, scratch)?;
+                    self.attend_prompts(layout, layer, pages, sparse.as_deref_mut(), scratch)?;
                 }
                 let alone = layout.sequences.iter().filter(|sequence| !sequence.local);
                 alone
@@ -139,7 +147,7 @@ impl GpuModel {
                 told += 1;
             }
         }
-        self.finish(layout.sampled(), scratch).map_err(step_error)?;
+        self.finish(layout.sampled(), drawn, scratch).map_err(step_error)?;
         (told..layers).for_each(|layer| hooks.after_layer(layer, pool));
         Ok(())
     }
@@ -148,6 +156,7 @@ impl GpuModel {
     fn sampled_alone(
         &self,
         layout: &RowLayout,
+        drawn: usize,
         pool: &mut PagePool,
         hooks: &mut dyn StepHooks,
         scratch: &mut Scratch,
@@ -157,14 +166,22 @@ impl GpuModel {
             hooks.before_layer(layer, pool)?;
         }
         if let Some(pages) = pool.device_mut() {
-            self.replay(layout, pages, scratch).map_err(step_error)?;
+            self.replay(layout, drawn, pages, scratch).map_err(step_error)?;
         }
         (0..layers).for_each(|layer| hooks.after_layer(layer, pool));
         Ok(())
     }
 
-    fn replay(&self, layout: &RowLayout, pages: &mut DevicePages, scratch: &mut Scratch) -> Result<(), GpuError> {
+    fn replay(
+        &self,
+        layout: &RowLayout,
+        drawn: usize,
+        pages: &mut DevicePages,
+        scratch: &mut Scratch,
+    ) -> Result<(), GpuError> {
         let count = layout.rows.len().next_power_of_two().min(scratch.room.sampled);
+        // A graph draws from all of its rows or from none.
+        let drawn = if drawn > 0 { count.min(scratch.room.drawn) } else { 0 };
         let mut rows = layout.rows.clone();
         rows.resize(count, StepRow::default());
         scratch.step.set(&self.gpu, &rows, &layout.tables)?;
@@ -177,27 +194,36 @@ impl GpuModel {
             scratch.graphs.clear();
             scratch.recorded_over = Some(Arc::clone(pages.identity()));
         }
-        if let Some(graph) = scratch.graphs.get(&count) {
+        if let Some(graph) = scratch.graphs.get(&(count, drawn)) {
             return graph.replay();
         }
         // Kernels are loaded by their first launch, which cannot be recorded.
-        if scratch.launched.insert(count) {
-            return self.sampled_rows(count, pages, scratch);
+        if scratch.launched.insert((count, drawn)) {
+            return self.sampled_rows(count, drawn, pages, scratch);
         }
-        let graph = self.gpu.clone().record(|_| self.sampled_rows(count, pages, scratch))?;
+        let graph = self
+            .gpu
+            .clone()
+            .record(|_| self.sampled_rows(count, drawn, pages, scratch))?;
         graph.replay()?;
-        scratch.graphs.insert(count, graph);
+        scratch.graphs.insert((count, drawn), graph);
         Ok(())
     }
 
-    fn sampled_rows(&self, count: usize, pages: &mut DevicePages, scratch: &mut Scratch) -> Result<(), GpuError> {
+    fn sampled_rows(
+        &self,
+        count: usize,
+        drawn: usize,
+        pages: &mut DevicePages,
+        scratch: &mut Scratch,
+    ) -> Result<(), GpuError> {
         self.embed(count, scratch)?;
         for layer in 0..self.weights.layers.len() {
             self.before_attention(layer, 0, count, pages, scratch)?;
             self.attend_sampled(0..count, layer, pages, scratch)?;
             self.after_attention(layer, 0, 0, count, scratch)?;
         }
-        self.finish(0..count, scratch)
+        self.finish(0..count, drawn, scratch)
     }
 
     fn embed(&self, rows: usize, scratch: &mut Scratch) -> Result<(), GpuError> {
@@ -243,9 +269,10 @@ impl GpuModel {
         layout: &RowLayout,
         layer: usize,
         pages: &mut DevicePages,
+        mut sparse: Option<&mut GpuSparse>,
         scratch: &mut Scratch,
     ) -> Result<(), GpuError> {
-        let width = self.shape.q_heads * self.shape.head_dim;
+        let (width, scale) = (self.shape.q_heads * self.shape.head_dim, self.shape.softmax_scale());
         let prompts = layout.sequences.iter().enumerate();
         for (index, sequence) in prompts.filter(|(_, sequence)| !sequence.prompt.is_empty()) {
             let rows = sequence.prompt.start - sequence.filling..sequence.prompt.end;
@@ -255,11 +282,18 @@ impl GpuModel {
             let prefill = Prefill {
                 rows: rows.len(),
                 q_heads: self.shape.q_heads,
-                scale: self.shape.softmax_scale(),
+                scale,
                 products: self.products,
             };
+            let planned = sparse
+                .as_mut()
+                .and_then(|sparse| Some((sparse.rows(sequence)?, &mut sparse.planner)));
+            let tiles = match planned {
+                Some((rows, planner)) => planner.build(&self.gpu, layer, query, &rows, &view, scale)?,
+                None => &self.dense,
+            };
             let (out, lse) = (&mut scratch.attended, &mut scratch.lse);
-            prefill.attend_at(&self.gpu, query, &view, &self.dense, out, rows.start, lse)?;
+            prefill.attend_at(&self.gpu, query, &view, tiles, out, rows.start, lse)?;
         }
         Ok(())
     }
@@ -331,8 +365,8 @@ impl GpuModel {
         Ok(())
     }
 
-    /// Final norm and output matrix over the sampled rows.
-    fn finish(&self, sampled: Range<usize>, scratch: &mut Scratch) -> Result<(), GpuError> {
+    /// Final norm and output matrix over the sampled rows, and tokens drawn from the first `drawn` of them.
+    fn finish(&self, sampled: Range<usize>, drawn: usize, scratch: &mut Scratch) -> Result<(), GpuError> {
         let (gpu, norm, epsilon) = (&self.gpu, &self.weights.output_norm, self.shape.norm_epsilon);
         rms_norm(
             gpu,
@@ -344,24 +378,8 @@ impl GpuModel {
             &mut scratch.normed,
         )?;
         let sums = Sums::StoreF32(&mut scratch.logits);
-        linear(gpu, Rows::Few, self.weights.output(), &scratch.normed, sampled, sums, 0)
-    }
-
-    /// Brings the logits to the host, which waits for the step.
-    fn logits(&self, layout: &RowLayout, scratch: &mut Scratch) -> Result<StepOutput, GpuError> {
-        let (vocab, count) = (self.shape.vocab, layout.sampled().len());
-        let (from, to) = (&scratch.logits, &mut scratch.logits_on_host);
-        self.gpu.copy_to_host(from, to, 0, 4 * count * vocab)?;
-        let words = scratch.logits_on_host.read()?.as_chunks::<4>().0;
-        let rows = layout.sequences.iter().map(|sequence| {
-            let end = sequence.sampled.end - layout.prompt;
-            let words = &words[(end - sequence.logits) * vocab..end * vocab];
-            words.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
-        });
-        Ok(StepOutput {
-            vocab,
-            rows: rows.collect(),
-        })
+        linear(gpu, Rows::Few, self.weights.output(), &scratch.normed, sampled, sums, 0)?;
+        scratch.draws.sample(gpu, &scratch.logits, drawn)
     }
 }
 
