@@ -337,6 +337,9 @@ pub(crate) struct GpuArgs {
     /// whole decode steps over a long context, its keys and values on the GPU and at a store on this host
     #[arg(long)]
     pub(crate) made_up: bool,
+    /// With --made-up: measure sparse prefill beside dense instead, and from which length on it pays
+    #[arg(long, requires = "made_up")]
+    pub(crate) sparse: bool,
     /// Tokens of that context
     #[arg(long, value_name = "N", default_value_t = 131_072, value_parser = clap::value_parser!(u32).range(4096..=1_048_576))]
     pub(crate) context: u32,

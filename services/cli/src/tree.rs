@@ -120,6 +120,10 @@ impl Configuration {
             loaded.tree.worker.gpu.kernels_dir = loaded.tree.up.data_dir.join("kernels");
             derived.push(("worker.gpu.kernels_dir", "up.data_dir"));
         }
+        if loaded.source("worker.step_tokens_max") == Source::Default {
+            loaded.tree.worker.step_tokens_max = loaded.tree.worker.device.step_tokens();
+            derived.push(("worker.step_tokens_max", "worker.device"));
+        }
         if loaded.source("router.block_tokens") == Source::Default {
             loaded.tree.router.block_tokens = loaded.tree.worker.block_tokens;
             derived.push(("router.block_tokens", "worker.block_tokens"));

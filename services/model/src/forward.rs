@@ -154,6 +154,8 @@ impl StepOutput {
 pub(crate) struct CpuModel {
     shape: ModelShape,
     schema: KvSchema,
+    /// Of the same model without sparse prefill.
+    plain_schema: KvSchema,
     weights: ModelWeights,
     rope: RopeTable,
     threads: Pool,
@@ -212,6 +214,7 @@ impl CpuModel {
             sparse: None,
             scratch: Scratch::default(),
             shape,
+            plain_schema: schema.clone(),
             schema,
             weights,
         })
@@ -219,7 +222,7 @@ impl CpuModel {
 
     /// Makes [`Attention::Sparse`] possible, and names the KV accordingly.
     pub(crate) fn set_sparse_prefill(&mut self, sparse: SparsePrefill) {
-        self.schema = sparse.schema(&self.schema);
+        self.schema = sparse.schema(&self.plain_schema);
         self.sparse = Some(sparse);
     }
 

@@ -126,6 +126,8 @@ pub(crate) struct GpuModel {
     landing_bytes: usize,
     shape: ModelShape,
     schema: KvSchema,
+    /// Of the same model without sparse prefill.
+    plain_schema: KvSchema,
     kv: KvShape,
     weights: GpuWeights,
     rope: Rope,
@@ -199,6 +201,7 @@ impl GpuModel {
             weights,
             gpu,
             shape,
+            plain_schema: schema.clone(),
             schema,
         })
     }
@@ -206,7 +209,7 @@ impl GpuModel {
     /// Makes [`crate::Attention::Sparse`] possible, and names the KV accordingly.
     pub(crate) fn set_sparse_prefill(&mut self, sparse: &SparsePrefill) -> Result<(), LoadError> {
         self.sparse = Some(GpuSparse::new(&self.gpu, self.kv, &self.shape, &self.schema, sparse)?);
-        self.schema = sparse.schema(&self.schema);
+        self.schema = sparse.schema(&self.plain_schema);
         Ok(())
     }
 

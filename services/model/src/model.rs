@@ -88,7 +88,7 @@ impl Model {
         )?))))
     }
 
-    /// The model with [`crate::Attention::Sparse`] under the given patterns; its schema changes with them.
+    /// The model with [`crate::Attention::Sparse`] under the given patterns, in place of any before; its schema changes with them.
     ///
     /// # Errors
     /// [`LoadError::Sparse`] on a GPU for patterns that are planned for on the CPU alone, or row blocks of another height than

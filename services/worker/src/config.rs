@@ -43,7 +43,7 @@ pub struct WorkerConfig {
     /// Bytes of the page pool (the device tier), in the memory of the device that computes; rounded down to whole pages.
     pub kv_bytes_max: ByteSize,
     /// Most tokens computed in one step, over all sequences. More is faster for one prompt and makes the tokens of
-    /// others come in larger gaps.
+    /// others come in larger gaps. 256 on a CPU; `kvasir` takes 2,048 where `worker.device` is a GPU.
     pub step_tokens_max: usize,
     /// Most sequences that are computed at a time.
     pub sequences_max: usize,
@@ -91,7 +91,7 @@ impl Default for WorkerConfig {
             threads: 0,
             block_tokens: 64,
             kv_bytes_max: ByteSize::gib(1),
-            step_tokens_max: 256,
+            step_tokens_max: DeviceKind::Cpu.step_tokens(),
             sequences_max: 16,
             waiting_max: 128,
             max_tokens: 256,

@@ -19,6 +19,16 @@ pub enum DeviceKind {
     Gpu,
 }
 
+impl DeviceKind {
+    /// Tokens of a step that use the device well and do not hold up others for long: the default of `worker.step_tokens_max`.
+    pub const fn step_tokens(self) -> usize {
+        match self {
+            Self::Cpu => 256,
+            Self::Gpu => 2048,
+        }
+    }
+}
+
 /// `[worker.gpu]`: which GPU, its compiler, and what differs from a CPU.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
