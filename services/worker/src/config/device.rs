@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kvasir_model::{Device, GpuDevice, GpuOptions, LoadError};
+use kvasir_model::{Device, GpuDevice, GpuOptions, LoadError, TileRows};
 use kvasir_runtime::units::ByteSize;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +25,14 @@ impl DeviceKind {
         match self {
             Self::Cpu => 256,
             Self::Gpu => 2048,
+        }
+    }
+
+    /// Height of the row blocks that masks of sparse prefill are planned for.
+    pub const fn tile_rows(self) -> TileRows {
+        match self {
+            Self::Cpu => TileRows::Rows64,
+            Self::Gpu => TileRows::Rows128,
         }
     }
 }

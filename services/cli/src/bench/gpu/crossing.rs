@@ -4,6 +4,8 @@
 //! the best blocks cost the same whatever the prompt, and of diagonals those next to each query are forced, side by side (noise
 //! alone would choose them far apart, and 6,096 of them cover nearly everything). The making of the lists costs the same either way.
 
+use std::time::Instant;
+
 use anyhow::{Context, Result};
 use kvasir_model::{Device, GpuDevice, MadeUp, Model, TileRows};
 use kvasir_sparse::{HeadPatterns, Pattern};
@@ -23,7 +25,7 @@ use crate::{
 const SEED: u64 = 1;
 /// Prompt tokens of a step: each is timed.
 const STEP_TOKENS: usize = 4096;
-/// Prompts whose time to the first token is told: sums of steps.
+/// Prompts whose time to the first token is told: their steps, and one of the last token, that the next is drawn from.
 const PROMPTS: [usize; 6] = [4096, 8192, 16_384, 32_768, 65_536, 131_072];
 
 /// MInference's widest Vertical-Slash, its diagonals side by side.
@@ -115,54 +117,73 @@ fn measure(
     args: &GpuArgs,
     cases: &mut Vec<Case>,
 ) -> Result<()> {
-    let noise = MadeUp::llama_3_8b(context, SEED, args.score_deviation);
-    let mut forward = Forward::new(Model::made_up(&noise, gpu, block_tokens)?, context - 1, 1)?;
+    let noise = MadeUp::llama_3_8b(context + usize::from(block_tokens), SEED, args.score_deviation);
+    let mut forward = Forward::new(Model::made_up(&noise, gpu, block_tokens)?, context + 1, 1)?;
     let mut rng = StdRng::seed_from_u64(SEED);
     let vocab = forward.shape().vocab as u32;
     let tokens: Vec<u32> = (0..context).map(|_| rng.random_range(0..vocab)).collect();
-    // Kernels are loaded and buffers made by runs that are not counted: a short one, and for lists one at the end of a long prompt.
-    let mut run = |mut forward: Forward, what: &str| -> Result<(Forward, Vec<f64>)> {
+    let run = |forward: &mut Forward, what: &str| -> Result<Vec<f64>> {
         say(format_args!("{what}, blocks of {block_tokens}"));
-        forward.steps(&tokens[..2 * STEP_TOKENS], STEP_TOKENS)?;
-        let times = forward.steps(&tokens, STEP_TOKENS)?;
-        Ok((forward, times))
+        // Loads kernels, and makes the buffers that the last step needs.
+        forward.steps(&tokens, context - STEP_TOKENS, STEP_TOKENS)?;
+        forward.steps(&tokens, 0, STEP_TOKENS)
     };
-    let dense;
-    (forward, dense) = run(forward, "dense")?;
+    let dense = Dense {
+        steps: run(&mut forward, "dense")?,
+        last: PROMPTS
+            .into_iter()
+            .filter(|prompt| *prompt <= context)
+            .map(|prompt| {
+                // The first draws load kernels and are recorded.
+                let mut time = 0.0;
+                for _ in 0..3 {
+                    let begun = Instant::now();
+                    forward.next_token(tokens[prompt - 1], prompt)?;
+                    time = begun.elapsed().as_secs_f64();
+                }
+                Ok(time)
+            })
+            .collect::<Result<_>>()?,
+    };
     for pattern in patterns {
         let (layers, q_heads) = (forward.shape().layers, forward.shape().q_heads);
         let mut heads = HeadPatterns::uniform(*pattern, layers, q_heads)?;
         heads.dense_up_to = 0;
-        let sparse;
-        (forward, sparse) = run(forward.sparse(heads, TileRows::Rows128)?, &pattern.to_string())?;
-        forward = forward.dense();
+        forward = forward.sparse(heads, TileRows::Rows128)?;
+        let sparse = run(&mut forward, &pattern.to_string())?;
         cases.push(Case::new(pattern, block_tokens, &dense, sparse));
     }
     Ok(())
 }
 
+/// Seconds of dense steps, and of the last token of each of [`PROMPTS`].
+struct Dense {
+    steps: Vec<f64>,
+    last: Vec<f64>,
+}
+
 impl Case {
-    fn new(pattern: &Pattern, block_tokens: u16, dense: &[f64], sparse: Vec<f64>) -> Self {
+    fn new(pattern: &Pattern, block_tokens: u16, Dense { steps: dense, last }: &Dense, sparse: Vec<f64>) -> Self {
         let slower = sparse.iter().zip(dense).rposition(|(sparse, dense)| sparse >= dense);
         let pays = slower.map_or(0, |step| step + 1);
-        let prompt = |tokens: usize| {
+        let prompt = |(tokens, last): (usize, &f64)| {
             let steps = tokens / STEP_TOKENS;
             let sum = |times: &[f64]| times.iter().sum::<f64>();
             let cut = pays.min(steps);
             Prompt {
                 tokens,
-                dense: sum(&dense[..steps]),
-                sparse: sum(&sparse[..steps]),
-                with_fall_back: sum(&dense[..cut]) + sum(&sparse[cut..steps]),
+                dense: sum(&dense[..steps]) + last,
+                sparse: sum(&sparse[..steps]) + last,
+                with_fall_back: sum(&dense[..cut]) + sum(&sparse[cut..steps]) + last,
             }
         };
-        let measured = PROMPTS.into_iter().filter(|tokens| tokens / STEP_TOKENS <= dense.len());
+        let measured = PROMPTS.into_iter().zip(last);
         Self {
             pattern: pattern.to_string(),
             block_tokens,
             pays_from: (pays < dense.len()).then_some(pays * STEP_TOKENS),
             prompts: measured.map(prompt).collect(),
-            dense_step_seconds: dense.to_vec(),
+            dense_step_seconds: dense.clone(),
             sparse_step_seconds: sparse,
         }
     }
@@ -199,11 +220,15 @@ mod tests {
             ([1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0], None, 3.0),
         ];
         for (dense, sparse, from, seconds) in table {
+            let dense = Dense {
+                steps: dense.to_vec(),
+                last: vec![0.25; 3],
+            };
             let case = Case::new(&A_SHAPE, 1024, &dense, sparse.to_vec());
             assert_eq!(case.pays_from, from, "{sparse:?}");
             let told: Vec<(usize, f64)> = case.prompts.iter().map(|p| (p.tokens, p.with_fall_back)).collect();
             assert_eq!(told.len(), 3, "4K, 8K and 16K");
-            assert_eq!(told[1], (8192, seconds), "{sparse:?}");
+            assert_eq!(told[1], (8192, seconds + 0.25), "{sparse:?}");
         }
     }
 }

@@ -90,14 +90,6 @@ impl Forward {
         })
     }
 
-    /// Attends to all of a prompt again.
-    pub(super) fn dense(self) -> Self {
-        Self {
-            attention: Attention::Full,
-            ..self
-        }
-    }
-
     pub(super) fn schema(&self) -> &KvSchema {
         self.model.schema()
     }
@@ -181,19 +173,16 @@ impl Forward {
         Ok(times.map(median))
     }
 
-    /// Seconds of each step of a prefill as the first sequence, the first token drawn in the last.
-    pub(super) fn steps(&mut self, tokens: &[u32], step: usize) -> Result<Vec<f64>> {
+    /// Seconds of each step of a prefill as the first sequence, from position `from` on; no logits.
+    pub(super) fn steps(&mut self, tokens: &[u32], from: usize, step: usize) -> Result<Vec<f64>> {
         let mut times = Vec::new();
-        for (nth, some) in tokens.chunks(step).enumerate() {
+        for (nth, some) in tokens[from..].chunks(step).enumerate() {
             let sequence = StepSequence {
                 tokens: some,
-                position: nth * step,
+                position: from + nth * step,
                 pages: &self.pages[0],
                 attention: self.attention.clone(),
-                logits: match (nth + 1) * step >= tokens.len() {
-                    true => Logits::Drawn(Draw::GREEDY),
-                    false => Logits::None,
-                },
+                logits: Logits::None,
             };
             let begun = Instant::now();
             self.model.step(&[sequence], &mut self.pool, &mut ())?;
