@@ -145,7 +145,10 @@ impl Planner {
             && (1..=1 << 24).contains(&tokens_max)
             && layers.iter().all(|heads| heads.len() == q_heads);
         if !fits {
-            let why = format!("{} layers of {q_heads} heads of {shape:?}, {tokens_max} tokens", layers.len());
+            let why = format!(
+                "{} layers of {q_heads} heads of {shape:?}, {tokens_max} tokens",
+                layers.len()
+            );
             return Err(GpuError::shape("planner", why));
         }
         let mut fixed = Vec::new();
@@ -201,7 +204,10 @@ impl Planner {
         let block_numbers = self.blocks.numbers(&call, &layer.block_sparse);
         let numbers = first.saturating_add(slash_numbers).saturating_add(block_numbers);
         if u32::try_from(numbers).is_err() {
-            return Err(GpuError::shape("planner", format!("{numbers} numbers; 2^32 are possible")));
+            return Err(GpuError::shape(
+                "planner",
+                format!("{numbers} numbers; 2^32 are possible"),
+            ));
         }
         if self.tiles.numbers.len() < numbers {
             grow(gpu, &mut self.tiles.numbers, numbers)?;
@@ -318,7 +324,9 @@ impl Planner {
         };
         let used = &lists[..self.q_heads * self.tiles.blocks * LIST_WORDS];
         let heads = used.chunks_exact((self.tiles.blocks * LIST_WORDS).max(1));
-        Ok(heads.map(|head| head.chunks_exact(LIST_WORDS).map(one).collect()).collect())
+        Ok(heads
+            .map(|head| head.chunks_exact(LIST_WORDS).map(one).collect())
+            .collect())
     }
 
     /// Of the Vertical-Slash heads and parts that were planned for last, in this order: sums by column and by diagonal, each
@@ -341,12 +349,7 @@ impl Planner {
 }
 
 impl LayerPlans {
-    fn new(
-        gpu: &Gpu,
-        heads: &[HeadPlan],
-        dense: [u32; LIST_WORDS],
-        fixed: &mut Vec<u32>,
-    ) -> Result<Self, GpuError> {
+    fn new(gpu: &Gpu, heads: &[HeadPlan], dense: [u32; LIST_WORDS], fixed: &mut Vec<u32>) -> Result<Self, GpuError> {
         TileList::new(
             heads
                 .iter()

@@ -157,7 +157,12 @@ impl Slashes {
             .saturating_mul(heads.count)
     }
 
-    pub(crate) fn build(&mut self, call: &Call<'_>, heads: &Heads<VerticalSlash>, lists: Lists) -> Result<(), GpuError> {
+    pub(crate) fn build(
+        &mut self,
+        call: &Call<'_>,
+        heads: &Heads<VerticalSlash>,
+        lists: Lists,
+    ) -> Result<(), GpuError> {
         if heads.count == 0 {
             return Ok(());
         }

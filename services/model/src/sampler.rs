@@ -109,9 +109,7 @@ impl Sampler {
 
     /// How the next token is drawn: one number of chance per token, whatever is drawn from.
     pub fn next_draw(&mut self) -> Draw {
-        let Sampling {
-            temperature, top_p, ..
-        } = self.sampling;
+        let Sampling { temperature, top_p, .. } = self.sampling;
         if !(temperature > 0.0 && temperature.is_finite()) {
             return Draw::GREEDY;
         }

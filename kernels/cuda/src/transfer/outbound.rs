@@ -338,7 +338,11 @@ mod tests {
                     continue;
                 };
                 assert!(at.is_multiple_of(GRAIN) && at + bytes <= BYTES);
-                assert!(taken.iter().all(|&(other, len)| at + bytes <= other || other + len <= at));
+                assert!(
+                    taken
+                        .iter()
+                        .all(|&(other, len)| at + bytes <= other || other + len <= at)
+                );
                 taken.push((at, bytes));
             } else if !taken.is_empty() {
                 let (at, bytes) = taken.swap_remove(rng.random_range(0..taken.len()));

@@ -16,12 +16,12 @@ use kvasir_model::Device;
 use kvasir_worker::{DeviceKind, WorkerConfig};
 use serde::Serialize;
 
-pub(crate) use self::{crossing::crossing, made_up::made_up};
 use self::{
     compare::{Agreement, compare},
     forward::{Drawn, Forward},
     sparse::{SparseAgreement, compare_sparse},
 };
+pub(crate) use self::{crossing::crossing, made_up::made_up};
 use crate::{
     args::GpuArgs,
     corpus::Corpus,

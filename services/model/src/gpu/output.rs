@@ -53,7 +53,8 @@ impl GpuModel {
             out.drawn[index] = tokens.get(row).map(|sampled| sampled.token);
         }
         let logits = sequences().filter(|(_, (asked, sequence))| !is_drawn(asked) && sequence.logits > 0);
-        let logits: Vec<(usize, Range<usize>)> = logits.map(|(index, (_, sequence))| (index, wanted(sequence))).collect();
+        let logits: Vec<(usize, Range<usize>)> =
+            logits.map(|(index, (_, sequence))| (index, wanted(sequence))).collect();
         if logits.is_empty() {
             if drawn == 0 {
                 self.gpu.synchronize()?;

@@ -35,9 +35,10 @@ impl GpuSparse {
         let layers = (0..shape.layers).map(|layer| {
             let heads = sparse.layer(layer).iter().enumerate();
             heads
-                .map(|(head, pattern)| head_plan(pattern, shape.context_tokens_max).map_err(|why| {
-                    LoadError::Sparse(format!("layer {layer}, head {head}: {why}"))
-                }))
+                .map(|(head, pattern)| {
+                    head_plan(pattern, shape.context_tokens_max)
+                        .map_err(|why| LoadError::Sparse(format!("layer {layer}, head {head}: {why}")))
+                })
                 .collect()
         });
         let layers = layers.collect::<Result<Vec<Vec<HeadPlan>>, _>>()?;
@@ -106,16 +107,40 @@ mod tests {
             ("dense", HeadPlan::Fixed(HeadTiles::dense(1000))),
             ("a-shape:4,100", HeadPlan::Fixed(HeadTiles::a_shape(4, 100))),
             ("a-shape:4,5000", HeadPlan::Fixed(HeadTiles::a_shape(4, 1000))),
-            ("vertical-slash:10,60", HeadPlan::VerticalSlash(VerticalSlash { verticals: 30, slashes: 100, sink: 30, near: 100 })),
-            ("block-sparse:100", HeadPlan::BlockSparse(BlockSparse { blocks: 100, sink: 1 })),
+            (
+                "vertical-slash:10,60",
+                HeadPlan::VerticalSlash(VerticalSlash {
+                    verticals: 30,
+                    slashes: 100,
+                    sink: 30,
+                    near: 100,
+                }),
+            ),
+            (
+                "block-sparse:100",
+                HeadPlan::BlockSparse(BlockSparse { blocks: 100, sink: 1 }),
+            ),
             // What is always kept fits.
-            ("block-sparse:1", HeadPlan::BlockSparse(BlockSparse { blocks: 4, sink: 1 })),
+            (
+                "block-sparse:1",
+                HeadPlan::BlockSparse(BlockSparse { blocks: 4, sink: 1 }),
+            ),
         ];
         for (text, plan) in plans {
             assert_eq!(head_plan(&text.parse().expect(text), 1000), Ok(plan), "{text}");
         }
-        let alone = Pattern::VerticalSlash { verticals: 0, slashes: 0, sink: 0, near: 0 };
-        let own = HeadPlan::VerticalSlash(VerticalSlash { verticals: 0, slashes: 1, sink: 0, near: 1 });
+        let alone = Pattern::VerticalSlash {
+            verticals: 0,
+            slashes: 0,
+            sink: 0,
+            near: 0,
+        };
+        let own = HeadPlan::VerticalSlash(VerticalSlash {
+            verticals: 0,
+            slashes: 1,
+            sink: 0,
+            near: 1,
+        });
         assert_eq!(head_plan(&alone, 1000), Ok(own), "a query sees itself");
         for text in ["flex-prefill:0.9,0.1", "x-attention:8,0.9"] {
             let error = head_plan(&text.parse().expect(text), 1000).expect_err(text);

@@ -44,7 +44,10 @@ impl GpuModel {
         let mut sparse = self.sparse.take();
         let set = scratch.draws.set(&self.gpu, &draws).map_err(step_error);
         let done = set.and_then(|()| self.compute(&layout, draws.len(), pool, hooks, sparse.as_mut(), &mut scratch));
-        let output = done.and_then(|()| self.output(batch, &layout, draws.len(), &mut scratch).map_err(step_error));
+        let output = done.and_then(|()| {
+            self.output(batch, &layout, draws.len(), &mut scratch)
+                .map_err(step_error)
+        });
         (self.sparse, self.scratch) = (sparse, Some(scratch));
         if let Some(pages) = pool.device_mut() {
             pages.end_sending();

@@ -141,7 +141,11 @@ impl Inputs {
         let (mut planner, rows) = self.planner(gpu, plan)?;
         let view = KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?;
         let query = Query::bits(&self.q, self.layer.dtype);
-        median(gpu, 0, || planner.build(gpu, 0, query, &rows, &view, self.layer.scale()).map(|_| ()))
+        median(gpu, 0, || {
+            planner
+                .build(gpu, 0, query, &rows, &view, self.layer.scale())
+                .map(|_| ())
+        })
     }
 
     /// Milliseconds of attention over such a list.

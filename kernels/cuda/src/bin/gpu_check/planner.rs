@@ -139,7 +139,8 @@ impl Case<'_> {
     /// Lists that no queries decide.
     fn fixed(&self, lists: &[Vec<HeadTiles>], tally: &mut Tally) {
         let everything = HeadTiles::dense(self.kv.tokens.next_multiple_of(ROWS));
-        let work = |list: &HeadTiles| TileList::new(vec![list.clone()]).map_or(0, |list| list.work(0, self.offset(), 1));
+        let work =
+            |list: &HeadTiles| TileList::new(vec![list.clone()]).map_or(0, |list| list.work(0, self.offset(), 1));
         for (plan, lists) in self.heads.iter().zip(lists) {
             for (block, list) in lists.iter().enumerate() {
                 match plan {
@@ -185,8 +186,7 @@ impl Case<'_> {
             let rows = first..(first + part_rows).min(sparse.end);
             let end = self.offset() + rows.end;
             let kv = self.kv_below(end);
-            let expected =
-                reference::vs_estimate(self.shape, self.queries(rows.clone()), self.heads.len(), &kv, SCALE);
+            let expected = reference::vs_estimate(self.shape, self.queries(rows.clone()), self.heads.len(), &kv, SCALE);
             for (nth, &(head, plan)) in heads.iter().enumerate() {
                 let item = part * heads.len() + nth;
                 let mut chosen = Vec::new();
@@ -199,11 +199,7 @@ impl Case<'_> {
                     chosen.push(reference::top_k(&found, k.min(end)));
                     // What is forced is far above all else: compared by itself, then left out.
                     let forced = forced.min(end);
-                    self.wrong(
-                        found[..forced].iter().any(|sum| *sum < 1e38),
-                        tally,
-                        "not forced",
-                    );
+                    self.wrong(found[..forced].iter().any(|sum| *sum < 1e38), tally, "not forced");
                     found[..forced].fill(0.0);
                     expected[..forced].fill(0.0);
                     tally.count(distance(&found, &expected), 1e-2, || self.text.clone());

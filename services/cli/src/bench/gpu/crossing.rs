@@ -193,7 +193,10 @@ fn show(case: &Case) {
     let from = case
         .pays_from
         .map_or("nowhere".to_owned(), |from| format!("from {from} on"));
-    say(format_args!("{}, blocks of {}: pays {from}", case.pattern, case.block_tokens));
+    say(format_args!(
+        "{}, blocks of {}: pays {from}",
+        case.pattern, case.block_tokens
+    ));
     for prompt in &case.prompts {
         say(format_args!(
             "  {:6} tokens: dense {:.3} s, sparse {:.3} s, dense up to there {:.3} s ({:.2} times faster)",

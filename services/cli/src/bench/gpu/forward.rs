@@ -269,7 +269,9 @@ impl Forward {
                 .collect();
             let output = self.model.step(&batch, &mut self.pool, &mut ())?;
             let tokens = output.rows.iter().zip(output.drawn);
-            next = tokens.map(|(logits, drawn)| drawn.unwrap_or_else(|| sampler.sample(logits))).collect();
+            next = tokens
+                .map(|(logits, drawn)| drawn.unwrap_or_else(|| sampler.sample(logits)))
+                .collect();
         }
         Ok(begun.elapsed().as_secs_f64())
     }

@@ -26,7 +26,13 @@ const NARROW: [&[&str]; 4] = [
     &["a-shape:64,256"],
     &["vertical-slash:60,200"],
     &["block-sparse:12"],
-    &["vertical-slash:100,120", "block-sparse:8", "a-shape:16,512", "dense", "vertical-slash:30,300"],
+    &[
+        "vertical-slash:100,120",
+        "block-sparse:8",
+        "a-shape:16,512",
+        "dense",
+        "vertical-slash:30,300",
+    ],
 ];
 /// Masks that leave out nothing of it.
 const WHOLE: [&[&str]; 4] = [
@@ -52,7 +58,11 @@ pub(super) struct SparseAgreement {
 
 impl fmt::Display for SparseAgreement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: logits changed by {:.3} on average", self.patterns, self.changed_mean)?;
+        write!(
+            f,
+            "{}: logits changed by {:.3} on average",
+            self.patterns, self.changed_mean
+        )?;
         match self.same_bits_as_dense {
             Some(true) => f.write_str(", the bits of full attention")?,
             Some(false) => f.write_str(", OTHER BITS than full attention")?,
@@ -83,7 +93,11 @@ pub(super) fn compare_sparse(
     let mut on_gpu = Forward::load(file, device, BLOCK_TOKENS, room, 2)?;
     let dense = on_gpu.prompt(0, prompt, STEP_TOKENS, false)?;
     let mut out = Vec::new();
-    for (texts, is_narrow) in NARROW.map(|texts| (texts, true)).into_iter().chain(WHOLE.map(|texts| (texts, false))) {
+    for (texts, is_narrow) in NARROW
+        .map(|texts| (texts, true))
+        .into_iter()
+        .chain(WHOLE.map(|texts| (texts, false)))
+    {
         let patterns = patterns(file, texts)?;
         on_gpu = on_gpu.sparse(patterns.clone(), TileRows::Rows128)?;
         let found = on_gpu.prompt(0, prompt, STEP_TOKENS, false)?;
