@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::{
     Buffer, DeviceTiles, Dtype, Family, Gpu, GpuError, HeadTiles, KvShape, KvView, Plain, Query, TileList,
     block_sparse::{BlockSparse, Blocks},
-    plan::{ROWS, TILE},
+    plan::ROWS,
     prefill::relative_list,
     vertical_slash::{Slashes, VerticalSlash},
     view::RawView,
@@ -152,13 +152,16 @@ impl Planner {
             return Err(GpuError::shape("planner", why));
         }
         let mut fixed = Vec::new();
-        let HeadTiles::Relative { tiles, columns } = HeadTiles::dense(tokens_max) else {
-            return Err(GpuError::shape("planner", "dense tiles by row block"));
+        let everything = HeadTiles::dense(tokens_max);
+        let dense = match &everything {
+            HeadTiles::Relative { tiles, columns } => relative_list(tiles, columns, &mut fixed),
+            HeadTiles::Absolute { .. } => {
+                return Err(GpuError::shape("planner", "dense tiles by row block".to_owned()));
+            }
         };
-        let dense = relative_list(&tiles, &columns, &mut fixed);
         let layers = layers
             .iter()
-            .map(|heads| LayerPlans::new(gpu, heads, dense, &mut fixed))
+            .map(|heads| LayerPlans::new(gpu, heads, (&everything, dense), &mut fixed))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             shape,
@@ -349,7 +352,12 @@ impl Planner {
 }
 
 impl LayerPlans {
-    fn new(gpu: &Gpu, heads: &[HeadPlan], dense: [u32; LIST_WORDS], fixed: &mut Vec<u32>) -> Result<Self, GpuError> {
+    fn new(
+        gpu: &Gpu,
+        heads: &[HeadPlan],
+        (everything, dense): (&HeadTiles, [u32; LIST_WORDS]),
+        fixed: &mut Vec<u32>,
+    ) -> Result<Self, GpuError> {
         TileList::new(
             heads
                 .iter()
@@ -366,13 +374,10 @@ impl LayerPlans {
         for (head, plan) in heads.iter().enumerate() {
             let mut record = [0u32; PLAN_WORDS];
             match plan {
+                // That list is there already.
+                HeadPlan::Fixed(tiles) if tiles == everything => record[7..].copy_from_slice(&dense),
                 HeadPlan::Fixed(HeadTiles::Relative { tiles, columns }) => {
-                    let list = match HeadTiles::dense(tiles.len() * TILE) {
-                        // The dense list is there already, and reaches as far as any prompt.
-                        HeadTiles::Relative { tiles: all, .. } if columns.is_empty() && all == *tiles => dense,
-                        _ => relative_list(tiles, columns, fixed),
-                    };
-                    record[7..].copy_from_slice(&list);
+                    record[7..].copy_from_slice(&relative_list(tiles, columns, fixed));
                 }
                 HeadPlan::Fixed(HeadTiles::Absolute { .. }) => {
                     let why = format!("head {head}: fixed tiles by row block");

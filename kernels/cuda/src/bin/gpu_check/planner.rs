@@ -140,7 +140,7 @@ impl Case<'_> {
     fn fixed(&self, lists: &[Vec<HeadTiles>], tally: &mut Tally) {
         let everything = HeadTiles::dense(self.kv.tokens.next_multiple_of(ROWS));
         let work =
-            |list: &HeadTiles| TileList::new(vec![list.clone()]).map_or(0, |list| list.work(0, self.offset(), 1));
+            |list: &HeadTiles| TileList::new(vec![list.clone()]).map_or(0, |list| list.work(0, self.kv.tokens, 1));
         for (plan, lists) in self.heads.iter().zip(lists) {
             for (block, list) in lists.iter().enumerate() {
                 match plan {
