@@ -288,10 +288,7 @@ impl Planner {
             shape: self.shape,
             q_heads: self.q_heads,
             q: q.pointer + (2 * sparse.start * width) as u64,
-            view: RawView {
-                tokens: (offset + sparse.end) as u32,
-                ..view.raw
-            },
+            view: view.raw.first((offset + sparse.end) as u32),
             plans: self.layers[layer].plans.pointer,
             parts: Parts {
                 rows: sparse.len() as u32,

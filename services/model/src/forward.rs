@@ -246,7 +246,7 @@ impl CpuModel {
     ) -> Result<StepOutput, StepError> {
         let sparse_from = self.sparse.as_ref().map(SparsePrefill::from);
         let threads = self.threads.threads();
-        let plan = Plan::with_sparse(batch, pool, &self.shape, &self.schema, threads, sparse_from)?;
+        let plan = Plan::new(batch, pool, &self.shape, &self.schema, threads, sparse_from)?;
         let vocab = self.shape.vocab;
         if plan.tokens == 0 {
             return Ok(StepOutput::empty(vocab, batch.len()));

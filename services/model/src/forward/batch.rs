@@ -119,18 +119,8 @@ pub(crate) struct Job {
 }
 
 impl Plan {
+    /// For a model whose blocks from position `sparse_from` on may be sparse, if any.
     pub(crate) fn new(
-        batch: &[StepSequence<'_>],
-        pool: &PagePool,
-        shape: &ModelShape,
-        schema: &KvSchema,
-        threads: usize,
-    ) -> Result<Self, StepError> {
-        Self::with_sparse(batch, pool, shape, schema, threads, None)
-    }
-
-    /// As [`Plan::new`], for a model whose blocks from position `sparse_from` on may be sparse.
-    pub(crate) fn with_sparse(
         batch: &[StepSequence<'_>],
         pool: &PagePool,
         shape: &ModelShape,

@@ -29,7 +29,7 @@ impl GpuModel {
         hooks: &mut dyn StepHooks,
     ) -> Result<StepOutput, StepError> {
         let sparse_from = self.sparse.as_ref().map(GpuSparse::from);
-        let plan = Plan::with_sparse(batch, pool, &self.shape, &self.schema, 1, sparse_from)?;
+        let plan = Plan::new(batch, pool, &self.shape, &self.schema, 1, sparse_from)?;
         let layout = RowLayout::new(batch, &plan, pool.layout().block_tokens)?;
         let vocab = self.shape.vocab;
         if pool.device_mut().is_none() {

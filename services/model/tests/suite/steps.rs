@@ -192,10 +192,11 @@ fn a_token_is_drawn_where_it_is_asked_for() {
     for nth in 0..20 {
         let draw = if nth == 0 { Draw::GREEDY } else { draws.next_draw() };
         let mut pool = pool_for(&model, 2);
-        let sequence = |page, logits| StepSequence {
+        let pages = [Some(PageId(0)), Some(PageId(1))];
+        let sequence = |page: usize, logits| StepSequence {
             tokens: &[1, 2],
             position: 0,
-            pages: [&[Some(PageId(0))], &[Some(PageId(1))]][page],
+            pages: &pages[page..=page],
             attention: Attention::Full,
             logits,
         };

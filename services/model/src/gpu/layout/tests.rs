@@ -66,7 +66,7 @@ fn lay(batch: &[Asked]) -> Result<RowLayout, StepError> {
             logits: *logits,
         })
         .collect();
-    let plan = Plan::with_sparse(&batch, &pool, &shape(), &schema(), 1, Some(48))?;
+    let plan = Plan::new(&batch, &pool, &shape(), &schema(), 1, Some(48))?;
     RowLayout::new(&batch, &plan, BLOCK)
 }
 
