@@ -1,8 +1,8 @@
 // blocks: a Block-Sparse list from the prompt itself. Means of 128 queries and of 64 keys, the products of all such means, and
 // (with top_k between) a list of tiles for each row block.
 //
-// Means are rounded to the keys' type, products summed in f32 and written: [heads, row blocks, key blocks], causal, what is
-// always chosen above all else. A launch takes as many heads or row blocks as there is room for products. Row blocks are
+// Means are rounded to the keys' type, products summed in f32 and written: [heads, row blocks, key blocks], causal, the
+// blocks that a row block lies in above all else. A launch takes as many heads or row blocks as there is room for products. Row blocks are
 // those of the sparse rows, and what is chosen for one depends on its own queries and the keys up to its end.
 #include "planner.cuh"
 #include "tile.cuh"
@@ -19,7 +19,7 @@ struct BlocksParams {
     u64 scores;  // f32 [gridDim.z, row blocks of the launch, key_blocks]
     u64 lengths; // u32 [heads, row_blocks, 2]: key blocks to choose from, and how many of them
     u64 lists;   // List [q_heads, call_blocks]: see prefill.cuh
-    u64 numbers; // from `first_number` on u32 [heads, row_blocks, room]: key blocks, rising
+    u64 numbers; // from `first_number` on u32 [heads, row_blocks, room]: a free place, then key blocks, rising
     Parts parts;
     u32 q_heads, heads_per_kv;
     u32 row_blocks, key_blocks, call_blocks;
@@ -151,30 +151,32 @@ __device__ __forceinline__ void block_scores(const BlocksParams& params) {
         if (here >= params.blocks || block >= params.row_blocks) continue;
         const u32 seen = seen_by(params, block), own = (params.parts.offset + block * ROWS) / TILE;
         float* to = reinterpret_cast<float*>(params.scores) + (u64(blockIdx.z) * params.blocks + here) * params.key_blocks;
-        const u32 sink = plan_of(params, head).sink_blocks;
 #pragma unroll
         for (u32 n = 0; n < 8; ++n) {
 #pragma unroll
             for (u32 j = 0; j < 2; ++j) {
                 const u32 key = first_key + 8 * n + 2 * t + j;
                 if (key >= params.key_blocks) continue;
-                const bool always = key < sink || key >= own;
-                to[key] = key >= seen ? NEGATIVE_INFINITY : always ? LARGEST : s[n][2 * i + j];
+                to[key] = key >= seen ? NEGATIVE_INFINITY : key >= own ? LARGEST : s[n][2 * i + j];
             }
         }
     }
 }
 
-// Chosen blocks become tiles where they stand. Grid: (row blocks, heads).
+// Chosen blocks become tiles where they stand, behind the first block if it is not among them. Grid: (row blocks, heads).
 extern "C" __global__ void __launch_bounds__(128) blocks_build(const __grid_constant__ BlocksParams params) {
     const u32 head = query_head(params, blockIdx.y);
     const u32 first = params.first_number + (blockIdx.y * params.row_blocks + blockIdx.x) * params.room;
     const u32 chosen = min(plan_of(params, head).blocks, params.key_blocks);
     u32* best = reinterpret_cast<u32*>(params.numbers) + first;
-    for (u32 i = threadIdx.x; i < chosen; i += blockDim.x) best[i] *= TILE;
+    const bool has_first = best[1] == 0;
+    __syncthreads();
+    for (u32 i = 1 + threadIdx.x; i <= chosen; i += blockDim.x) best[i] *= TILE;
     if (threadIdx.x > 0) return;
+    best[0] = 0;
     // Unseen blocks come last, for they are behind all others and their scores below.
-    const u32 entry[LIST_WORDS] = {first, min(chosen, seen_by(params, blockIdx.x)), 0, 0, 0, 0, 1};
+    const u32 count = min(chosen, seen_by(params, blockIdx.x));
+    const u32 entry[LIST_WORDS] = {first + u32(has_first), count + u32(!has_first), 0, 0, 0, 0, 1};
     u32* list = reinterpret_cast<u32*>(params.lists) +
                 (u64(head) * params.call_blocks + params.parts.before / ROWS + blockIdx.x) * LIST_WORDS;
 #pragma unroll

@@ -5,39 +5,12 @@
 //
 // `few` is for rows that are sampled from: bound by reading w once. Weights lie in the 16 rows of the tensor-core tile, 8
 // rows of x in its columns, and both come straight from global memory: the sum over k may take its terms in any order, so
-// a thread takes whole 16-byte words of both (see keys.cuh). A CTA's warps share k and join their sums in order.
+// a thread takes whole 16-byte words of both (see keys.cuh). A CTA's warps share k and join their sums in order. Behind its share a
+// warp adds products of zeros, which change no bit.
 //
-// `many` is for a prompt: tiles of x and w come by cp.async into swizzled stages, two ahead of their use.
-#include "tile.cuh"
-
-struct LinearParams {
-    u64 w;   // [n, k], 16 bits
-    u64 x;   // [m, k], 16 bits
-    u64 out; // [m, n]: 16 bits or f32
-    u32 m, n, k;
-    u32 how; // what becomes of a sum
-};
-
-constexpr u32 STORE_16 = 0, STORE_F32 = 1, ADD_F32 = 2;
-constexpr float F16_MOST = 65504.0f;
-
-template <bool IS_BF16>
-__device__ __forceinline__ u32 round_pair(float low, float high) {
-    if constexpr (IS_BF16) return pack_bf16(low, high);
-    // Beyond its range f16 has only infinity, which no later layer would recover from.
-    return pack_f16(fminf(fmaxf(low, -F16_MOST), F16_MOST), fminf(fmaxf(high, -F16_MOST), F16_MOST));
-}
-
-template <bool IS_BF16>
-__device__ __forceinline__ void put(const LinearParams& params, u32 row, u32 column, float sum) {
-    const u64 at = u64(row) * params.n + column;
-    if (params.how == STORE_16) {
-        reinterpret_cast<u16*>(params.out)[at] = u16(round_pair<IS_BF16>(sum, 0.0f));
-    } else {
-        float* out = reinterpret_cast<float*>(params.out) + at;
-        *out = params.how == ADD_F32 ? *out + sum : sum;
-    }
-}
+// `many` is for a prompt: tiles of x and w come by cp.async into swizzled stages, two ahead of their use. linear_wide.cuh has
+// Hopper's own way.
+#include "linear_wide.cuh"
 
 constexpr u32 FEW_WARPS = 8, FEW_N = 16;
 
@@ -53,20 +26,47 @@ __device__ __forceinline__ void few(const LinearParams& params) {
     const u16* x = reinterpret_cast<const u16*>(params.x) + u64(first_m + g) * params.k + 8 * t;
     const u64 eight = 8 * u64(params.k);
 
+    // One batch of steps is on its way while the one before is multiplied; all of a batch's loads stand before its products, for
+    // the compiler moves none of them.
+    constexpr u32 BATCH = TILES == 1 ? 3 : TILES == 2 ? 2 : 1; // what fits the registers of two CTAs
+    struct Loaded {
+        Word4 w[BATCH][2], x[BATCH][TILES];
+    };
+    const auto load = [&](Loaded& to, u32 step) {
+#pragma unroll
+        for (u32 j = 0; j < BATCH; ++j) {
+            const bool inside = step + j < end;
+            to.w[j][0] = inside && there[0] ? load_once(w + 32 * (step + j)) : Word4{0, 0, 0, 0};
+            to.w[j][1] = inside && there[1] ? load_once(w + eight + 32 * (step + j)) : Word4{0, 0, 0, 0};
+#pragma unroll
+            for (u32 i = 0; i < TILES; ++i)
+                to.x[j][i] = inside && first_m + 8 * i + g < params.m
+                                 ? *reinterpret_cast<const Word4*>(x + i * eight + 32 * (step + j))
+                                 : Word4{0, 0, 0, 0};
+        }
+    };
     float c[TILES][4];
 #pragma unroll
     for (u32 i = 0; i < TILES; ++i) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.0f;
-#pragma unroll(TILES >= 4 ? 2 : 4)
-    for (u32 step = begin; step < end; ++step) {
-        const Word4 low = there[0] ? load_once(w + 32 * step) : Word4{0, 0, 0, 0};
-        const Word4 high = there[1] ? load_once(w + eight + 32 * step) : Word4{0, 0, 0, 0};
+    const auto multiply = [&](const Loaded& from) {
 #pragma unroll
-        for (u32 i = 0; i < TILES; ++i) {
-            Word4 b = {0, 0, 0, 0};
-            if (first_m + 8 * i + g < params.m) b = *reinterpret_cast<const Word4*>(x + i * eight + 32 * step);
-            mma<IS_BF16>(c[i], low.x, high.x, low.y, high.y, b.x, b.y);
-            mma<IS_BF16>(c[i], low.z, high.z, low.w, high.w, b.z, b.w);
+        for (u32 j = 0; j < BATCH; ++j) {
+            const Word4 &low = from.w[j][0], &high = from.w[j][1];
+#pragma unroll
+            for (u32 i = 0; i < TILES; ++i) {
+                const Word4& b = from.x[j][i];
+                mma<IS_BF16>(c[i], low.x, high.x, low.y, high.y, b.x, b.y);
+                mma<IS_BF16>(c[i], low.z, high.z, low.w, high.w, b.z, b.w);
+            }
         }
+    };
+    Loaded even, odd;
+    load(even, begin);
+    for (u32 step = begin; step < end; step += 2 * BATCH) {
+        load(odd, step + BATCH);
+        multiply(even);
+        load(even, step + 2 * BATCH);
+        multiply(odd);
     }
 #pragma unroll
     for (u32 i = 0; i < TILES; ++i) {
@@ -89,9 +89,9 @@ __device__ __forceinline__ void few(const LinearParams& params) {
 // Tiles of BM rows of x and BN rows of w; eight warps, two by four; 64 of k at a time.
 template <bool IS_BF16, u32 BM, u32 BN>
 __device__ __forceinline__ void many(const LinearParams& params) {
-    constexpr u32 THREADS = 256, BK = 64, STAGES = 3, STAGE = (BM + BN) * 128;
+    constexpr u32 BK = 64, STAGES = 3, STAGE = (BM + BN) * 128;
     constexpr u32 WM = BM / 2, WN = BN / 4, MT = WM / 16, NT = WN / 8;
-    extern __shared__ char dynamic[];
+    extern __shared__ u8 dynamic[];
     const u32 base = (shared_address(dynamic) + 127u) & ~127u;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, g = lane >> 2, t = lane & 3u;
     const u32 from_m = (warp / 4) * WM, from_n = (warp % 4) * WN;
@@ -187,7 +187,7 @@ __device__ __forceinline__ void many(const LinearParams& params) {
 }
 
 #define FEW(NAME, IS_BF16, TILES)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS) NAME(const __grid_constant__ LinearParams params) {  \
+    extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS, 2) NAME(const __grid_constant__ LinearParams params) {  \
         few<IS_BF16, TILES>(params);                                                                                   \
     }
 
@@ -207,3 +207,17 @@ MANY(many_bf16_64, true, 64, 64)
 MANY(many_bf16_128, true, 128, 128)
 MANY(many_f16_64, false, 64, 64)
 MANY(many_f16_128, false, 128, 128)
+
+#ifdef HAS_WGMMA
+#define MANY_WIDE(NAME, IS_BF16, BN, STAGES)                                                                           \
+    extern "C" __global__ void __launch_bounds__(WIDE_THREADS, 1) NAME(const __grid_constant__ WideParams params) {    \
+        many_wide<IS_BF16, BN, STAGES>(params);                                                                        \
+    }
+
+MANY_WIDE(many_wide_bf16_64, true, 64, 8)
+MANY_WIDE(many_wide_bf16_128, true, 128, 6)
+MANY_WIDE(many_wide_bf16_256, true, 256, 4)
+MANY_WIDE(many_wide_f16_64, false, 64, 8)
+MANY_WIDE(many_wide_f16_128, false, 128, 6)
+MANY_WIDE(many_wide_f16_256, false, 256, 4)
+#endif

@@ -34,6 +34,6 @@ enum PlanKind : u32 { FIXED = 0, VERTICAL_SLASH = 1, BLOCK_SPARSE = 2 };
 struct HeadPlan {
     u32 kind;
     u32 verticals, slashes, sink, near; // Vertical-Slash: counts, and the first ones, which are always among them
-    u32 blocks, sink_blocks;            // Block-Sparse: the same of key blocks
+    u32 blocks;                         // Block-Sparse: key blocks of a row block
     u32 list[LIST_WORDS];               // fixed: the same for every row block
 };

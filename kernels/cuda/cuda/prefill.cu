@@ -19,12 +19,13 @@ template <bool IS_BF16, u32 D>
 struct Prefill {
     static constexpr u32 WORDS = D / 8, STEPS = D / 16, PLANE = TILE * D * 2, STAGES = 2;
     const PrefillParams& params;
+    const Sequence& sequence;
     const List& list;
-    const u32 &tile_count, &column_count;
+    const u32 &tile_count, &column_count, &end;
     u32 queries; // [panels][ROWS] of 128 bytes, swizzled; then the stages: keys, values; 1024-aligned
     int* keys;   // [STAGES][TILE], positions of gathered keys
-    u32 end, head;
 
+    __device__ __forceinline__ static u32 head() { return blockIdx.y; }
     __device__ __forceinline__ const u32* numbers() const { return reinterpret_cast<const u32*>(params.numbers); }
     __device__ __forceinline__ u32 stage_at(u32 stage) const { return queries + ROWS * D * 2 + stage * 2 * PLANE; }
 
@@ -34,9 +35,9 @@ struct Prefill {
         const u32 word = threadIdx.x % WORDS;
 #pragma unroll 2
         for (u32 row = threadIdx.x / WORDS; row < ROWS; row += THREADS / WORDS) {
-            const u32 global = block * ROWS + row;
-            const bool there = global < params.rows;
-            const u64 from = params.q + (there ? (u64(global) * params.q_heads + head) * D * 2 + word * 16 : 0);
+            const u32 own = block * ROWS + row;
+            const bool there = own < sequence.rows;
+            const u64 from = params.q + (there ? (u64(sequence.first_row + own) * params.q_heads + head()) * D * 2 + word * 16 : 0);
             copy_async(queries + (word >> 3) * ROW_PANEL + swizzle<128>(row, word & 7u),
                        reinterpret_cast<const void*>(from), there);
         }
@@ -55,8 +56,9 @@ struct Prefill {
                 const u32 column = first_column + row;
                 key = column < column_count ? int(__ldg(numbers() + list.columns + column)) : -1;
             }
-            const bool there = key >= 0 && u32(key) < params.view.tokens;
-            const u64 from = there ? row_offset(params.view, head / params.heads_per_kv, u32(key)) + word * 16 : 0;
+            const bool there = key >= 0 && u32(key) < sequence.tokens;
+            const u32 kv_head = head() / params.heads_per_kv;
+            const u64 from = there ? row_offset(params.view, sequence.pages, kv_head, u32(key)) + word * 16 : 0;
             const u32 at = swizzle<128>(row, word & 7u);
             copy_async(to_k + at, reinterpret_cast<const void*>(params.view.k + from), there);
             copy_async(to_v + at, reinterpret_cast<const void*>(params.view.v + from), there);
@@ -169,20 +171,23 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
     using Body = Prefill<IS_BF16, D>;
     extern __shared__ u8 dynamic[];
     __shared__ int keys[Body::STAGES * TILE];
-    const u32 head = blockIdx.y, block = gridDim.x - 1 - blockIdx.x; // the longest first
+    const u32 head = blockIdx.y, place = gridDim.x - 1 - blockIdx.x; // the longest first
     const HeadLists lists = reinterpret_cast<const HeadLists*>(params.heads)[head];
     // What is asked for once per tile stays in shared memory: registers are for the sums.
     __shared__ List list;
-    __shared__ u32 counts[2];
+    __shared__ u32 counts[3]; // tiles, columns, position after the block
     const u32* numbers = reinterpret_cast<const u32*>(params.numbers);
-    const u32 end = params.offset + (block + 1) * ROWS, queries = (shared_address(dynamic) + 1023u) & ~1023u;
+    const Sequence& sequence = sequence_of(params, place);
+    const u32 block = place - sequence.first_block;
+    const u32 end = sequence.offset + (block + 1) * ROWS, queries = (shared_address(dynamic) + 1023u) & ~1023u;
     if (threadIdx.x == 0) {
-        list = reinterpret_cast<const List*>(params.lists)[lists.first + block * lists.step];
+        counts[2] = end;
+        list = reinterpret_cast<const List*>(params.lists)[lists.first + (sequence.first_list + block) * lists.step];
         counts[0] = tiles_below(numbers, list, end);
         counts[1] = columns_below(numbers, list, end);
     }
     __syncthreads();
-    const Body body{params, list, counts[0], counts[1], queries, keys, end, head};
+    const Body body{params, sequence, list, counts[0], counts[1], counts[2], queries, keys};
     const u32 count = body.count();
 
     float o[2][D / 8][4], m[2][2], l[2][2];
@@ -236,14 +241,14 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
             float sum = l[h][i];
             sum += __shfl_xor_sync(FULL_WARP, sum, 1);
             sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-            if (at >= params.rows) continue;
+            if (at >= sequence.rows) continue;
             const float part = sum > 0.0f ? 1.0f / sum : 0.0f;
-            u32* to = reinterpret_cast<u32*>(params.out) + (u64(at) * params.q_heads + head) * (D / 2) + t;
+            u32* to = reinterpret_cast<u32*>(params.out) + (u64(sequence.first_row + at) * params.q_heads + head) * (D / 2) + t;
 #pragma unroll
             for (u32 n = 0; n < D / 8; ++n)
                 to[n * 4] = pack<IS_BF16>(o[h][n][2 * i] * part, o[h][n][2 * i + 1] * part);
             if (t == 0)
-                reinterpret_cast<float*>(params.out_lse)[u64(head) * params.rows + at] =
+                reinterpret_cast<float*>(params.out_lse)[u64(head) * params.rows + sequence.first_row + at] =
                     log_sum(m[h][i] * params.scale, sum);
         }
     }

@@ -16,7 +16,6 @@ struct WideParams {
     TensorMap q, k, v; // [1][q_heads][rows][D]; [pages][kv_heads][tokens of a page][D], k and v only if `tensors`
     PrefillParams base;
     u32 section; // query heads whose row blocks are worked through together
-    u32 blocks;  // row blocks of a head
     u32 tensors; // tensor copies serve the view
 };
 
@@ -54,25 +53,30 @@ struct WideShared {
 
 // A CTA's part of the work.
 struct Task {
-    u32 head, kv_head, block;
+    const Sequence& sequence;
+    u32 head, kv_head, block; // the block of the sequence's
     u32 end; // position after the block's last row
     List list;
     const u32* numbers;
     u32 tile_count, tile_steps, column_count, steps;
 
     // Within a section of heads the longest row blocks come first, the heads of a group side by side.
-    __device__ __forceinline__ explicit Task(const WideParams& params) {
+    __device__ __forceinline__ static Task of(const WideParams& params) {
         const PrefillParams& base = params.base;
-        const u32 section = blockIdx.x / (params.section * params.blocks), first = section * params.section;
+        const u32 section = blockIdx.x / (params.section * base.blocks), first = section * params.section;
         const u32 heads = min(params.section, base.q_heads - first);
-        const u32 place = blockIdx.x - first * params.blocks;
-        block = params.blocks - 1 - place / heads;
-        head = first + place % heads;
+        const u32 place = blockIdx.x - first * base.blocks, block = base.blocks - 1 - place / heads;
+        return Task(base, sequence_of(base, block), block, first + place % heads);
+    }
+
+    __device__ __forceinline__ Task(const PrefillParams& base, const Sequence& sequence, u32 place, u32 head)
+        : sequence(sequence), head(head) {
+        block = place - sequence.first_block;
         kv_head = head / base.heads_per_kv;
         const HeadLists lists = reinterpret_cast<const HeadLists*>(base.heads)[head];
-        list = reinterpret_cast<const List*>(base.lists)[lists.first + block * lists.step];
+        list = reinterpret_cast<const List*>(base.lists)[lists.first + (sequence.first_list + block) * lists.step];
         numbers = reinterpret_cast<const u32*>(base.numbers);
-        end = base.offset + (block + 1) * ROWS;
+        end = sequence.offset + (block + 1) * ROWS;
         tile_count = tiles_below(numbers, list, end);
         column_count = columns_below(numbers, list, end);
         tile_steps = (tile_count + 1) / 2;
@@ -98,9 +102,9 @@ struct Copier {
 
     // In pages: whether the tile lies in one and is full, or is not there at all.
     __device__ __forceinline__ bool tensor_serves(int first) const {
-        const View& view = params.base.view;
-        if (first <= -int(TILE) || first >= int(view.tokens)) return true;
-        return first >= 0 && first % int(TILE) == 0 && first + int(TILE) <= int(view.tokens);
+        const int tokens = int(task.sequence.tokens);
+        if (first <= -int(TILE) || first >= tokens) return true;
+        return first >= 0 && first % int(TILE) == 0 && first + int(TILE) <= tokens;
     }
 
     __device__ __forceinline__ bool tensors_serve(u32 step) const {
@@ -110,17 +114,18 @@ struct Copier {
 
     __device__ __forceinline__ void tensors(const TensorMap& map, u32 to, u32 barrier, const int (&first)[2]) const {
         const View& view = params.base.view;
+        const u64 pages = task.sequence.pages;
         if constexpr (COPIERS_ARRIVE > 1) barrier_arrive(barrier, COPIERS_ARRIVE - 1);
         barrier_expect(barrier, Shared::PLANE);
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             int row = first[half];
             u32 page = 0;
-            if (view.pages != 0 && row >= 0 && row < int(view.tokens)) {
+            if (pages != 0 && row >= 0 && row < int(task.sequence.tokens)) {
                 page = u32(row) / view.page_tokens;
                 row -= int(page * view.page_tokens);
-                page = __ldg(reinterpret_cast<const u32*>(view.pages) + page);
-            } else if (view.pages != 0) {
+                page = __ldg(reinterpret_cast<const u32*>(pages) + page);
+            } else if (pages != 0) {
                 row = -int(TILE);
             }
 #pragma unroll
@@ -154,8 +159,8 @@ struct Copier {
         } else {
             key = task.first(step, thread / TILE) + int(thread % TILE);
         }
-        const bool there = key >= 0 && u32(key) < params.base.view.tokens;
-        return there ? row_offset(params.base.view, task.kv_head, u32(key)) : NOWHERE;
+        const bool there = key >= 0 && u32(key) < task.sequence.tokens;
+        return there ? row_offset(params.base.view, task.sequence.pages, task.kv_head, u32(key)) : NOWHERE;
     }
 
     // All threads copy a step's keys, or its values, row by row: each warp the 32 rows that its threads have found.
@@ -245,9 +250,9 @@ struct Copier {
 
     // Keys run one step ahead of values, as their readers do.
     __device__ __forceinline__ void run(u32 thread) const {
-        const u32 tiled = params.tensors && params.base.view.pages == 0 ? task.tile_steps : 0;
+        const u32 tiled = params.tensors && task.sequence.pages == 0 ? task.tile_steps : 0;
         if (thread == 0) {
-            const u32 row = task.block * ROWS;
+            const u32 row = task.sequence.first_row + task.block * ROWS;
             barrier_expect(shared.q_there(), Shared::Q_BYTES);
 #pragma unroll
             for (u32 half = 0; half < 2; ++half) {
@@ -356,7 +361,7 @@ struct Attender {
         const u32 warp = threadIdx.x / 32 % 4, g = (threadIdx.x & 31u) >> 2, t = threadIdx.x & 3u;
         // Rows g and g + 8 of the warp's 16.
         const u32 row = task.block * ROWS + group * HALF_ROWS + warp * 16 + g;
-        const int position = int(params.offset + row);
+        const int position = int(task.sequence.offset + row);
         float o[D / 8][4], s[16][4], m[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, l[2] = {0.0f, 0.0f}, shrink[2];
         u32 p[8][4];
 #pragma unroll
@@ -428,13 +433,14 @@ struct Attender {
         for (u32 i = 0; i < 2; ++i) {
             l[i] += __shfl_xor_sync(FULL_WARP, l[i], 1);
             l[i] += __shfl_xor_sync(FULL_WARP, l[i], 2);
-            if (row + 8 * i >= params.rows) continue;
+            if (row + 8 * i >= task.sequence.rows) continue;
+            const u64 at = task.sequence.first_row + row + 8 * i;
             const float part = l[i] > 0.0f ? 1.0f / l[i] : 0.0f;
-            u32* to = reinterpret_cast<u32*>(params.out) + (u64(row + 8 * i) * params.q_heads + task.head) * (D / 2) + t;
+            u32* to = reinterpret_cast<u32*>(params.out) + (at * params.q_heads + task.head) * (D / 2) + t;
 #pragma unroll
             for (u32 n = 0; n < D / 8; ++n) to[n * 4] = pack<IS_BF16>(o[n][2 * i] * part, o[n][2 * i + 1] * part);
             if (t == 0)
-                reinterpret_cast<float*>(params.out_lse)[u64(task.head) * params.rows + row + 8 * i] =
+                reinterpret_cast<float*>(params.out_lse)[u64(task.head) * params.rows + at] =
                     log_sum(m[i] * params.scale, l[i]);
         }
     }
@@ -457,14 +463,14 @@ __device__ __forceinline__ void prefill_wide(const WideParams& params) {
         barrier_publish();
     }
     __syncthreads();
-    const Task task(params);
+    const Task task = Task::of(params);
     const u32 group = __shfl_sync(FULL_WARP, threadIdx.x / COPIERS, 0);
     if (group == 0) {
         registers_give_back<COPIER_REGISTERS>();
         Copier<D, STAGES>{params, task, shared}.run(threadIdx.x);
     } else {
         registers_take<ATTENDER_REGISTERS>();
-        const int group_first = int(params.base.offset + task.block * ROWS + (group - 1) * HALF_ROWS);
+        const int group_first = int(task.sequence.offset + task.block * ROWS + (group - 1) * HALF_ROWS);
         Attender<IS_BF16, D, STAGES>{shared, params.base.scale, group - 1, group_first}.run(params.base, task);
     }
 }

@@ -1,14 +1,16 @@
-// top_k: indices of each row's k largest scores, in rising order; ties go to the lower index. One CTA per row, of one or two
-// sets of rows.
+// top_k: indices of each row's k largest scores, in rising order; ties go to the lower index. Of one or two sets of rows.
 //
-// Radix selection on keys that order as the numbers do: three passes of 11, 11 and 10 bits find the k-th largest key
+// Long rows have a CTA each. Radix selection on keys that order as the numbers do: three passes of 11, 11 and 10 bits find the k-th largest key
 // exactly, then each warp counts and writes what its stretch of the row has above it, and as many equals as are left.
+//
+// Short rows, of which there are many (a list of key blocks for every row block and head), stay in the registers of a warp or of
+// eight: the k-th largest key is found bit by bit, each by one count.
 #include "types.cuh"
 
 struct TopKSet {
-    u64 scores;  // f32 [rows, n], of each row `score_stride` numbers
-    u64 out;     // u32 [rows, k], likewise
-    u64 lengths; // u32 [rows, 2]: n and k of each row, or 0: then those below
+    u64 scores;  // f32 [rows, n]
+    u64 out;     // u32 [rows, k]
+    u64 lengths; // u32 [rows, 2]: n and k of each row, at most those below; 0: those below
     u32 n;
     u32 k; // at most n
     u32 score_stride, out_stride;
@@ -16,10 +18,17 @@ struct TopKSet {
 
 struct TopKParams {
     TopKSet sets[2];
-    u32 rows; // of the first set; the rest of the grid is the second's
+    u32 rows; // of the first set; the rest are the second's
+    u32 all;
 };
 
 constexpr u32 THREADS = 1024, BINS = 2048, COPIES = 4;
+
+// How many scores a row has (0), and how many are chosen (1).
+__device__ __forceinline__ u32 length(const TopKSet& set, u64 row, u32 which) {
+    if (set.lengths != 0) return __ldg(reinterpret_cast<const u32*>(set.lengths) + 2 * row + which);
+    return which == 0 ? set.n : set.k;
+}
 
 // A total order of f32's bits: -NaN < -inf < ... < -0 = +0 < ... < inf < NaN.
 __device__ __forceinline__ u32 ordered(u32 bits) {
@@ -98,9 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
     const u64 row = blockIdx.x - (second ? params.rows : 0);
     const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.score_stride;
     u32* out = reinterpret_cast<u32*>(set.out) + row * set.out_stride;
-    const u32* lengths = reinterpret_cast<const u32*>(set.lengths) + 2 * row;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u;
-    const u32 n = set.lengths != 0 ? lengths[0] : set.n, k = set.lengths != 0 ? lengths[1] : set.k;
+    const u32 n = length(set, row, 0), k = length(set, row, 1);
     if (k == 0) return;
 
     u32 prefix = 0, wanted = k;
@@ -173,3 +181,83 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
         }
     }
 }
+
+// A row of up to 32 * KEYS * WARPS scores by WARPS warps; four warps of a CTA have a row each, or eight one together.
+template <u32 WARPS, u32 KEYS>
+__device__ __forceinline__ void top_k_short(const TopKParams& params) {
+    __shared__ u32 counts[2][8];
+    const u32 lane = threadIdx.x & 31u, warp = threadIdx.x / 32, part = WARPS > 1 ? warp : 0;
+    const u32 index = WARPS > 1 ? blockIdx.x : blockIdx.x * 4 + warp;
+    if (index >= params.all) return;
+    const bool second = index >= params.rows;
+    const TopKSet& set = params.sets[second];
+    const u64 row = index - (second ? params.rows : 0);
+    const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.score_stride;
+    u32* out = reinterpret_cast<u32*>(set.out) + row * set.out_stride;
+    const u32 first = part * KEYS * 32 + lane, n = length(set, row, 0), k = length(set, row, 1);
+    if (k == 0) return;
+
+    // Nothing that is there has key 0, but NaN of negative sign with all bits: it is never counted below, and last of all.
+    u32 keys[KEYS];
+#pragma unroll
+    for (u32 i = 0; i < KEYS; ++i) keys[i] = first + 32 * i < n ? ordered(scores[first + 32 * i]) : 0;
+
+    u32 round = 0;
+    // Of all warps of the row; and, in `before`, of those before this one.
+    const auto sum = [&](u32 own, u32& before) {
+        own = __reduce_add_sync(FULL_WARP, own);
+        before = 0;
+        if constexpr (WARPS == 1) return own;
+        if (lane == 0) counts[round & 1u][warp] = own;
+        __syncthreads();
+        u32 all = 0;
+#pragma unroll
+        for (u32 i = 0; i < WARPS; ++i) {
+            const u32 one = counts[round & 1u][i];
+            if (i < warp) before += one;
+            all += one;
+        }
+        ++round;
+        return all;
+    };
+
+    u32 least = 0, before; // the largest number that k keys are not below
+    for (u32 bit = 0x80000000u; bit > 0; bit >>= 1) {
+        u32 count = 0;
+#pragma unroll
+        for (u32 i = 0; i < KEYS; ++i) count += keys[i] >= (least | bit);
+        if (sum(count, before) >= k) least |= bit;
+    }
+    u32 more = 0, same = 0;
+#pragma unroll
+    for (u32 i = 0; i < KEYS; ++i) {
+        const bool there = first + 32 * i < n;
+        more += keys[i] > least;
+        same += there && keys[i] == least;
+    }
+    u32 above, equal;
+    const u32 wanted = k - sum(more, above);
+    sum(same, equal);
+    const u32 below_lane = (1u << lane) - 1u;
+#pragma unroll
+    for (u32 i = 0; i < KEYS; ++i) {
+        const bool there = first + 32 * i < n;
+        const u32 ups = __ballot_sync(FULL_WARP, keys[i] > least);
+        const u32 ties = __ballot_sync(FULL_WARP, there && keys[i] == least);
+        const u32 tie_rank = equal + __popc(ties & below_lane);
+        const bool take = (ups >> lane & 1u) || ((ties >> lane & 1u) && tie_rank < wanted);
+        if (take) out[above + __popc(ups & below_lane) + min(tie_rank, wanted)] = first + 32 * i;
+        above += __popc(ups);
+        equal += __popc(ties);
+    }
+}
+
+#define TOP_K_SHORT(N, WARPS, KEYS)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(WARPS > 1 ? 256 : 128)                                                \
+        top_k_##N(const __grid_constant__ TopKParams params) {                                                        \
+        top_k_short<WARPS, KEYS>(params);                                                                              \
+    }
+
+TOP_K_SHORT(512, 1, 16)
+TOP_K_SHORT(2048, 1, 64)
+TOP_K_SHORT(16384, 8, 64)

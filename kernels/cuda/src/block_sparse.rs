@@ -16,27 +16,24 @@ const SIDE: usize = 64;
 const OWN_MAX: usize = 3;
 
 /// How many blocks of [`TILE`] keys each row block of [`ROWS`] queries keeps: those whose mean key has the largest product
-/// with the mean query (MInference, arXiv 2407.02490, algorithm 3, at the kernel's own height). The first ones and those
-/// that the row block lies in are always among them.
+/// with the mean query (MInference, arXiv 2407.02490, algorithm 3, at the kernel's own height). Those that the row block lies in
+/// are always among them, and the first one comes on top where it is not, as in `kvasir_sparse`'s own planner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockSparse {
     /// Key blocks of a row block.
     pub blocks: usize,
-    /// First key blocks that are always kept.
-    pub sink: usize,
 }
 
 impl BlockSparse {
-    /// Keeps `blocks`, at least those that are always kept: the first one, and up to three that a row block lies in.
+    /// Keeps `blocks`, at least the up to three that a row block lies in.
     pub fn new(blocks: usize) -> Self {
         Self {
-            blocks: blocks.max(1 + OWN_MAX),
-            sink: 1,
+            blocks: blocks.max(OWN_MAX),
         }
     }
 
     pub(crate) fn checked(self, head: usize) -> Result<Self, GpuError> {
-        if self.blocks < self.sink.saturating_add(OWN_MAX) || self.blocks > 1 << 24 {
+        if !(OWN_MAX..=1 << 24).contains(&self.blocks) {
             return Err(GpuError::shape("planner", format!("head {head}: {self:?}")));
         }
         Ok(self)
@@ -170,11 +167,12 @@ impl Blocks {
                 let row = first_head * row_blocks + first_block;
                 let set = TopKSet {
                     scores: self.scores.pointer,
-                    out: lists.numbers + 4 * (lists.first_number as usize + row * room) as u64,
+                    out: lists.numbers + 4 * (lists.first_number as usize + row * room + 1) as u64,
                     lengths: self.lengths.pointer + 8 * row as u64,
+                    n: key_blocks as u32,
+                    k: room as u32 - 1,
                     score_stride: key_blocks as u32,
                     out_stride: room as u32,
-                    ..TopKSet::default()
                 };
                 // The rows of a launch follow each other in the numbers too: it is of whole heads, or of one.
                 let rows = some_heads * blocks;
@@ -186,7 +184,7 @@ impl Blocks {
     }
 }
 
-/// Key blocks that a row block may choose.
+/// Numbers of a row block's list: a free place, and the key blocks that it may choose.
 fn room(call: &Call<'_>, heads: &Heads<BlockSparse>) -> usize {
-    heads.most.blocks.min(call.tokens().div_ceil(TILE))
+    1 + heads.most.blocks.min(call.tokens().div_ceil(TILE))
 }

@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use crate::{Buffer, Dtype, Family, Gpu, GpuError, noise};
+use crate::{
+    Buffer, Dtype, Family, Gpu, GpuError, noise,
+    tensor_map::{Rows as TensorRows, TensorMap},
+};
 
 /// Weights on the device: `[rows, columns]` of bf16 or f16, a row for each element of the result.
 #[derive(Debug)]
@@ -109,6 +112,13 @@ struct LinearParams {
     how: u32,
 }
 
+#[repr(C)]
+struct WideParams {
+    x: TensorMap,
+    w: TensorMap,
+    base: LinearParams,
+}
+
 /// Multiplies rows `from` of `x`, `[.., matrix.columns()]` in the weights' type, with every row of the matrix, into the rows
 /// of `sums`, `[.., matrix.rows()]`, that begin at `to`. Products of 16 bits with f32 sums: within 1e-5 of f64 in the
 /// relative 2-norm before results are rounded.
@@ -167,6 +177,9 @@ pub fn linear(
         // SAFETY: `LinearParams` is linear.cu's, and both ranges were checked against their buffers.
         return unsafe { gpu.launch(Family::Linear, kernel, grid, 256, &params) };
     }
+    if gpu.capability() == (9, 0) {
+        return many_wide(gpu, is_bf16, params);
+    }
     // Small tiles where large ones would leave most of the device idle.
     let large = m.div_ceil(128) * n.div_ceil(128) >= gpu.multiprocessors();
     let (kernel, tile) = match (large, is_bf16) {
@@ -175,17 +188,59 @@ pub fn linear(
         (false, true) => ("many_bf16_64", 64),
         (false, false) => ("many_f16_64", 64),
     };
-    let Some(blocks) = m
-        .div_ceil(tile)
-        .checked_mul(n.div_ceil(tile))
-        .filter(|&ctas| i32::try_from(ctas).is_ok())
-    else {
-        return Err(GpuError::shape(
-            "linear",
-            format!("{m} rows of {n} results are too many"),
-        ));
-    };
+    let blocks = tiles_of(m, n, tile, tile)?;
     let shared = (3 * 2 * tile * 128 + 128) as u32;
     // SAFETY: as above.
-    unsafe { gpu.launch_with(Family::Linear, kernel, (blocks as u32, 1, 1), 256, shared, &params) }
+    unsafe { gpu.launch_with(Family::Linear, kernel, (blocks, 1, 1), 256, shared, &params) }
+}
+
+fn tiles_of(m: usize, n: usize, high: usize, wide: usize) -> Result<u32, GpuError> {
+    let tiles = m.div_ceil(high).checked_mul(n.div_ceil(wide));
+    tiles
+        .and_then(|tiles| i32::try_from(tiles).ok())
+        .map(i32::cast_unsigned)
+        .ok_or_else(|| GpuError::shape("linear", format!("{m} rows of {n} results are too many")))
+}
+
+/// Hopper's kernels: tiles of 128 rows, as wide as keeps the device busiest. The width changes no bit.
+fn many_wide(gpu: &Gpu, is_bf16: bool, base: LinearParams) -> Result<(), GpuError> {
+    // Width, stages, and what a tile's time is worth, of 100: narrow ones read more for what they multiply.
+    const WIDTHS: [(usize, usize, u32); 3] = [(256, 4, 100), (128, 6, 58), (64, 8, 38)];
+    let (m, n, k) = (base.m as usize, base.n as usize, base.k as usize);
+    let ctas = gpu.multiprocessors() as u32;
+    let mut best = None;
+    for (width, stages, cost) in WIDTHS {
+        let tiles = tiles_of(m, n, 128, width)?;
+        let time = u64::from(tiles.div_ceil(ctas)) * u64::from(cost);
+        if best.is_none_or(|(least, ..)| time < least) {
+            best = Some((time, width, stages, tiles));
+        }
+    }
+    let (_, width, stages, tiles) = best.unwrap_or((0, 256, 4, 0));
+    let kernel = match (width, is_bf16) {
+        (64, true) => "many_wide_bf16_64",
+        (64, false) => "many_wide_f16_64",
+        (128, true) => "many_wide_bf16_128",
+        (128, false) => "many_wide_f16_128",
+        (_, true) => "many_wide_bf16_256",
+        (_, false) => "many_wide_f16_256",
+    };
+    let rows = |pointer, rows| TensorRows {
+        pointer,
+        row_elements: k,
+        rows,
+        row_stride: 2 * k as u64,
+        heads: 1,
+        head_stride: 2 * k as u64,
+        pages: 1,
+        page_stride: 2 * k as u64,
+    };
+    let params = WideParams {
+        x: rows(base.x, m).map()?,
+        w: rows(base.w, n).map()?,
+        base,
+    };
+    let shared = (stages * (128 + width) * 128 + 1024) as u32;
+    // SAFETY: `WideParams` is linear_wide.cuh's; the maps describe the rows that `linear` checked.
+    unsafe { gpu.launch_with(Family::Linear, kernel, (tiles.min(ctas), 1, 1), 384, shared, &params) }
 }

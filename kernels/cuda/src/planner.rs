@@ -4,10 +4,10 @@
 use std::ops::Range;
 
 use crate::{
-    Buffer, DeviceTiles, Dtype, Family, Gpu, GpuError, HeadTiles, KvShape, KvView, Plain, Query, TileList,
+    Buffer, DeviceTiles, Dtype, Family, Gpu, GpuError, HeadMask, KvShape, KvView, Mask, Plain, Query,
     block_sparse::{BlockSparse, Blocks},
     plan::ROWS,
-    prefill::relative_list,
+    tiles::{DENSE_LIST, LIST_WORDS, read_list, relative_list},
     vertical_slash::{Slashes, VerticalSlash},
     view::RawView,
 };
@@ -16,7 +16,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HeadPlan {
     /// The same distances for every row block, whatever the prompt: dense, A-shape.
-    Fixed(HeadTiles),
+    Fixed(HeadMask),
     /// Columns and diagonals that the last 64 queries of a part attend to.
     VerticalSlash(VerticalSlash),
     /// The key blocks whose mean fits the mean query of a row block.
@@ -102,9 +102,8 @@ struct LayerPlans {
     block_sparse: Heads<BlockSparse>,
 }
 
-/// Words of a head's plan and of a list, see planner.cuh.
-const PLAN_WORDS: usize = 14;
-const LIST_WORDS: usize = 7;
+/// Words of a head's plan, see planner.cuh.
+const PLAN_WORDS: usize = 6 + LIST_WORDS;
 
 #[repr(C)]
 struct ListsParams {
@@ -125,7 +124,6 @@ pub struct Planner {
     layers: Vec<LayerPlans>,
     /// What `tiles.numbers` begins with: the numbers of all fixed lists.
     fixed: Vec<u32>,
-    dense: [u32; LIST_WORDS],
     tiles: DeviceTiles,
     slashes: Slashes,
     blocks: Blocks,
@@ -152,16 +150,9 @@ impl Planner {
             return Err(GpuError::shape("planner", why));
         }
         let mut fixed = Vec::new();
-        let everything = HeadTiles::dense(tokens_max);
-        let dense = match &everything {
-            HeadTiles::Relative { tiles, columns } => relative_list(tiles, columns, &mut fixed),
-            HeadTiles::Absolute { .. } => {
-                return Err(GpuError::shape("planner", "dense tiles by row block".to_owned()));
-            }
-        };
         let layers = layers
             .iter()
-            .map(|heads| LayerPlans::new(gpu, heads, (&everything, dense), &mut fixed))
+            .map(|heads| LayerPlans::new(gpu, heads, &mut fixed))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             shape,
@@ -169,7 +160,6 @@ impl Planner {
             tokens_max,
             layers,
             fixed,
-            dense,
             tiles: DeviceTiles {
                 heads: gpu.zeros(2 * q_heads)?,
                 lists: gpu.zeros(0)?,
@@ -224,7 +214,7 @@ impl Planner {
             lists: self.tiles.lists.pointer,
             parts: call.parts,
             row_blocks: call.row_blocks as u32,
-            dense: self.dense,
+            dense: DENSE_LIST,
         };
         let grid = (call.row_blocks.div_ceil(128) as u32, self.q_heads as u32, 1);
         // SAFETY: `ListsParams` is plan.cu's; there are as many plans as heads, and room for a list of each row block.
@@ -303,30 +293,17 @@ impl Planner {
         })
     }
 
-    /// The lists that were made last, by query head and row block: tiles as the kernel takes them, and columns; waits for the
+    /// The lists that were made last, by query head and row block, each as if that row block were the only one; waits for the
     /// device.
     ///
     /// # Errors
     /// If the device failed.
-    pub fn lists(&self) -> Result<Vec<Vec<HeadTiles>>, GpuError> {
+    pub fn lists(&self) -> Result<Vec<Vec<HeadMask>>, GpuError> {
         let lists = self.tiles.lists.download()?;
         let numbers = self.tiles.numbers.download()?;
-        let some = |first: u32, count: u32| numbers[first as usize..(first + count) as usize].to_vec();
-        let one = |list: &[u32]| match *list {
-            [first, count, .., 1] => HeadTiles::Absolute {
-                rows: vec![some(first, count)],
-            },
-            [first, count, column, columns, ..] => HeadTiles::Relative {
-                tiles: some(first, count),
-                columns: some(column, columns),
-            },
-            _ => HeadTiles::Absolute { rows: Vec::new() },
-        };
-        let used = &lists[..self.q_heads * self.tiles.blocks * LIST_WORDS];
-        let heads = used.chunks_exact((self.tiles.blocks * LIST_WORDS).max(1));
-        Ok(heads
-            .map(|head| head.chunks_exact(LIST_WORDS).map(one).collect())
-            .collect())
+        let lists = &lists.as_chunks::<LIST_WORDS>().0[..self.q_heads * self.tiles.blocks];
+        let heads = lists.chunks_exact(self.tiles.blocks.max(1));
+        Ok(heads.map(|head| head.iter().map(|list| read_list(list, &numbers)).collect()).collect())
     }
 
     /// Of the Vertical-Slash heads and parts that were planned for last, in this order: sums by column and by diagonal, each
@@ -349,34 +326,23 @@ impl Planner {
 }
 
 impl LayerPlans {
-    fn new(
-        gpu: &Gpu,
-        heads: &[HeadPlan],
-        (everything, dense): (&HeadTiles, [u32; LIST_WORDS]),
-        fixed: &mut Vec<u32>,
-    ) -> Result<Self, GpuError> {
-        TileList::new(
-            heads
-                .iter()
-                .filter_map(|head| match head {
-                    HeadPlan::Fixed(tiles) => Some(tiles.clone()),
-                    _ => None,
-                })
-                .collect(),
-        )
-        .map_err(|error| GpuError::shape("planner", error.to_string()))?;
+    fn new(gpu: &Gpu, heads: &[HeadPlan], fixed: &mut Vec<u32>) -> Result<Self, GpuError> {
+        let masks = heads.iter().filter_map(|head| match head {
+            HeadPlan::Fixed(mask) => Some(mask.clone()),
+            _ => None,
+        });
+        Mask::new(ROWS, masks.collect()).map_err(|error| GpuError::shape("planner", error.to_string()))?;
         let (mut words, mut slash_heads, mut block_heads) = (Vec::new(), Vec::new(), Vec::new());
         let mut slashes_most = VerticalSlash::NOTHING;
-        let mut blocks_most = BlockSparse { blocks: 0, sink: 0 };
+        let mut blocks_most = BlockSparse { blocks: 0 };
         for (head, plan) in heads.iter().enumerate() {
             let mut record = [0u32; PLAN_WORDS];
             match plan {
-                // That list is there already.
-                HeadPlan::Fixed(tiles) if tiles == everything => record[7..].copy_from_slice(&dense),
-                HeadPlan::Fixed(HeadTiles::Relative { tiles, columns }) => {
-                    record[7..].copy_from_slice(&relative_list(tiles, columns, fixed));
+                HeadPlan::Fixed(HeadMask::Dense) => record[6..].copy_from_slice(&DENSE_LIST),
+                HeadPlan::Fixed(HeadMask::Relative { tiles, columns }) => {
+                    record[6..].copy_from_slice(&relative_list(tiles, columns, fixed));
                 }
-                HeadPlan::Fixed(HeadTiles::Absolute { .. }) => {
+                HeadPlan::Fixed(HeadMask::Absolute { .. }) => {
                     let why = format!("head {head}: fixed tiles by row block");
                     return Err(GpuError::shape("planner", why));
                 }
@@ -393,7 +359,7 @@ impl LayerPlans {
                     blocks_most.blocks = blocks_most.blocks.max(plan.blocks);
                     block_heads.push(head as u32);
                     record[0] = 2;
-                    record[5..7].copy_from_slice(&[plan.blocks, plan.sink].map(|number| number as u32));
+                    record[5] = plan.blocks as u32;
                 }
             }
             words.extend(record);

@@ -1,7 +1,9 @@
-//! Attention of a prompt's queries over a list of tiles.
+//! Attention of prompts' queries over a list of tiles.
+
+use std::ops::Range;
 
 use crate::{
-    Buffer, Dtype, Family, Gpu, GpuError, HeadTiles, KvView, Plain, Query, TileList,
+    Buffer, DeviceTiles, Dtype, Family, Gpu, GpuError, KvView, Plain, Query,
     plan::{ROWS, TILE},
     tensor_map::{Rows, TensorMap},
     view::RawView,
@@ -26,86 +28,22 @@ impl Products {
     }
 }
 
-/// A [`TileList`] on the device.
-#[derive(Debug)]
-pub struct DeviceTiles {
-    pub(crate) heads: Buffer<u32>,
-    pub(crate) lists: Buffer<u32>,
-    pub(crate) numbers: Buffer<u32>,
-    pub(crate) q_heads: usize,
-    /// Row blocks that every head with lists of its own per block has.
-    pub(crate) blocks: usize,
+/// A sequence of a batch: the queries of its last positions, whose keys and values, these rows' own included, are in a view.
+#[derive(Clone, Debug)]
+pub struct PrefillSequence<'a> {
+    /// Which rows of the queries are its.
+    pub rows: Range<usize>,
+    /// Keys and values of all its positions.
+    pub view: KvView<'a>,
 }
 
-impl DeviceTiles {
-    /// Copies a list to the device, and waits.
-    ///
-    /// # Errors
-    /// If it has more than 2^32 numbers, or the device has no room.
-    pub fn upload(gpu: &Gpu, list: &TileList) -> Result<Self, GpuError> {
-        let (mut heads, mut lists, mut numbers) = (Vec::new(), Vec::new(), Vec::new());
-        let mut blocks = usize::MAX;
-        for head in list.heads() {
-            heads.push(lists.len() as u32 / 7);
-            match head {
-                HeadTiles::Relative { tiles, columns } => {
-                    heads.push(0);
-                    lists.extend(relative_list(tiles, columns, &mut numbers));
-                }
-                HeadTiles::Absolute { rows } => {
-                    heads.push(1);
-                    blocks = blocks.min(rows.len());
-                    for tiles in rows {
-                        lists.extend([numbers.len() as u32, tiles.len() as u32, 0, 0, 0, 0, 1]);
-                        numbers.extend(tiles);
-                    }
-                }
-            }
-        }
-        if u32::try_from(numbers.len()).is_err() || u32::try_from(lists.len()).is_err() {
-            return Err(GpuError::shape(
-                "tiles",
-                format!("{} numbers; 2^32 are possible", numbers.len()),
-            ));
-        }
-        Ok(Self {
-            heads: gpu.upload(&heads)?,
-            lists: gpu.upload(&lists)?,
-            numbers: gpu.upload(&numbers)?,
-            q_heads: list.heads().len(),
-            blocks,
-        })
-    }
-}
+/// Sequences that one launch takes.
+pub const SEQUENCES: usize = 64;
 
-/// A list, see prefill.cuh, whose numbers are appended to `numbers`.
-pub(crate) fn relative_list(tiles: &[u32], columns: &[u32], numbers: &mut Vec<u32>) -> [u32; 7] {
-    let first = numbers.len();
-    numbers.extend(tiles);
-    let column = numbers.len();
-    numbers.extend(columns);
-    let cover = numbers.len();
-    let words = cover_words(tiles);
-    numbers.extend(&words);
-    [first, tiles.len(), column, columns.len(), cover, 32 * words.len(), 0].map(|number| number as u32)
-}
-
-/// Bit `u - 1` is set if a tile holds distance `u`.
-fn cover_words(tiles: &[u32]) -> Vec<u32> {
-    let bits = tiles.last().map_or(0, |&tile| tile as usize + crate::plan::TILE);
-    let mut words = vec![0u32; bits.div_ceil(32)];
-    for &tile in tiles {
-        for bit in tile as usize..tile as usize + crate::plan::TILE {
-            words[bit / 32] |= 1 << (bit % 32);
-        }
-    }
-    words
-}
-
-/// Attention of the last `rows` positions of a sequence whose keys and values, these rows' own included, are in a view.
+/// Attention of the last positions of one sequence or of several.
 #[derive(Clone, Copy, Debug)]
 pub struct Prefill {
-    /// Queries.
+    /// Queries, of all sequences and between them.
     pub rows: usize,
     /// Query heads, a multiple of the KV heads.
     pub q_heads: usize,
@@ -113,6 +51,19 @@ pub struct Prefill {
     pub scale: f32,
     /// Which instructions multiply; [`Products::best`] unless there is a reason.
     pub products: Products,
+}
+
+/// The kernels' `Sequence`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct RawSequence {
+    pages: u64,
+    tokens: u32,
+    rows: u32,
+    offset: u32,
+    first_row: u32,
+    first_block: u32,
+    first_list: u32,
 }
 
 #[repr(C)]
@@ -126,9 +77,11 @@ struct PrefillParams {
     numbers: u64,
     scale: f32,
     rows: u32,
-    offset: u32,
+    blocks: u32,
     q_heads: u32,
     heads_per_kv: u32,
+    count: u32,
+    sequences: [RawSequence; SEQUENCES],
 }
 
 #[repr(C)]
@@ -138,7 +91,6 @@ struct WideParams {
     v: TensorMap,
     base: PrefillParams,
     section: u32,
-    blocks: u32,
     tensors: u32,
 }
 
@@ -148,7 +100,7 @@ const SECTION_BYTES: usize = 24 << 20;
 
 impl Prefill {
     /// Writes the output, `[rows, q_heads, head_dim]` in the type of queries, keys and values (bf16 or f16), and the base-2
-    /// logs of the sums of weights, `[q_heads, rows]`. A row that sees nothing has zeros and `-inf`.
+    /// logs of the sums of weights, `[q_heads, rows]`, of one sequence. A row that sees nothing has zeros and `-inf`.
     ///
     /// Products are summed in f32, and weights are rounded to the keys' type before they meet the values: within 1e-2
     /// (bf16) or 2e-3 (f16) of f64 in the relative 2-norm; the logs within 1e-3.
@@ -174,32 +126,38 @@ impl Prefill {
             );
             return Err(GpuError::shape("prefill", why));
         }
-        self.attend_at(gpu, q, view, tiles, out, 0, out_lse)
+        let whole = [PrefillSequence {
+            rows: 0..self.rows,
+            view: *view,
+        }];
+        self.attend_batch(gpu, q, &whole, tiles, out, 0, out_lse)
     }
 
-    /// The same into the rows of `out`, `[.., q_heads, head_dim]`, that begin at `to`; `out_lse` may have room to spare.
+    /// The same for several sequences of any lengths, in one launch for up to [`SEQUENCES`] of them, into the rows of `out`,
+    /// `[.., q_heads, head_dim]`, that begin at `to`; rows of no sequence stay as they are, and `out_lse` may have room to spare.
+    /// A row has the same bits as alone. Lists by row block count those of the sequences one after another, as they are given.
     ///
     /// # Errors
-    /// As there.
+    /// As there; if rows of sequences overlap; or if there are several and they are not all in pages of one pool.
     #[expect(
         clippy::too_many_arguments,
         reason = "a kernel's operands, each with a name of its own"
     )]
-    pub fn attend_at<T: Plain>(
+    pub fn attend_batch<T: Plain>(
         &self,
         gpu: &Gpu,
         q: Query<'_>,
-        view: &KvView<'_>,
+        sequences: &[PrefillSequence<'_>],
         tiles: &DeviceTiles,
         out: &mut Buffer<T>,
         to: usize,
         out_lse: &mut Buffer<f32>,
     ) -> Result<(), GpuError> {
-        let (shape, refuse) = (view.shape, |why: String| Err(GpuError::shape("prefill", why)));
-        let elements = self
-            .rows
-            .checked_mul(self.q_heads)
-            .and_then(|rows| rows.checked_mul(shape.head_dim));
+        let refuse = |why: String| Err(GpuError::shape("prefill", why));
+        let Some(PrefillSequence { view: first, .. }) = sequences.first() else {
+            return Ok(());
+        };
+        let shape = first.shape;
         if self.q_heads == 0 || !self.q_heads.is_multiple_of(shape.kv_heads) || self.q_heads > 65_535 {
             return refuse(format!("{} query heads over {} KV heads", self.q_heads, shape.kv_heads));
         }
@@ -209,12 +167,15 @@ impl Prefill {
                 shape.dtype
             ));
         }
-        let first = to.checked_mul(self.q_heads * shape.head_dim);
-        let end = elements.and_then(|elements| elements.checked_add(first?));
-        let fits = end.is_some_and(|end| end <= out.len()) && out_lse.len() >= self.rows * self.q_heads;
-        if elements != Some(q.elements) || !fits {
+        let width = self.q_heads * shape.head_dim;
+        let elements = self.rows.checked_mul(width);
+        let end = to
+            .checked_add(self.rows)
+            .and_then(|rows| rows.checked_mul(width))
+            .filter(|&end| end <= out.len());
+        if elements != Some(q.elements) || end.is_none() || out_lse.len() < self.rows * self.q_heads {
             return refuse(format!(
-                "{} rows of {} heads of {}: {} query elements, room for {} and {} logs",
+                "{} rows of {} heads of {}: {} query elements, room for {} from row {to} on and {} logs",
                 self.rows,
                 self.q_heads,
                 shape.head_dim,
@@ -223,14 +184,7 @@ impl Prefill {
                 out_lse.len()
             ));
         }
-        if self.rows > view.tokens() || view.raw.has_lengths() {
-            return refuse(format!(
-                "{} rows of {} tokens, whose number must be the host's",
-                self.rows,
-                view.tokens()
-            ));
-        }
-        let blocks = self.rows.div_ceil(ROWS);
+        let blocks = self.check_sequences(sequences)?;
         if tiles.q_heads != self.q_heads || tiles.blocks < blocks {
             return refuse(format!(
                 "tiles of {} heads and {} row blocks",
@@ -243,10 +197,89 @@ impl Prefill {
         if self.products == Products::Wgmma && gpu.capability() != (9, 0) {
             return refuse(format!("{} has no wgmma; use Products::Mma", gpu.name()));
         }
-        if self.rows == 0 {
-            return Ok(());
+        let mut first_list = 0;
+        for some in sequences.chunks(SEQUENCES) {
+            let params = PrefillParams {
+                view: first.raw,
+                q: q.pointer,
+                out: out.pointer + (2 * to * width) as u64,
+                out_lse: out_lse.pointer,
+                heads: tiles.heads.pointer,
+                lists: tiles.lists.pointer,
+                numbers: tiles.numbers.pointer,
+                scale: self.scale * std::f32::consts::LOG2_E,
+                rows: self.rows as u32,
+                blocks: 0,
+                q_heads: self.q_heads as u32,
+                heads_per_kv: (self.q_heads / shape.kv_heads) as u32,
+                count: 0,
+                sequences: [RawSequence::default(); SEQUENCES],
+            };
+            self.launch(gpu, q, some, &mut first_list, params)?;
         }
-        let wide = self.products == Products::Wgmma;
+        Ok(())
+    }
+
+    /// Row blocks of all sequences.
+    fn check_sequences(&self, sequences: &[PrefillSequence<'_>]) -> Result<usize, GpuError> {
+        let mut ranges: Vec<_> = sequences.iter().map(|sequence| sequence.rows.clone()).collect();
+        ranges.sort_by_key(|rows| rows.start);
+        let apart = ranges.windows(2).all(|pair| pair[0].end <= pair[1].start);
+        let inside = ranges
+            .iter()
+            .all(|rows| rows.start <= rows.end && rows.end <= self.rows);
+        let first = &sequences[0].view;
+        for PrefillSequence { rows, view } in sequences {
+            if rows.len() > view.tokens() || view.raw.has_lengths() {
+                let why = format!("{rows:?} of {} tokens, whose number must be the host's", view.tokens());
+                return Err(GpuError::shape("prefill", why));
+            }
+            let together = sequences.len() == 1 || (view.raw.pages() != 0 && view.shares_pool(first));
+            if !(together && apart && inside) {
+                let why = format!(
+                    "{} sequences in {} rows: theirs must not overlap, and their keys and values be in pages of one pool",
+                    sequences.len(),
+                    self.rows
+                );
+                return Err(GpuError::shape("prefill", why));
+            }
+        }
+        Ok(ranges.iter().map(|rows| rows.len().div_ceil(ROWS)).sum())
+    }
+
+    fn launch(
+        &self,
+        gpu: &Gpu,
+        q: Query<'_>,
+        sequences: &[PrefillSequence<'_>],
+        first_list: &mut u32,
+        mut params: PrefillParams,
+    ) -> Result<(), GpuError> {
+        let mut raw = Vec::with_capacity(sequences.len());
+        for PrefillSequence { rows, view } in sequences.iter().filter(|sequence| !sequence.rows.is_empty()) {
+            raw.push(RawSequence {
+                pages: view.raw.pages(),
+                tokens: view.raw.tokens,
+                rows: rows.len() as u32,
+                offset: (view.tokens() - rows.len()) as u32,
+                first_row: rows.start as u32,
+                first_block: 0,
+                first_list: *first_list,
+            });
+            *first_list += rows.len().div_ceil(ROWS) as u32;
+        }
+        // The longest are worked through first, from the end.
+        raw.sort_by_key(|sequence| sequence.tokens);
+        for (to, sequence) in params.sequences.iter_mut().zip(&raw) {
+            *to = RawSequence {
+                first_block: params.blocks,
+                ..*sequence
+            };
+            params.blocks += sequence.rows.div_ceil(ROWS as u32);
+        }
+        params.count = raw.len() as u32;
+        let view = &sequences[0].view;
+        let (shape, wide) = (view.shape, self.products == Products::Wgmma);
         let kernel = match (shape.dtype, shape.head_dim, wide) {
             (Dtype::Bf16, 64, false) => "prefill_bf16_64",
             (Dtype::Bf16, _, false) => "prefill_bf16_128",
@@ -257,29 +290,20 @@ impl Prefill {
             (_, 64, true) => "prefill_wide_f16_64",
             (_, _, true) => "prefill_wide_f16_128",
         };
-        let params = PrefillParams {
-            view: view.raw,
-            q: q.pointer,
-            out: out.pointer + (2 * to * self.q_heads * shape.head_dim) as u64,
-            out_lse: out_lse.pointer,
-            heads: tiles.heads.pointer,
-            lists: tiles.lists.pointer,
-            numbers: tiles.numbers.pointer,
-            scale: self.scale * std::f32::consts::LOG2_E,
-            rows: self.rows as u32,
-            offset: (view.tokens() - self.rows) as u32,
-            q_heads: self.q_heads as u32,
-            heads_per_kv: (self.q_heads / shape.kv_heads) as u32,
-        };
+        if params.count == 0 {
+            return Ok(());
+        }
         if wide {
-            return self.launch_wide(gpu, kernel, params, q, view);
+            let pages = sequences.iter().map(|sequence| sequence.view.pages()).max();
+            return self.launch_wide(gpu, kernel, params, q, view, pages.unwrap_or(1));
         }
         let shared = ((ROWS + 2 * 2 * TILE) * shape.head_dim * 2 + 1024) as u32;
-        let grid = (blocks as u32, self.q_heads as u32, 1);
-        // SAFETY: `PrefillParams` is prefill.cu's; the view was checked when it was made, the lists come from a `TileList` or
-        // from `vs_build`, which keep tiles and columns below 2^30, and the kernel reads no key outside the view.
+        let grid = (params.blocks, self.q_heads as u32, 1);
+        // SAFETY: `PrefillParams` is prefill.cu's; the views were checked when they were made, the lists come from a `Mask` or
+        // from `vs_build`, which keep tiles and columns below 2^30, and the kernel reads no key outside the views.
         unsafe { gpu.launch_with(Family::Prefill, kernel, grid, 128, shared, &params) }
     }
+
     fn launch_wide(
         &self,
         gpu: &Gpu,
@@ -287,6 +311,7 @@ impl Prefill {
         base: PrefillParams,
         q: Query<'_>,
         view: &KvView<'_>,
+        pages: usize,
     ) -> Result<(), GpuError> {
         let shape = view.shape;
         let queries = Rows {
@@ -299,23 +324,14 @@ impl Prefill {
             pages: 1,
             page_stride: (shape.head_dim * 2) as u64,
         };
-        let (k, v, tensors) = match view.rows() {
+        let (k, v, tensors) = match view.rows(pages) {
             Some([k, v]) => (k.map()?, v.map()?, 1),
             None => (TensorMap::default(), TensorMap::default(), 0),
         };
-        let kv_bytes = 2 * view.tokens() * shape.head_dim * 2;
+        let longest = base.sequences[base.count as usize - 1].tokens as usize;
+        let kv_bytes = 2 * longest * shape.head_dim * 2;
         let together = (SECTION_BYTES / kv_bytes).clamp(1, shape.kv_heads);
-        let blocks = self.rows.div_ceil(ROWS);
-        let params = WideParams {
-            q: queries.map()?,
-            k,
-            v,
-            section: together as u32 * base.heads_per_kv,
-            base,
-            blocks: blocks as u32,
-            tensors,
-        };
-        let Some(grid) = blocks
+        let Some(ctas) = (base.blocks as usize)
             .checked_mul(self.q_heads)
             .filter(|&ctas| i32::try_from(ctas).is_ok())
         else {
@@ -325,9 +341,17 @@ impl Prefill {
             );
             return Err(GpuError::shape("prefill", why));
         };
+        let params = WideParams {
+            q: queries.map()?,
+            k,
+            v,
+            section: together as u32 * base.heads_per_kv,
+            base,
+            tensors,
+        };
         let stages = if shape.head_dim == 64 { 3 } else { 2 };
         let shared = ((ROWS + stages * 2 * 2 * TILE) * shape.head_dim * 2 + 1024) as u32;
-        // SAFETY: as in `attend`, `WideParams` being prefill_wide.cuh's; the maps describe the queries' and the view's rows.
-        unsafe { gpu.launch_with(Family::Prefill, kernel, (grid as u32, 1, 1), 384, shared, &params) }
+        // SAFETY: as in `launch`, `WideParams` being prefill_wide.cuh's; the maps describe the queries' and the views' rows.
+        unsafe { gpu.launch_with(Family::Prefill, kernel, (ctas as u32, 1, 1), 384, shared, &params) }
     }
 }

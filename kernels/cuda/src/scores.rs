@@ -75,7 +75,7 @@ pub fn key_scores(
 pub(crate) struct TopKSet {
     pub(crate) scores: u64,
     pub(crate) out: u64,
-    /// Of each row how many scores it has and how many are chosen, where that differs; 0: as below.
+    /// Of each row how many scores it has and how many are chosen, at most those below, where that differs; 0: as below.
     pub(crate) lengths: u64,
     pub(crate) n: u32,
     pub(crate) k: u32,
@@ -87,6 +87,7 @@ pub(crate) struct TopKSet {
 struct TopKParams {
     sets: [TopKSet; 2],
     rows: u32,
+    all: u32,
 }
 
 /// Indices of the `k` largest scores of each of `rows` rows, `[rows, k]`, in rising order of index; ties go to the lower
@@ -112,24 +113,31 @@ fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result
     Ok(TopKSet {
         scores: scores.pointer,
         out: out.pointer,
-        lengths: 0,
         n: n as u32,
         k: k as u32,
+        lengths: 0,
         score_stride: n as u32,
         out_stride: k as u32,
     })
 }
 
-/// `ctas` rows, of which the first `rows` are the first set's: one row occupies one multiprocessor, so a few of a second set
-/// take no longer. Addresses and lengths are the caller's to check.
-pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, ctas: usize) -> Result<(), GpuError> {
-    if ctas == 0 || sets.iter().all(|set| set.k == 0 && set.lengths == 0) {
+/// `all` rows, of which the first `rows` are the first set's: a long row occupies one multiprocessor, so a few of a second set take
+/// no longer. Addresses and lengths are the caller's to check.
+pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, all: usize) -> Result<(), GpuError> {
+    if all == 0 || sets.iter().all(|set| set.k == 0) {
         return Ok(());
     }
     let params = TopKParams {
         sets,
         rows: rows as u32,
+        all: all as u32,
     };
-    // SAFETY: `TopKParams` is top_k.cu's; this crate's callers checked the lengths, and there are no more CTAs than rows.
-    unsafe { gpu.launch(Family::TopK, "top_k", (ctas as u32, 1, 1), 1024, &params) }
+    let (kernel, ctas, threads) = match sets.iter().map(|set| set.n).max().unwrap_or(0) {
+        ..=512 => ("top_k_512", all.div_ceil(4), 128),
+        ..=2048 => ("top_k_2048", all.div_ceil(4), 128),
+        ..=16_384 => ("top_k_16384", all, 256),
+        _ => ("top_k", all, 1024),
+    };
+    // SAFETY: `TopKParams` is top_k.cu's; this crate's callers checked the lengths, and the kernels look at no row beyond `all`.
+    unsafe { gpu.launch(Family::TopK, kernel, (ctas as u32, 1, 1), threads, &params) }
 }

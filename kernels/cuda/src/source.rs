@@ -61,6 +61,8 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("kv.cuh", include_str!("../cuda/kv.cuh")),
     ("prefill.cuh", include_str!("../cuda/prefill.cuh")),
     ("prefill_wide.cuh", include_str!("../cuda/prefill_wide.cuh")),
+    ("linear.cuh", include_str!("../cuda/linear.cuh")),
+    ("linear_wide.cuh", include_str!("../cuda/linear_wide.cuh")),
     ("keys.cuh", include_str!("../cuda/keys.cuh")),
     ("planner.cuh", include_str!("../cuda/planner.cuh")),
 ];

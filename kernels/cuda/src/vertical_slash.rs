@@ -203,17 +203,18 @@ impl Slashes {
             self.estimate(call, heads.count, parts, params)?;
             let item = first * heads.count;
             let columns = lists.numbers + 4 * (lists.first_number as usize + item * room.stride() + room.tiles) as u64;
-            let set = |scores: &Buffer<f32>, out: u64, stride: usize, nth: usize| TopKSet {
+            let set = |nth: usize, scores: &Buffer<f32>, out: u64, k: usize, stride: usize| TopKSet {
                 scores: scores.pointer,
                 out,
                 lengths: self.lengths.pointer + (8 * nth * items) as u64,
+                n: call.tokens() as u32,
+                k: k as u32,
                 score_stride: width as u32,
                 out_stride: stride as u32,
-                ..TopKSet::default()
             };
             let sets = [
-                set(&self.columns, columns, room.stride(), 0),
-                set(&self.diagonals, self.slashes.pointer, room.slashes, 1),
+                set(0, &self.columns, columns, room.columns, room.stride()),
+                set(1, &self.diagonals, self.slashes.pointer, room.slashes, room.slashes),
             ];
             launch_top_k(gpu, sets, items, 2 * items)?;
             let params = BuildParams {

@@ -30,7 +30,7 @@ impl PageTable {
 
 /// The kernels' `View`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct RawView {
     k: u64,
     v: u64,
@@ -279,8 +279,24 @@ impl<'a> KvView<'a> {
         })
     }
 
-    /// Where all keys and all values lie, for tensor copies of 64 rows; none if such 64 rows may be in several pages.
-    pub(crate) fn rows(&self) -> Option<[Rows; 2]> {
+    /// Above every page number; 1 without pages.
+    pub(crate) const fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Whether the two differ in their pages and lengths alone.
+    pub(crate) fn shares_pool(&self, other: &Self) -> bool {
+        let alike = RawView {
+            pages: other.raw.pages,
+            tokens: other.raw.tokens,
+            ..self.raw
+        };
+        self.shape == other.shape && alike == other.raw
+    }
+
+    /// Where all keys and all values lie, in `pages` pages, for tensor copies of 64 rows; none if such 64 rows may be in several
+    /// pages.
+    pub(crate) fn rows(&self, pages: usize) -> Option<[Rows; 2]> {
         let (raw, paged) = (&self.raw, self.raw.pages != 0);
         if paged && !raw.page_tokens.is_multiple_of(crate::plan::TILE as u32) {
             return None;
@@ -292,7 +308,7 @@ impl<'a> KvView<'a> {
             row_stride: raw.token_stride.into(),
             heads: self.shape.kv_heads,
             head_stride: raw.head_stride,
-            pages: self.pages,
+            pages,
             page_stride: if paged {
                 raw.page_stride
             } else {

@@ -22,7 +22,7 @@ mod weights;
 use std::path::PathBuf;
 
 use kvasir_block::KvSchema;
-use kvasir_cuda::{DeviceTiles, Dtype, Gpu, GpuError, HeadTiles, KvShape, Options, Pairs, Products, Rope, TileList};
+use kvasir_cuda::{DeviceTiles, Dtype, Gpu, GpuError, KvShape, Options, Pairs, Products, Rope};
 
 use self::{scratch::Scratch, sparse::GpuSparse, weights::GpuWeights};
 use crate::{LoadError, MadeUp, ModelFile, ModelShape, PagePool, PoolError, SparsePrefill, StepError, file::FORWARD};
@@ -30,7 +30,7 @@ use crate::{LoadError, MadeUp, ModelFile, ModelShape, PagePool, PoolError, Spars
 pub(crate) use self::pages::DevicePages;
 
 /// How the kernels and the forward order their floating-point steps; changes whenever the bits of named blocks change.
-const KERNELS: &str = "cuda/1";
+const KERNELS: &str = "cuda/2";
 
 /// Which GPU, where its compiler is, and what it takes of the host's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +131,7 @@ pub(crate) struct GpuModel {
     kv: KvShape,
     weights: GpuWeights,
     rope: Rope,
-    /// Full causal attention over the longest context.
+    /// Full causal attention.
     dense: DeviceTiles,
     products: Products,
     sparse: Option<GpuSparse>,
@@ -184,8 +184,6 @@ impl GpuModel {
         }
         let weights = weights(&gpu)?;
         let (context, dims) = (shape.context_tokens_max, shape.rope_dims);
-        let tiles = TileList::new(vec![HeadTiles::dense(context); shape.q_heads])
-            .map_err(|error| LoadError::Gpu(error.to_string()))?;
         Ok(Self {
             kv: KvShape {
                 dtype: Dtype::F16,
@@ -193,7 +191,7 @@ impl GpuModel {
                 head_dim: shape.head_dim,
             },
             rope: Rope::new(&gpu, context, dims, shape.rope_theta, Pairs::Interleaved).map_err(load_error)?,
-            dense: DeviceTiles::upload(&gpu, &tiles).map_err(load_error)?,
+            dense: DeviceTiles::dense(&gpu, shape.q_heads).map_err(load_error)?,
             products: Products::best(&gpu),
             landing_bytes: device.landing_bytes,
             sparse: None,

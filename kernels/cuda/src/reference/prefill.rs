@@ -2,7 +2,7 @@
 
 use super::{Rows, round_query};
 use crate::{
-    KvShape, TileList,
+    KvShape, Mask,
     plan::{ROWS, TILE},
 };
 
@@ -14,7 +14,7 @@ pub fn prefill(
     q: &[f32],
     q_heads: usize,
     kv: &Rows,
-    tiles: &TileList,
+    tiles: &Mask,
     scale: f32,
 ) -> (Vec<f64>, Vec<f64>) {
     let d = shape.head_dim;

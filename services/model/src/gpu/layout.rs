@@ -34,6 +34,13 @@ pub(super) struct SequenceRows {
     pub(super) local: bool,
 }
 
+impl SequenceRows {
+    /// Prompt rows, those that only fill their row block included.
+    pub(super) fn rows(&self) -> Range<usize> {
+        self.prompt.start - self.filling..self.prompt.end
+    }
+}
+
 impl RowLayout {
     pub(super) fn new(batch: &[StepSequence<'_>], plan: &Plan, block_tokens: usize) -> Result<Self, StepError> {
         let mut out = Self {

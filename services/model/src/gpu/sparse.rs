@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use kvasir_block::KvSchema;
-use kvasir_cuda::{BlockSparse, Gpu, HeadPlan, HeadTiles, KvShape, Planner, SparseRows, VerticalSlash, plan};
+use kvasir_cuda::{BlockSparse, Gpu, HeadMask, HeadPlan, KvShape, Planner, SparseRows, VerticalSlash, plan};
 use kvasir_sparse::Pattern;
 
 use super::{layout::SequenceRows, load_error};
@@ -54,25 +54,24 @@ impl GpuSparse {
         self.from
     }
 
-    /// The rows of a sequence's launch and those of them that are sparse; `None` where all attend densely.
-    pub(super) fn rows(&self, sequence: &SequenceRows) -> Option<SparseRows> {
+    /// The rows of a sequence's launch and those of them that are sparse, which begin with a block, and so with a row block.
+    pub(super) fn rows(&self, sequence: &SequenceRows) -> SparseRows {
         let Range { start, end } = sequence.sparse;
-        // A sparse sequence begins with a block, and so with a row block.
-        (start < end).then(|| SparseRows {
-            rows: sequence.filling + sequence.prompt.len(),
+        SparseRows {
+            rows: sequence.rows().len(),
             sparse: sequence.filling + start..sequence.filling + end,
             part_rows: self.block_tokens,
-        })
+        }
     }
 }
 
 /// What a pattern is on the device, for prompts of up to `tokens` tokens.
 fn head_plan(pattern: &Pattern, tokens: usize) -> Result<HeadPlan, String> {
     Ok(match *pattern {
-        Pattern::Dense => HeadPlan::Fixed(HeadTiles::dense(tokens)),
+        Pattern::Dense => HeadPlan::Fixed(HeadMask::Dense),
         Pattern::AShape { initial, local } => {
             let [initial, local] = [initial, local].map(|count| (count as usize).min(tokens));
-            HeadPlan::Fixed(HeadTiles::a_shape(initial, local))
+            HeadPlan::Fixed(HeadMask::a_shape(plan::ROWS, initial, local))
         }
         Pattern::VerticalSlash {
             verticals,
@@ -104,9 +103,9 @@ mod tests {
     #[test]
     fn patterns_become_plans() {
         let plans = [
-            ("dense", HeadPlan::Fixed(HeadTiles::dense(1000))),
-            ("a-shape:4,100", HeadPlan::Fixed(HeadTiles::a_shape(4, 100))),
-            ("a-shape:4,5000", HeadPlan::Fixed(HeadTiles::a_shape(4, 1000))),
+            ("dense", HeadPlan::Fixed(HeadMask::Dense)),
+            ("a-shape:4,100", HeadPlan::Fixed(HeadMask::a_shape(plan::ROWS, 4, 100))),
+            ("a-shape:4,5000", HeadPlan::Fixed(HeadMask::a_shape(plan::ROWS, 4, 1000))),
             (
                 "vertical-slash:10,60",
                 HeadPlan::VerticalSlash(VerticalSlash {
@@ -118,12 +117,12 @@ mod tests {
             ),
             (
                 "block-sparse:100",
-                HeadPlan::BlockSparse(BlockSparse { blocks: 100, sink: 1 }),
+                HeadPlan::BlockSparse(BlockSparse { blocks: 100 }),
             ),
             // What is always kept fits.
             (
                 "block-sparse:1",
-                HeadPlan::BlockSparse(BlockSparse { blocks: 4, sink: 1 }),
+                HeadPlan::BlockSparse(BlockSparse { blocks: 3 }),
             ),
         ];
         for (text, plan) in plans {

@@ -3,12 +3,12 @@
 use std::{ops::Range, sync::Arc};
 
 use kvasir_cuda::{
-    Dtype, GpuError, KvView, Prefill, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm, silu_mul,
+    Dtype, GpuError, KvView, Prefill, PrefillSequence, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm, silu_mul,
 };
 
 use super::{
     GpuModel,
-    layout::RowLayout,
+    layout::{RowLayout, SequenceRows},
     output::drawn_rows,
     pages::DevicePages,
     scratch::{Room, SAMPLED_ROWS, Scratch},
@@ -267,36 +267,45 @@ impl GpuModel {
         )
     }
 
+    /// Dense prompts of all sequences in one launch; a sparse one has lists of its own.
     fn attend_prompts(
         &self,
         layout: &RowLayout,
         layer: usize,
         pages: &mut DevicePages,
-        mut sparse: Option<&mut GpuSparse>,
+        sparse: Option<&mut GpuSparse>,
         scratch: &mut Scratch,
     ) -> Result<(), GpuError> {
         let (width, scale) = (self.shape.q_heads * self.shape.head_dim, self.shape.softmax_scale());
-        let prompts = layout.sequences.iter().enumerate();
-        for (index, sequence) in prompts.filter(|(_, sequence)| !sequence.prompt.is_empty()) {
-            let rows = sequence.prompt.start - sequence.filling..sequence.prompt.end;
-            let pool = &*pages.layer(layer);
-            let view = KvView::of_step(self.kv, pool, &scratch.step, index, sequence.prompt_end)?;
-            let query = Query::rows(&scratch.q, Dtype::F16, rows.clone(), width)?;
-            let prefill = Prefill {
-                rows: rows.len(),
-                q_heads: self.shape.q_heads,
-                scale,
-                products: self.products,
-            };
-            let planned = sparse
-                .as_mut()
-                .and_then(|sparse| Some((sparse.rows(sequence)?, &mut sparse.planner)));
-            let tiles = match planned {
-                Some((rows, planner)) => planner.build(&self.gpu, layer, query, &rows, &view, scale)?,
-                None => &self.dense,
-            };
-            let (out, lse) = (&mut scratch.attended, &mut scratch.lse);
-            prefill.attend_at(&self.gpu, query, &view, tiles, out, rows.start, lse)?;
+        let pool = &*pages.layer(layer);
+        let prompts = || {
+            let all = layout.sequences.iter().enumerate();
+            all.filter(|(_, sequence)| !sequence.prompt.is_empty())
+        };
+        let prefilled = |(index, sequence): (usize, &SequenceRows)| {
+            Ok::<_, GpuError>(PrefillSequence {
+                rows: sequence.rows(),
+                view: KvView::of_step(self.kv, pool, &scratch.step, index, sequence.prompt_end)?,
+            })
+        };
+        let prefill = Prefill {
+            rows: layout.prompt,
+            q_heads: self.shape.q_heads,
+            scale,
+            products: self.products,
+        };
+        let (out, lse) = (&mut scratch.attended, &mut scratch.lse);
+        let query = Query::rows(&scratch.q, Dtype::F16, 0..layout.prompt, width)?;
+        let dense = prompts().filter(|(_, sequence)| sequence.sparse.is_empty());
+        let dense = dense.map(prefilled).collect::<Result<Vec<_>, _>>()?;
+        prefill.attend_batch(&self.gpu, query, &dense, &self.dense, out, 0, lse)?;
+        let Some(sparse) = sparse else { return Ok(()) };
+        for (index, sequence) in prompts().filter(|(_, sequence)| !sequence.sparse.is_empty()) {
+            let one = prefilled((index, sequence))?;
+            let own = Query::rows(&scratch.q, Dtype::F16, sequence.rows(), width)?;
+            let rows = sparse.rows(sequence);
+            let tiles = sparse.planner.build(&self.gpu, layer, own, &rows, &one.view, scale)?;
+            prefill.attend_batch(&self.gpu, query, &[one], tiles, out, 0, lse)?;
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
 //! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it.
 
 use kvasir_cuda::{
-    BlockSparse, Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadPlan, HeadTiles, KvShape, KvView, PageTable, Planner,
-    Prefill, Products, Query, SparseRows, TileList, VerticalSlash, noise,
+    BlockSparse, Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadMask, HeadPlan, KvShape, KvView, Mask, PageTable, Planner,
+    Prefill, Products, Query, SparseRows, VerticalSlash, noise, plan::ROWS,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Map, Value, json};
@@ -100,7 +100,7 @@ impl Inputs {
         &mut self,
         gpu: &Gpu,
         pages: Option<(&Buffer<u16>, &PageTable)>,
-        head: &HeadTiles,
+        head: &HeadMask,
         products: Products,
     ) -> Result<Value, GpuError> {
         let Layer {
@@ -114,9 +114,9 @@ impl Inputs {
             Some((pool, table)) => KvView::paged(self.layer.shape(), pool, PAGE_TOKENS, table, self.tokens)?,
             None => KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?,
         };
-        let one = TileList::new(vec![head.clone()]).expect("in order");
+        let one = Mask::new(ROWS, vec![head.clone()]).expect("in order");
         let work = one.work(0, 0, self.tokens);
-        let list = TileList::new(vec![head.clone(); q_heads]).expect("in order");
+        let list = Mask::new(ROWS, vec![head.clone(); q_heads]).expect("in order");
         let tiles = DeviceTiles::upload(gpu, &list)?;
         let prefill = Prefill {
             rows: self.tokens,
@@ -128,7 +128,7 @@ impl Inputs {
         let (out, lse) = (&mut self.out, &mut self.lse);
         let ms = median(gpu, self.tokens, || prefill.attend(gpu, query, &view, &tiles, out, lse))?;
         // Of tiles, each 128 rows by 64 keys; for dense of the causal half.
-        let flops = if *head == HeadTiles::dense(self.tokens) {
+        let flops = if *head == HeadMask::Dense {
             2.0 * (self.tokens * self.tokens * head_dim * q_heads) as f64
         } else {
             (work * 4 * 128 * 64 * head_dim * q_heads) as f64
@@ -176,7 +176,7 @@ impl Inputs {
 }
 
 /// 1,000 columns at random; 6,096 diagonals: side by side, or as 95 runs of 64.
-fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadTiles; 2] {
+fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadMask; 2] {
     let columns: Vec<u32> = (0..1000).map(|_| rng.random_range(0..tokens as u32)).collect();
     let near: Vec<u32> = (0..6096).collect();
     let mut start = |run| {
@@ -188,8 +188,8 @@ fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadTiles; 2] {
     };
     let runs: Vec<u32> = (0..95).map(&mut start).flat_map(|start| start..start + 64).collect();
     [
-        HeadTiles::vertical_slash(&columns, &near),
-        HeadTiles::vertical_slash(&columns, &runs),
+        HeadMask::vertical_slash(ROWS, &columns, &near),
+        HeadMask::vertical_slash(ROWS, &columns, &runs),
     ]
 }
 
@@ -203,10 +203,10 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         pages.shuffle(rng);
         let table = PageTable::upload(gpu, &pages)?;
         let [near, runs] = vertical_slash(rng, tokens);
-        let dense = HeadTiles::dense(tokens);
+        let dense = HeadMask::Dense;
         let mut entry = Map::new();
         for &products in products(gpu) {
-            let a_shape = HeadTiles::a_shape(1024, 4096);
+            let a_shape = HeadMask::a_shape(ROWS, 1024, 4096);
             let cases = [
                 ("dense", None, &dense),
                 ("dense_in_pages_of_64", Some((&pool, &table)), &dense),
@@ -236,7 +236,7 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         let mut entry = Map::new();
         for tokens in [8192usize, 32 * 1024, 128 * 1024] {
             let mut inputs = Inputs::new(gpu, rng, layer, tokens)?;
-            let dense = HeadTiles::dense(tokens);
+            let dense = HeadMask::Dense;
             entry.insert(
                 tokens.to_string(),
                 inputs.attend(gpu, None, &dense, Products::best(gpu))?,
@@ -265,7 +265,7 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     let index = inputs.plan(gpu, HeadPlan::VerticalSlash(VerticalSlash::new(1000, 6096)))?;
     let blocks = HeadPlan::BlockSparse(BlockSparse::new(100));
     let (planned, attended) = (inputs.plan(gpu, blocks.clone())?, inputs.attend_planned(gpu, blocks)?);
-    let dense = inputs.attend(gpu, None, &HeadTiles::dense(tokens), best)?;
+    let dense = inputs.attend(gpu, None, &HeadMask::Dense, best)?;
     Ok(json!({
         "gpu": gpu.name(),
         "shape": format!("{}, batch 1", LLAMA.text()),

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use kvasir_cuda::{
-    Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadTiles, KvShape, Prefill, Products, Query, TileList, reference,
+    Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadMask, KvShape, Mask, Prefill, Products, Query, plan::ROWS, reference,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -53,7 +53,7 @@ fn limit(dtype: Dtype) -> f64 {
     if dtype == Dtype::Bf16 { 1e-2 } else { 2e-3 }
 }
 
-fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
+fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadMask {
     let tokens = (offset + rows) as u32;
     let mut some = |most: usize| -> Vec<u32> {
         (0..rng.random_range(0..most))
@@ -62,23 +62,23 @@ fn any_head(rng: &mut StdRng, offset: usize, rows: usize) -> HeadTiles {
     };
     let (columns, slashes) = (some(150), some(6));
     match rng.random_range(0..5) {
-        0 => HeadTiles::dense(offset + rows),
-        1 => HeadTiles::a_shape(rng.random_range(0..100), rng.random_range(0..200)),
+        0 => HeadMask::Dense,
+        1 => HeadMask::a_shape(ROWS, rng.random_range(0..100), rng.random_range(0..200)),
         2 => {
             let blocks = (0..rows.div_ceil(128)).map(|_| (0..3).map(|_| rng.random_range(0..=tokens / 64)).collect());
-            HeadTiles::block_sparse(offset, &blocks.collect::<Vec<_>>())
+            HeadMask::block_sparse(ROWS, offset, &blocks.collect::<Vec<_>>())
         }
         // No tile at all: only columns, so that some rows see nothing.
         3 if rng.random_bool(0.3) => {
             let mut columns = columns;
             columns.sort_unstable();
             columns.dedup();
-            HeadTiles::Relative {
+            HeadMask::Relative {
                 tiles: Vec::new(),
                 columns,
             }
         }
-        _ => HeadTiles::vertical_slash(&columns, &slashes),
+        _ => HeadMask::vertical_slash(ROWS, &columns, &slashes),
     }
 }
 
@@ -135,7 +135,7 @@ pub(crate) fn prefilled(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut T
     for _ in 0..cases {
         let (held, rows, q_heads) = any_case(gpu, rng)?;
         let offset = held.rows.tokens - rows;
-        let list = TileList::new((0..q_heads).map(|_| any_head(rng, offset, rows)).collect()).expect("in order");
+        let list = Mask::new(ROWS, (0..q_heads).map(|_| any_head(rng, offset, rows)).collect()).expect("in order");
         let q = Queries::new(gpu, rng, held.shape.dtype, rows * q_heads * held.shape.head_dim)?;
         let scale = 0.1;
         let expected = reference::prefill(held.shape, &q.numbers, q_heads, &held.rows, &list, scale);
@@ -181,7 +181,7 @@ pub(crate) fn delayed(
             let (held, rows, q_heads) = any_case(gpu, &mut rng)?;
             let offset = held.rows.tokens - rows;
             let heads = (0..q_heads).map(|_| any_head(&mut rng, offset, rows)).collect();
-            let list = TileList::new(heads).expect("in order");
+            let list = Mask::new(ROWS, heads).expect("in order");
             let q = Queries::new(gpu, &mut rng, held.shape.dtype, rows * q_heads * held.shape.head_dim)?;
             let tiles = DeviceTiles::upload(gpu, &list)?;
             let prefill = Prefill {
