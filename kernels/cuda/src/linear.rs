@@ -208,7 +208,7 @@ fn many_wide(gpu: &Gpu, is_bf16: bool, base: LinearParams) -> Result<(), GpuErro
     const WIDTHS: [(usize, usize, u32); 3] = [(256, 4, 100), (128, 6, 58), (64, 8, 38)];
     let (m, n, k) = (base.m as usize, base.n as usize, base.k as usize);
     let ctas = gpu.multiprocessors() as u32;
-    let mut best = None;
+    let mut best: Option<(u64, usize, usize, u32)> = None;
     for (width, stages, cost) in WIDTHS {
         let tiles = tiles_of(m, n, 128, width)?;
         let time = u64::from(tiles.div_ceil(ctas)) * u64::from(cost);

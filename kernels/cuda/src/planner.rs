@@ -303,7 +303,9 @@ impl Planner {
         let numbers = self.tiles.numbers.download()?;
         let lists = &lists.as_chunks::<LIST_WORDS>().0[..self.q_heads * self.tiles.blocks];
         let heads = lists.chunks_exact(self.tiles.blocks.max(1));
-        Ok(heads.map(|head| head.iter().map(|list| read_list(list, &numbers)).collect()).collect())
+        Ok(heads
+            .map(|head| head.iter().map(|list| read_list(list, &numbers)).collect())
+            .collect())
     }
 
     /// Of the Vertical-Slash heads and parts that were planned for last, in this order: sums by column and by diagonal, each

@@ -134,8 +134,8 @@ pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, all: usiz
     };
     let (kernel, ctas, threads) = match sets.iter().map(|set| set.n).max().unwrap_or(0) {
         ..=512 => ("top_k_512", all.div_ceil(4), 128),
-        ..=2048 => ("top_k_2048", all.div_ceil(4), 128),
-        ..=16_384 => ("top_k_16384", all, 256),
+        513..=2048 => ("top_k_2048", all.div_ceil(4), 128),
+        2049..=16_384 => ("top_k_16384", all, 256),
         _ => ("top_k", all, 1024),
     };
     // SAFETY: `TopKParams` is top_k.cu's; this crate's callers checked the lengths, and the kernels look at no row beyond `all`.

@@ -7,8 +7,8 @@
 //! block, so that a head's list costs memory in its number of tiles and not in the prompt's length; an absolute tile `t`
 //! holds `t <= j < t + TILE`, for one block alone.
 //!
-//! This is the definition of `kernels/cuda/src/plan.rs`, where blocks have 128 rows; here their height is a parameter,
-//! because what a mask costs depends on it.
+//! `kernels/cuda` works through these masks as they are, in blocks of 128 rows; here their height is a parameter, because what a
+//! mask costs depends on it.
 
 use std::ops::Range;
 

@@ -9,14 +9,7 @@ use crate::{
 /// Attention of `q [rows, q_heads, head_dim]`, the last `rows` positions of `kv`, under `tiles`: outputs
 /// `[rows, q_heads, head_dim]` and base-2 logs of the sums of weights `[q_heads, rows]`, zeros and `-inf` where nothing is
 /// seen. This is also how the sparse modes run without a GPU.
-pub fn prefill(
-    shape: KvShape,
-    q: &[f32],
-    q_heads: usize,
-    kv: &Rows,
-    tiles: &Mask,
-    scale: f32,
-) -> (Vec<f64>, Vec<f64>) {
+pub fn prefill(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, tiles: &Mask, scale: f32) -> (Vec<f64>, Vec<f64>) {
     let d = shape.head_dim;
     let rows = q.len() / d / q_heads;
     let offset = kv.tokens - rows;

@@ -46,7 +46,12 @@ fn draw(logits: &[f32], high: f32, row: &SampleRow) -> u32 {
         let weight = weight(logit, high, row.temperature);
         (weight.to_bits(), whole(weight), id as u32)
     };
-    let mut tokens: Vec<(u32, u64, u32)> = logits.iter().enumerate().map(weigh).filter(|token| token.1 > 0).collect();
+    let mut tokens: Vec<(u32, u64, u32)> = logits
+        .iter()
+        .enumerate()
+        .map(weigh)
+        .filter(|token| token.1 > 0)
+        .collect();
     let mut held: u64 = tokens.iter().map(|token| token.1).sum();
     if row.top_p > 0.0 && row.top_p < 1.0 {
         tokens.sort_by(|a, b| b.0.cmp(&a.0).then(a.2.cmp(&b.2)));
@@ -75,13 +80,13 @@ fn whole(weight: f32) -> u64 {
 /// `exp((logit - high) / temperature)` after Cephes' `expf`, every step rounded as it stands; 0 from 2^-43 down, and for NaN.
 fn weight(logit: f32, high: f32, temperature: f32) -> f32 {
     let x = (logit - high) / temperature;
-    if !(x > -30.0) {
+    if x.is_nan() || x <= -30.0 {
         return 0.0;
     }
     let n = (x * std::f32::consts::LOG2_E).round_ties_even();
     let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
     let mut p = 1.987_569_1e-4f32;
-    for factor in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for factor in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p.mul_add(r, factor);
     }
     let near_one = p.mul_add(r * r, r) + 1.0;
@@ -111,7 +116,10 @@ mod tests {
             let exact = f64::from((logit - high) / temperature).exp();
             let found = f64::from(weight(logit, high, temperature));
             if exact > 1e-12 {
-                assert!((found / exact - 1.0).abs() < 3e-7, "{logit} below {high} at {temperature}");
+                assert!(
+                    (found / exact - 1.0).abs() < 3e-7,
+                    "{logit} below {high} at {temperature}"
+                );
             }
         }
         assert_eq!(weight(7.5, 7.5, 0.3), 1.0);

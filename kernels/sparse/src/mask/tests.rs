@@ -80,6 +80,29 @@ fn an_a_shape_by_hand() {
 }
 
 #[test]
+fn a_block_sparse_by_hand() {
+    // Blocks of 128 rows from position 64 on; the third is asked for key block 1 alone.
+    let mask = HeadMask::block_sparse(128, 64, &[vec![], vec![], vec![1]]);
+    let mask = Mask::new(128, vec![mask]).expect("sound");
+    // Row 300 is at position 364, in the block of positions 320 to 447: its own key blocks are 5 and 6.
+    let table = [
+        (0, true),
+        (63, true),
+        (64, true),
+        (128, false),
+        (319, false),
+        (320, true),
+        (364, true),
+        (365, false),
+    ];
+    for (key, seen) in table {
+        assert_eq!(mask.sees(0, 64, 300, key), seen, "{key}");
+    }
+    // The first block, those asked for, and the two on the diagonal.
+    assert_eq!(mask.work(0, 64, 384), (1 + 2) + (1 + 2) + (1 + 1 + 2));
+}
+
+#[test]
 fn what_is_out_of_order_is_refused() {
     let relative = |tiles: &[u32], columns: &[u32]| HeadMask::Relative {
         tiles: tiles.to_vec(),

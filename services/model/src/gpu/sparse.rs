@@ -105,7 +105,10 @@ mod tests {
         let plans = [
             ("dense", HeadPlan::Fixed(HeadMask::Dense)),
             ("a-shape:4,100", HeadPlan::Fixed(HeadMask::a_shape(plan::ROWS, 4, 100))),
-            ("a-shape:4,5000", HeadPlan::Fixed(HeadMask::a_shape(plan::ROWS, 4, 1000))),
+            (
+                "a-shape:4,5000",
+                HeadPlan::Fixed(HeadMask::a_shape(plan::ROWS, 4, 1000)),
+            ),
             (
                 "vertical-slash:10,60",
                 HeadPlan::VerticalSlash(VerticalSlash {
@@ -115,15 +118,9 @@ mod tests {
                     near: 100,
                 }),
             ),
-            (
-                "block-sparse:100",
-                HeadPlan::BlockSparse(BlockSparse { blocks: 100 }),
-            ),
+            ("block-sparse:100", HeadPlan::BlockSparse(BlockSparse { blocks: 100 })),
             // What is always kept fits.
-            (
-                "block-sparse:1",
-                HeadPlan::BlockSparse(BlockSparse { blocks: 3 }),
-            ),
+            ("block-sparse:1", HeadPlan::BlockSparse(BlockSparse { blocks: 3 })),
         ];
         for (text, plan) in plans {
             assert_eq!(head_plan(&text.parse().expect(text), 1000), Ok(plan), "{text}");

@@ -3,7 +3,8 @@
 use std::{ops::Range, sync::Arc};
 
 use kvasir_cuda::{
-    Dtype, GpuError, KvView, Prefill, PrefillSequence, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm, silu_mul,
+    Dtype, GpuError, KvView, Prefill, PrefillSequence, Query, Rows, RowsOut, StepRow, Sums, embed, linear, rms_norm,
+    silu_mul,
 };
 
 use super::{

@@ -1,8 +1,8 @@
 //! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it.
 
 use kvasir_cuda::{
-    BlockSparse, Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadMask, HeadPlan, KvShape, KvView, Mask, PageTable, Planner,
-    Prefill, Products, Query, SparseRows, VerticalSlash, noise, plan::ROWS,
+    BlockSparse, Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadMask, HeadPlan, KvShape, KvView, Mask, PageTable,
+    Planner, Prefill, Products, Query, SparseRows, VerticalSlash, noise, plan::ROWS,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Map, Value, json};

@@ -30,7 +30,11 @@ struct Case<'a> {
 fn any_plan(rng: &mut StdRng) -> HeadPlan {
     match rng.random_range(0..5) {
         0 => HeadPlan::Fixed(HeadMask::Dense),
-        1 => HeadPlan::Fixed(HeadMask::a_shape(ROWS, rng.random_range(0..100), rng.random_range(0..200))),
+        1 => HeadPlan::Fixed(HeadMask::a_shape(
+            ROWS,
+            rng.random_range(0..100),
+            rng.random_range(0..200),
+        )),
         2 => HeadPlan::BlockSparse(BlockSparse {
             blocks: rng.random_range(3..12),
         }),

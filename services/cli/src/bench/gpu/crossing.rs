@@ -42,8 +42,7 @@ const A_SHAPE: Pattern = Pattern::AShape {
 const BLOCK_SPARSE: Pattern = Pattern::BlockSparse { blocks: 100 };
 
 /// Blocks, the unit that is planned for, and what is measured with them. How large they are matters where each costs an estimate.
-const CASES: [(u16, &[Pattern]); 3] = [
-    (512, &[VERTICAL_SLASH]),
+const CASES: [(u16, &[Pattern]); 2] = [
     (1024, &[VERTICAL_SLASH, A_SHAPE, BLOCK_SPARSE]),
     (4096, &[VERTICAL_SLASH]),
 ];
