@@ -153,7 +153,7 @@ pub(crate) fn run(configuration: &Configuration, args: &GpuArgs) -> Result<()> {
             .collect();
         agreement = compare(&file, &device, &worker, &prompts, args.compare)?;
         say("sparse prefill beside the CPU's");
-        sparse_agreement = compare_sparse(&file, &device, &worker, &tokens, args.compare)?;
+        sparse_agreement = compare_sparse(&file, &device, &worker, tokens, args.compare)?;
     }
     let report = Report {
         model: file.name().to_owned(),

@@ -129,6 +129,11 @@ impl DevicePages {
         self.sent[layer].as_ref().is_some_and(Sent::is_there)
     }
 
+    /// Forgets what was sent of a layer that everyone was told of: who reads it keeps it, and the room serves later layers.
+    pub(super) fn forget(&mut self, layer: usize) {
+        self.sent[layer] = None;
+    }
+
     /// Forgets what was sent; who reads it keeps it.
     pub(super) fn end_sending(&mut self) {
         self.places.clear();

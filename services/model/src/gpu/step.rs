@@ -148,6 +148,10 @@ impl GpuModel {
             let there = |pool: &mut PagePool, layer| pool.device_mut().is_some_and(|pages| pages.is_there(layer));
             while told <= layer && (!sending || there(pool, told)) {
                 hooks.after_layer(told, pool);
+                device(pool, &mut |pages| {
+                    pages.forget(told);
+                    Ok(())
+                })?;
                 told += 1;
             }
         }

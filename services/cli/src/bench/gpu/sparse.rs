@@ -65,7 +65,7 @@ impl fmt::Display for SparseAgreement {
         )?;
         match self.same_bits_as_dense {
             Some(true) => f.write_str(", the bits of full attention")?,
-            Some(false) => f.write_str(", OTHER BITS than full attention")?,
+            Some(false) => f.write_str(", not the bits of full attention")?,
             None => {}
         }
         match &self.cpu {
