@@ -28,7 +28,7 @@ __device__ __forceinline__ void few(const LinearParams& params) {
 
     // One batch of steps is on its way while the one before is multiplied; all of a batch's loads stand before its products, for
     // the compiler moves none of them.
-    constexpr u32 BATCH = TILES == 1 ? 3 : TILES == 2 ? 2 : 1; // what fits the registers of two CTAs
+    constexpr u32 BATCH = TILES <= 2 ? 2 : 1; // whole lines of w, where registers allow
     struct Loaded {
         Word4 w[BATCH][2], x[BATCH][TILES];
     };
@@ -187,7 +187,7 @@ __device__ __forceinline__ void many(const LinearParams& params) {
 }
 
 #define FEW(NAME, IS_BF16, TILES)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS, 2) NAME(const __grid_constant__ LinearParams params) {  \
+    extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS, TILES == 1 ? 3 : 2) NAME(const __grid_constant__ LinearParams params) {  \
         few<IS_BF16, TILES>(params);                                                                                   \
     }
 
@@ -216,8 +216,10 @@ MANY(many_f16_128, false, 128, 128)
 
 MANY_WIDE(many_wide_bf16_64, true, 64, 8)
 MANY_WIDE(many_wide_bf16_128, true, 128, 6)
+MANY_WIDE(many_wide_bf16_192, true, 192, 5)
 MANY_WIDE(many_wide_bf16_256, true, 256, 4)
 MANY_WIDE(many_wide_f16_64, false, 64, 8)
 MANY_WIDE(many_wide_f16_128, false, 128, 6)
+MANY_WIDE(many_wide_f16_192, false, 192, 5)
 MANY_WIDE(many_wide_f16_256, false, 256, 4)
 #endif

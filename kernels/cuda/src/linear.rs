@@ -205,7 +205,7 @@ fn tiles_of(m: usize, n: usize, high: usize, wide: usize) -> Result<u32, GpuErro
 /// Hopper's kernels: tiles of 128 rows, as wide as keeps the device busiest. The width changes no bit.
 fn many_wide(gpu: &Gpu, is_bf16: bool, base: LinearParams) -> Result<(), GpuError> {
     // Width, stages, and what a tile's time is worth, of 100: narrow ones read more for what they multiply.
-    const WIDTHS: [(usize, usize, u32); 3] = [(256, 4, 100), (128, 6, 58), (64, 8, 38)];
+    const WIDTHS: [(usize, usize, u32); 4] = [(256, 4, 100), (192, 5, 78), (128, 6, 58), (64, 8, 38)];
     let (m, n, k) = (base.m as usize, base.n as usize, base.k as usize);
     let ctas = gpu.multiprocessors() as u32;
     let mut best: Option<(u64, usize, usize, u32)> = None;
@@ -222,6 +222,8 @@ fn many_wide(gpu: &Gpu, is_bf16: bool, base: LinearParams) -> Result<(), GpuErro
         (64, false) => "many_wide_f16_64",
         (128, true) => "many_wide_bf16_128",
         (128, false) => "many_wide_f16_128",
+        (192, true) => "many_wide_bf16_192",
+        (192, false) => "many_wide_f16_192",
         (_, true) => "many_wide_bf16_256",
         (_, false) => "many_wide_f16_256",
     };

@@ -6,6 +6,8 @@ use crate::{Buffer, Family, Gpu, GpuError, PinnedBuffer};
 pub const VOCAB_MAX: usize = 1 << 18;
 /// Tokens that one CTA reads before the last launch.
 const PART: usize = 8192;
+/// Tokens of a row's list.
+const LIST: usize = 2048;
 /// Bins of the coarse weights: 42 powers of two in 32 steps each, and 1 itself.
 const BINS: usize = 42 * 32 + 1;
 
@@ -52,6 +54,9 @@ pub struct SampleRows {
     part_masses: Buffer<u32>,
     /// All zeros between launches.
     masses: Buffer<u32>,
+    lists: Buffer<u32>,
+    /// All zeros between launches.
+    listed: Buffer<u32>,
     drawn: Buffer<u32>,
     on_host: PinnedBuffer,
 }
@@ -64,6 +69,8 @@ struct SampleParams {
     sums: u64,
     part_masses: u64,
     masses: u64,
+    lists: u64,
+    listed: u64,
     drawn: u64,
     vocab: u32,
     parts: u32,
@@ -90,6 +97,8 @@ impl SampleRows {
             sums: gpu.zeros(rows * parts)?,
             part_masses: gpu.zeros(2 * rows * parts)?,
             masses: gpu.zeros(2 * rows * BINS)?,
+            lists: gpu.zeros(2 * rows * LIST)?,
+            listed: gpu.zeros(rows)?,
             drawn: gpu.zeros(2 * rows)?,
             on_host: gpu.pinned(8 * rows)?,
         })
@@ -145,6 +154,8 @@ impl SampleRows {
             sums: self.sums.pointer,
             part_masses: self.part_masses.pointer,
             masses: self.masses.pointer,
+            lists: self.lists.pointer,
+            listed: self.listed.pointer,
             drawn: self.drawn.pointer,
             vocab: self.vocab as u32,
             parts: self.parts as u32,
@@ -152,8 +163,9 @@ impl SampleRows {
         let by_part = (self.parts as u32, rows as u32, 1);
         // SAFETY: `SampleParams` is sample.cu's; `new` made the buffers for these rows and parts, the logits were checked above.
         unsafe {
-            gpu.launch(Family::Sample, "sample_best", by_part, 256, &params)?;
-            gpu.launch(Family::Sample, "sample_weigh", by_part, 256, &params)?;
+            gpu.launch(Family::Sample, "sample_best", by_part, 1024, &params)?;
+            gpu.launch(Family::Sample, "sample_weigh", by_part, 1024, &params)?;
+            gpu.launch(Family::Sample, "sample_list", by_part, 1024, &params)?;
             gpu.launch(Family::Sample, "sample_draw", (rows as u32, 1, 1), 1024, &params)?;
         }
         gpu.copy_to_host(&self.drawn, &mut self.on_host, 0, 8 * rows)
@@ -165,7 +177,10 @@ impl SampleRows {
     /// If the device failed, or there are fewer rows.
     pub fn read(&self, rows: usize) -> Result<Vec<Sampled>, GpuError> {
         if rows > self.room {
-            return Err(GpuError::shape("sample", format!("{rows} rows in room for {}", self.room)));
+            return Err(GpuError::shape(
+                "sample",
+                format!("{rows} rows in room for {}", self.room),
+            ));
         }
         let words = self.on_host.read()?.as_chunks::<4>().0.as_chunks::<2>().0;
         let drawn = words.iter().take(rows).map(|[token, logprob]| Sampled {

@@ -25,7 +25,7 @@ pub enum Family {
     Plan,
     /// `block_scores` and `blocks_build`: a Block-Sparse list from the prompt itself.
     Blocks,
-    /// `sample_best`, `sample_weigh`, `sample_draw`: the next token of every row.
+    /// `sample_best`, `sample_weigh`, `sample_list`, `sample_draw`: the next token of every row.
     Sample,
 }
 
@@ -61,6 +61,7 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("kv.cuh", include_str!("../cuda/kv.cuh")),
     ("prefill.cuh", include_str!("../cuda/prefill.cuh")),
     ("prefill_wide.cuh", include_str!("../cuda/prefill_wide.cuh")),
+    ("sample.cuh", include_str!("../cuda/sample.cuh")),
     ("linear.cuh", include_str!("../cuda/linear.cuh")),
     ("linear_wide.cuh", include_str!("../cuda/linear_wide.cuh")),
     ("keys.cuh", include_str!("../cuda/keys.cuh")),

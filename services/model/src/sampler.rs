@@ -280,6 +280,33 @@ mod tests {
         }
     }
 
+    /// A GPU draws by a definition of its own (`kvasir_cuda::reference::sample`), whose weights are whole numbers. With the same
+    /// chance it draws the same token, unless that chance lies within rounding of the border between two.
+    #[test]
+    fn a_gpu_draws_the_same_tokens() {
+        let mut rng = StdRng::seed_from_u64(11);
+        let mut apart = 0;
+        for seed in 0..600 {
+            let spread = [0.5, 3.0, 12.0][seed as usize % 3];
+            let logits: Vec<f32> = (0..3000)
+                .map(|_| spread * (0..4).map(|_| rng.random_range(-1.0f32..1.0)).sum::<f32>())
+                .collect();
+            let sampling = Sampling {
+                temperature: [0.0, 0.6, 1.0, 2.0][rng.random_range(0..4)],
+                top_p: [0.2, 0.9, 0.99, 1.0][rng.random_range(0..4)],
+                seed,
+            };
+            let row = kvasir_cuda::SampleRow {
+                temperature: sampling.temperature,
+                top_p: sampling.top_p,
+                uniform: StdRng::seed_from_u64(seed).random(),
+            };
+            let there = kvasir_cuda::reference::sample(&logits, &row).token;
+            apart += usize::from(Sampler::new(sampling).sample(&logits) != there);
+        }
+        assert!(apart <= 1, "{apart} of 600 tokens differ");
+    }
+
     #[test]
     fn out_of_range_is_named() {
         let table = [

@@ -7,7 +7,10 @@ use kvasir_cuda::{
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Value, json};
 
-use crate::bench::{median, round};
+use crate::{
+    bench::{median, round},
+    bench_step,
+};
 
 /// Results and columns of the matrices of a layer: query, key and value; output; gate and up; down.
 const MATRICES: [(&str, usize, usize); 4] = [
@@ -40,15 +43,15 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
                     linear(gpu, kind, &matrices[i % copies], &x, 0..m, sums, 0)
                 })
             };
-            for m in [512, 4096, 8192] {
+            for m in [128, 512, 2048, 4096, 8192] {
                 let time = measure(Rows::Many, m)?;
                 let rate = 2.0 * (m * n * k) as f64 / time / 1e6;
                 many.push(json!({
                     "dtype": format!("{dtype:?}"), "matrix": name, "rows": m, "us": round(time), "tflop_s": round(rate),
                 }));
             }
-            for m in [1, 8, 32] {
-                let time = measure(Rows::Few, m)?;
+            for m in [1, 8, 16, 32] {
+                let time = in_a_graph(gpu, rng, &matrices, m)?;
                 let rate = (2 * n * k) as f64 / time / 1e6;
                 few.push(json!({
                     "dtype": format!("{dtype:?}"), "matrix": name, "rows": m, "us": round(time), "tb_s": round(rate),
@@ -60,7 +63,25 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     for (count, sees) in [(1, 128 * 1024), (8, 16 * 1024), (32, 4096), (32, 16 * 1024)] {
         rows.push(step_rows(gpu, rng, count, sees)?);
     }
-    Ok(json!({"gpu": gpu.name(), "many": many, "few": few, "decode_rows": rows}))
+    let (sampling, batches) = (bench_step::sampling(gpu, rng)?, bench_step::batches(gpu, rng)?);
+    Ok(json!({
+        "gpu": gpu.name(), "many": many, "few": few, "decode_rows": rows,
+        "sampling": sampling, "prefill_of_several": batches,
+    }))
+}
+
+/// Microseconds of a product of a few rows where many follow each other in a graph, as decode runs them.
+fn in_a_graph(gpu: &Gpu, rng: &mut StdRng, matrices: &[Matrix], m: usize) -> Result<f64, GpuError> {
+    const LAUNCHES: usize = 12;
+    let (n, k, dtype) = (matrices[0].rows(), matrices[0].columns(), matrices[0].dtype());
+    let (x, mut out) = (random(gpu, rng, dtype, m * k)?, gpu.zeros::<u16>(m * n)?);
+    let mut one = |i: usize| {
+        let matrix = &matrices[i % matrices.len()];
+        linear(gpu, Rows::Few, matrix, &x, 0..m, Sums::Store(&mut out), 0)
+    };
+    one(0)?;
+    let graph = gpu.record(|_| (0..LAUNCHES).try_for_each(&mut one))?;
+    Ok(median(gpu, |_| graph.replay())? / LAUNCHES as f64)
 }
 
 fn step_rows(gpu: &Gpu, rng: &mut StdRng, count: usize, sees: usize) -> Result<Value, GpuError> {

@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 use kvasir_cuda::{
-    Buffer, DecodeRows, Dtype, Gpu, GpuError, KvShape, Layout, Matrix, Pairs, Partials, Rope, Rows, RowsOut,
-    StepLimits, StepRow, StepRows, Sums, embed, linear, reference, reference::Placement, rms_norm, round, silu_mul,
+    Buffer, DecodeRows, Dtype, Gpu, GpuError, KvShape, Layout, Matrix, Pairs, Partials, Rope, RowsOut, StepLimits,
+    StepRow, StepRows, embed, reference, reference::Placement, rms_norm, round, silu_mul,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 
@@ -27,92 +27,23 @@ fn float(dtype: Dtype, bits: u16) -> f32 {
 }
 
 /// Random numbers that `dtype` holds, as bits and as floats.
-fn rounded(rng: &mut StdRng, dtype: Dtype, len: usize) -> (Vec<u16>, Vec<f32>) {
+pub(crate) fn rounded(rng: &mut StdRng, dtype: Dtype, len: usize) -> (Vec<u16>, Vec<f32>) {
     let bits: Vec<u16> = numbers(rng, len).into_iter().map(|x| bits(dtype, x)).collect();
     let floats = bits.iter().map(|&bits| float(dtype, bits)).collect();
     (bits, floats)
 }
 
-fn floats(dtype: Dtype, buffer: &Buffer<u16>) -> Result<Vec<f32>, GpuError> {
+pub(crate) fn floats(dtype: Dtype, buffer: &Buffer<u16>) -> Result<Vec<f32>, GpuError> {
     Ok(buffer.download()?.into_iter().map(|bits| float(dtype, bits)).collect())
 }
 
 /// Error of a result that was itself rounded: half a step of the type, and a little.
-fn rounding(dtype: Dtype) -> f64 {
+pub(crate) fn rounding(dtype: Dtype) -> f64 {
     if dtype == Dtype::Bf16 { 4e-3 } else { 5e-4 }
 }
 
-fn any_dtype(rng: &mut StdRng) -> Dtype {
+pub(crate) fn any_dtype(rng: &mut StdRng) -> Dtype {
     [Dtype::Bf16, Dtype::F16][rng.random_range(0..2)]
-}
-
-/// Every way of reading and of storing; then the same rows in other company must have the same bits.
-pub(crate) fn products(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally) -> Result<(), GpuError> {
-    for case in 0..cases {
-        let dtype = any_dtype(rng);
-        let rows = [Rows::Few, Rows::Many][case % 2];
-        let m = match rng.random_range(0..3) {
-            0 => rng.random_range(1..=9),
-            1 => rng.random_range(1..=70),
-            _ => rng.random_range(1..=300),
-        };
-        // One in eight is large enough for the large tiles.
-        let most = if case % 8 == 1 { 9000 } else { 400 };
-        let (n, k) = (rng.random_range(1..=most), 32 * rng.random_range(1..=30));
-        let m = if case % 8 == 1 { m + 500 } else { m };
-        let ((x_bits, x), (w_bits, w)) = (rounded(rng, dtype, m * k), rounded(rng, dtype, n * k));
-        let matrix = Matrix::upload(gpu, dtype, n, k, &w_bits)?;
-        let x_buffer = gpu.upload(&x_bits)?;
-        let from = rng.random_range(0..m);
-        let to = rng.random_range(0..3);
-        let before = numbers(rng, (to + m - from) * n);
-        let mut sums = gpu.upload(&before)?;
-        linear(gpu, rows, &matrix, &x_buffer, from..m, Sums::Add(&mut sums), to)?;
-        let expected = reference::linear(&x[from * k..], &w, k);
-        let describe = || format!("linear {rows:?} {dtype:?} [{m}, {k}] from {from}, {n} results");
-        let added: Vec<f64> = before[..to * n]
-            .iter()
-            .map(|&x| f64::from(x))
-            .chain(
-                before[to * n..]
-                    .iter()
-                    .zip(&expected)
-                    .map(|(&before, sum)| f64::from(before) + sum),
-            )
-            .collect();
-        tally.count(distance(&sums.download()?, &added), 1e-5, || {
-            format!("{} added", describe())
-        });
-        let mut stored = gpu.zeros::<f32>((m - from) * n)?;
-        stored.fill(0xff)?;
-        linear(gpu, rows, &matrix, &x_buffer, from..m, Sums::StoreF32(&mut stored), 0)?;
-        let all = stored.download()?;
-        tally.count(distance(&all, &expected), 1e-5, describe);
-        let mut narrow = gpu.zeros::<u16>((m - from) * n)?;
-        narrow.fill(0xff)?;
-        linear(gpu, rows, &matrix, &x_buffer, from..m, Sums::Store(&mut narrow), 0)?;
-        tally.count(distance(&floats(dtype, &narrow)?, &expected), rounding(dtype), || {
-            format!("{} rounded", describe())
-        });
-        let alone = rng.random_range(from..m);
-        let mut one = gpu.zeros::<f32>(n)?;
-        linear(
-            gpu,
-            rows,
-            &matrix,
-            &x_buffer,
-            alone..alone + 1,
-            Sums::StoreF32(&mut one),
-            0,
-        )?;
-        let company = &all[(alone - from) * n..][..n];
-        let one = one.download()?;
-        let differ = one.iter().zip(company).filter(|(a, b)| a.to_bits() != b.to_bits());
-        tally.count(differ.count() as f64, 0.0, || {
-            format!("{} row {alone} alone", describe())
-        });
-    }
-    Ok(())
 }
 
 pub(crate) fn rows(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally) -> Result<(), GpuError> {

@@ -5,14 +5,19 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 #![forbid(unsafe_code)]
 
+mod batch;
 mod bench;
 mod bench_forward;
 mod bench_prefill;
+mod bench_step;
 mod cases;
 mod check;
 mod forward;
+mod linear;
 mod planner;
 mod prefill;
+mod refusals;
+mod sample;
 mod transfer;
 
 use std::{path::PathBuf, process::ExitCode, time::SystemTime};

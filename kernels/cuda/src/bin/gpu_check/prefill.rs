@@ -39,7 +39,7 @@ impl Queries {
     }
 }
 
-fn floats(dtype: Dtype, bits: &[u16]) -> Vec<f32> {
+pub(crate) fn floats(dtype: Dtype, bits: &[u16]) -> Vec<f32> {
     bits.iter()
         .map(|&bits| match dtype {
             Dtype::Bf16 => bf16::from_bits(bits).to_f32(),
@@ -49,7 +49,7 @@ fn floats(dtype: Dtype, bits: &[u16]) -> Vec<f32> {
 }
 
 /// Limit of the output, which is itself rounded to bf16 or f16.
-fn limit(dtype: Dtype) -> f64 {
+pub(crate) fn limit(dtype: Dtype) -> f64 {
     if dtype == Dtype::Bf16 { 1e-2 } else { 2e-3 }
 }
 
