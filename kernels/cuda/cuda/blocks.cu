@@ -2,31 +2,43 @@
 // (with top_k between) a list of tiles for each row block.
 //
 // Means are rounded to the keys' type, products summed in f32 and written: [heads, row blocks, key blocks], causal, the
-// blocks that a row block lies in above all else. A launch takes as many heads or row blocks as there is room for products.
-#include "kv.cuh"
+// blocks that a row block lies in above all else. A launch takes as many heads or row blocks as there is room for products. Row blocks are
+// those of the sparse rows, and what is chosen for one depends on its own queries and the keys up to its end.
+#include "planner.cuh"
 #include "tile.cuh"
 
-constexpr u32 ROWS = 128, TILE = 64, THREADS = 128, SIDE = 64;
-constexpr float LARGEST = 3.0e38f;
+constexpr u32 TILE = 64, THREADS = 128, SIDE = 64;
 
 struct BlocksParams {
-    View view;
+    View view;   // its tokens end with the sparse rows
     u64 q;       // [rows, q_heads, D], of the keys' type
-    u64 queries; // means, [q_heads, row_blocks, D]
+    u64 plans;   // HeadPlan [q_heads]
+    u64 heads;   // u32: query heads with this pattern
+    u64 queries; // means, [heads, row_blocks, D]
     u64 keys;    // means, [kv_heads, key_blocks, D]
     u64 scores;  // f32 [gridDim.z, row blocks of the launch, key_blocks]
-    u64 best;    // u32 [q_heads, row_blocks, 1 + chosen]: a free place, then key blocks, rising
-    u64 heads;   // u32 [q_heads, 2]: see prefill.cuh
-    u64 lists;   // u32 [q_heads, row_blocks, 7]
-    u32 rows, offset, q_heads, heads_per_kv;
-    u32 row_blocks, key_blocks;
+    u64 lengths; // u32 [heads, row_blocks, 2]: key blocks to choose from, and how many of them
+    u64 lists;   // List [q_heads, call_blocks]: see prefill.cuh
+    u64 numbers; // from `first_number` on u32 [heads, row_blocks, room]: a free place, then key blocks, rising
+    Parts parts;
+    u32 q_heads, heads_per_kv;
+    u32 row_blocks, key_blocks, call_blocks;
     u32 first_head, first_block, blocks; // of the launch
-    u32 chosen; // key blocks of a row block
+    u32 first_number, room;
 };
+
+__device__ __forceinline__ u32 query_head(const BlocksParams& params, u32 nth) {
+    return __ldg(reinterpret_cast<const u32*>(params.heads) + nth);
+}
+
+__device__ __forceinline__ const HeadPlan& plan_of(const BlocksParams& params, u32 head) {
+    return reinterpret_cast<const HeadPlan*>(params.plans)[head];
+}
 
 // Key blocks that the row block sees any of.
 __device__ __forceinline__ u32 seen_by(const BlocksParams& params, u32 block) {
-    return min((min(params.offset + (block + 1) * ROWS, params.view.tokens) + TILE - 1) / TILE, params.key_blocks);
+    const u32 end = min(params.parts.offset + (block + 1) * ROWS, params.view.tokens);
+    return min((end + TILE - 1) / TILE, params.key_blocks);
 }
 
 // Mean of up to `COUNT` rows by a CTA; row(i) is where row i begins.
@@ -60,14 +72,18 @@ __device__ __forceinline__ void mean(u16* to, u32 there, Row row) {
     }
 }
 
-// Grid: (row blocks, query heads).
+// Grid: (row blocks, heads).
 template <bool IS_BF16, u32 D>
 __device__ __forceinline__ void mean_queries(const BlocksParams& params) {
-    const u32 head = blockIdx.y, block = blockIdx.x;
+    const u32 nth = blockIdx.y, head = query_head(params, nth), block = blockIdx.x;
     const u16* from = reinterpret_cast<const u16*>(params.q) + (u64(block) * ROWS * params.q_heads + head) * D;
-    u16* to = reinterpret_cast<u16*>(params.queries) + (u64(head) * params.row_blocks + block) * D;
-    mean<IS_BF16, D, ROWS>(to, min(ROWS, params.rows - block * ROWS),
+    u16* to = reinterpret_cast<u16*>(params.queries) + (u64(nth) * params.row_blocks + block) * D;
+    mean<IS_BF16, D, ROWS>(to, min(ROWS, params.parts.rows - block * ROWS),
                            [&](u32 i) { return from + u64(i) * params.q_heads * D; });
+    if (threadIdx.x > 0) return;
+    u32* lengths = reinterpret_cast<u32*>(params.lengths) + 2 * (u64(nth) * params.row_blocks + block);
+    lengths[0] = params.key_blocks;
+    lengths[1] = min(plan_of(params, head).blocks, params.key_blocks);
 }
 
 // Grid: (key blocks, KV heads).
@@ -87,7 +103,7 @@ __device__ __forceinline__ void block_scores(const BlocksParams& params) {
     constexpr u32 STEPS = D / 16, WORDS = D / 8, BYTES = D * 2;
     __shared__ alignas(128) u8 tile[SIDE * BYTES];
     const u32 lane = threadIdx.x & 31u, g = lane >> 2, t = lane & 3u;
-    const u32 head = params.first_head + blockIdx.z, first_key = blockIdx.x * SIDE;
+    const u32 nth = params.first_head + blockIdx.z, head = query_head(params, nth), first_key = blockIdx.x * SIDE;
     const u32 row = blockIdx.y * SIDE + threadIdx.x / 32 * 16 + g; // of the launch; and row + 8
     const u32 last = min(params.first_block + (blockIdx.y + 1) * SIDE, params.row_blocks) - 1;
     float s[8][4];
@@ -108,7 +124,7 @@ __device__ __forceinline__ void block_scores(const BlocksParams& params) {
             const u32 block = params.first_block + row + 8 * i;
             const bool there = row + 8 * i < params.blocks && block < params.row_blocks;
             const u32* from = reinterpret_cast<const u32*>(params.queries) +
-                              (u64(head) * params.row_blocks + (there ? block : 0)) * (D / 2) + t;
+                              (u64(nth) * params.row_blocks + (there ? block : 0)) * (D / 2) + t;
 #pragma unroll
             for (u32 step = 0; step < STEPS; ++step) {
                 q[step][i] = there ? __ldg(from + step * 8) : 0;
@@ -133,7 +149,7 @@ __device__ __forceinline__ void block_scores(const BlocksParams& params) {
     for (u32 i = 0; i < 2; ++i) {
         const u32 here = row + 8 * i, block = params.first_block + here;
         if (here >= params.blocks || block >= params.row_blocks) continue;
-        const u32 seen = seen_by(params, block), own = (params.offset + block * ROWS) / TILE;
+        const u32 seen = seen_by(params, block), own = (params.parts.offset + block * ROWS) / TILE;
         float* to = reinterpret_cast<float*>(params.scores) + (u64(blockIdx.z) * params.blocks + here) * params.key_blocks;
 #pragma unroll
         for (u32 n = 0; n < 8; ++n) {
@@ -147,25 +163,24 @@ __device__ __forceinline__ void block_scores(const BlocksParams& params) {
     }
 }
 
-// Chosen blocks become tiles where they stand, behind the first block if it is not among them. Grid: (row blocks, query heads).
+// Chosen blocks become tiles where they stand, behind the first block if it is not among them. Grid: (row blocks, heads).
 extern "C" __global__ void __launch_bounds__(128) blocks_build(const __grid_constant__ BlocksParams params) {
-    const u32 list = blockIdx.y * params.row_blocks + blockIdx.x, place = list * (1 + params.chosen);
-    u32* best = reinterpret_cast<u32*>(params.best) + place;
+    const u32 head = query_head(params, blockIdx.y);
+    const u32 first = params.first_number + (blockIdx.y * params.row_blocks + blockIdx.x) * params.room;
+    const u32 chosen = min(plan_of(params, head).blocks, params.key_blocks);
+    u32* best = reinterpret_cast<u32*>(params.numbers) + first;
     const bool has_first = best[1] == 0;
     __syncthreads();
-    for (u32 i = 1 + threadIdx.x; i <= params.chosen; i += blockDim.x) best[i] *= TILE;
+    for (u32 i = 1 + threadIdx.x; i <= chosen; i += blockDim.x) best[i] *= TILE;
     if (threadIdx.x > 0) return;
     best[0] = 0;
     // Unseen blocks come last, for they are behind all others and their scores below.
-    const u32 count = min(params.chosen, seen_by(params, blockIdx.x));
-    const u32 entry[7] = {place + u32(has_first), count + u32(!has_first), 0, 0, 0, 0, 1};
+    const u32 count = min(chosen, seen_by(params, blockIdx.x));
+    const u32 entry[LIST_WORDS] = {first + u32(has_first), count + u32(!has_first), 0, 0, 0, 0, 1};
+    u32* list = reinterpret_cast<u32*>(params.lists) +
+                (u64(head) * params.call_blocks + params.parts.before / ROWS + blockIdx.x) * LIST_WORDS;
 #pragma unroll
-    for (u32 i = 0; i < 7; ++i) reinterpret_cast<u32*>(params.lists)[list * 7 + i] = entry[i];
-    if (blockIdx.x == 0) {
-        u32* head = reinterpret_cast<u32*>(params.heads) + blockIdx.y * 2;
-        head[0] = list;
-        head[1] = 1;
-    }
+    for (u32 i = 0; i < LIST_WORDS; ++i) list[i] = entry[i];
 }
 
 #define BLOCKS(NAME, IS_BF16, D)                                                                                       \

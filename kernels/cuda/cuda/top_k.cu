@@ -8,11 +8,12 @@
 #include "types.cuh"
 
 struct TopKSet {
-    u64 scores; // f32 [rows, n]
-    u64 out;    // u32 [rows, k]
+    u64 scores;  // f32 [rows, n]
+    u64 out;     // u32 [rows, k]
+    u64 lengths; // u32 [rows, 2]: n and k of each row, at most those below; 0: those below
     u32 n;
-    u32 k;      // at most n
-    u32 stride; // of the rows of `out`
+    u32 k; // at most n
+    u32 score_stride, out_stride;
 };
 
 struct TopKParams {
@@ -22,6 +23,12 @@ struct TopKParams {
 };
 
 constexpr u32 THREADS = 1024, BINS = 2048, COPIES = 4;
+
+// How many scores a row has (0), and how many are chosen (1).
+__device__ __forceinline__ u32 length(const TopKSet& set, u64 row, u32 which) {
+    if (set.lengths != 0) return __ldg(reinterpret_cast<const u32*>(set.lengths) + 2 * row + which);
+    return which == 0 ? set.n : set.k;
+}
 
 // A total order of f32's bits: -NaN < -inf < ... < -0 = +0 < ... < inf < NaN.
 __device__ __forceinline__ u32 ordered(u32 bits) {
@@ -98,12 +105,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_k(const __grid_constan
     const bool second = blockIdx.x >= params.rows;
     const TopKSet& set = params.sets[second];
     const u64 row = blockIdx.x - (second ? params.rows : 0);
-    const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.n;
-    u32* out = reinterpret_cast<u32*>(set.out) + row * set.stride;
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u, n = set.n;
-    if (set.k == 0) return;
+    const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.score_stride;
+    u32* out = reinterpret_cast<u32*>(set.out) + row * set.out_stride;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31u;
+    const u32 n = length(set, row, 0), k = length(set, row, 1);
+    if (k == 0) return;
 
-    u32 prefix = 0, wanted = set.k;
+    u32 prefix = 0, wanted = k;
     const u32 shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
 #pragma unroll
     for (u32 pass = 0; pass < 3; ++pass) {
@@ -184,15 +192,15 @@ __device__ __forceinline__ void top_k_short(const TopKParams& params) {
     const bool second = index >= params.rows;
     const TopKSet& set = params.sets[second];
     const u64 row = index - (second ? params.rows : 0);
-    const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.n;
-    u32* out = reinterpret_cast<u32*>(set.out) + row * set.stride;
-    const u32 first = part * KEYS * 32 + lane;
-    if (set.k == 0) return;
+    const u32* scores = reinterpret_cast<const u32*>(set.scores) + row * set.score_stride;
+    u32* out = reinterpret_cast<u32*>(set.out) + row * set.out_stride;
+    const u32 first = part * KEYS * 32 + lane, n = length(set, row, 0), k = length(set, row, 1);
+    if (k == 0) return;
 
     // Nothing that is there has key 0, but NaN of negative sign with all bits: it is never counted below, and last of all.
     u32 keys[KEYS];
 #pragma unroll
-    for (u32 i = 0; i < KEYS; ++i) keys[i] = first + 32 * i < set.n ? ordered(scores[first + 32 * i]) : 0;
+    for (u32 i = 0; i < KEYS; ++i) keys[i] = first + 32 * i < n ? ordered(scores[first + 32 * i]) : 0;
 
     u32 round = 0;
     // Of all warps of the row; and, in `before`, of those before this one.
@@ -218,22 +226,22 @@ __device__ __forceinline__ void top_k_short(const TopKParams& params) {
         u32 count = 0;
 #pragma unroll
         for (u32 i = 0; i < KEYS; ++i) count += keys[i] >= (least | bit);
-        if (sum(count, before) >= set.k) least |= bit;
+        if (sum(count, before) >= k) least |= bit;
     }
     u32 more = 0, same = 0;
 #pragma unroll
     for (u32 i = 0; i < KEYS; ++i) {
-        const bool there = first + 32 * i < set.n;
+        const bool there = first + 32 * i < n;
         more += keys[i] > least;
         same += there && keys[i] == least;
     }
     u32 above, equal;
-    const u32 wanted = set.k - sum(more, above);
+    const u32 wanted = k - sum(more, above);
     sum(same, equal);
     const u32 below_lane = (1u << lane) - 1u;
 #pragma unroll
     for (u32 i = 0; i < KEYS; ++i) {
-        const bool there = first + 32 * i < set.n;
+        const bool there = first + 32 * i < n;
         const u32 ups = __ballot_sync(FULL_WARP, keys[i] > least);
         const u32 ties = __ballot_sync(FULL_WARP, there && keys[i] == least);
         const u32 tie_rank = equal + __popc(ties & below_lane);

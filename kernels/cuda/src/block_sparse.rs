@@ -1,8 +1,9 @@
-//! A Block-Sparse list from the prompt itself, on the device: means, their products, the best.
+//! Block-Sparse lists from a prompt itself, on the device: means, their products, the best.
 
 use crate::{
-    Buffer, DeviceTiles, Dtype, Family, Gpu, GpuError, KvShape, KvView, Query,
+    Buffer, Dtype, Family, Gpu, GpuError,
     plan::{ROWS, TILE},
+    planner::{Call, Heads, Lists, Parts, grow},
     scores::{TopKSet, launch_top_k},
     view::RawView,
 };
@@ -23,21 +24,20 @@ pub struct BlockSparse {
     pub blocks: usize,
 }
 
-/// A Block-Sparse list and what it is built from; made once per prompt, used for every layer.
-#[derive(Debug)]
-pub struct BlockSparseTiles {
-    shape: KvShape,
-    q_heads: usize,
-    rows: usize,
-    tokens: usize,
-    chosen: usize,
-    /// Heads of a launch; row blocks of a launch, all of them unless it is of one head.
-    heads: usize,
-    blocks: usize,
-    queries: Buffer<u16>,
-    keys: Buffer<u16>,
-    scores: Buffer<f32>,
-    tiles: DeviceTiles,
+impl BlockSparse {
+    /// Keeps `blocks`, at least the up to three that a row block lies in.
+    pub fn new(blocks: usize) -> Self {
+        Self {
+            blocks: blocks.max(OWN_MAX),
+        }
+    }
+
+    pub(crate) fn checked(self, head: usize) -> Result<Self, GpuError> {
+        if !(OWN_MAX..=1 << 24).contains(&self.blocks) {
+            return Err(GpuError::shape("planner", format!("head {head}: {self:?}")));
+        }
+        Ok(self)
+    }
 }
 
 #[repr(C)]
@@ -45,129 +45,93 @@ pub struct BlockSparseTiles {
 struct BlocksParams {
     view: RawView,
     q: u64,
+    plans: u64,
+    heads: u64,
     queries: u64,
     keys: u64,
     scores: u64,
-    best: u64,
-    heads: u64,
+    lengths: u64,
     lists: u64,
-    rows: u32,
-    offset: u32,
+    numbers: u64,
+    parts: Parts,
     q_heads: u32,
     heads_per_kv: u32,
     row_blocks: u32,
     key_blocks: u32,
+    call_blocks: u32,
     first_head: u32,
     first_block: u32,
     blocks: u32,
-    chosen: u32,
+    first_number: u32,
+    room: u32,
 }
 
-impl BlockSparseTiles {
-    /// Buffers for the last `rows` of `tokens` positions, of layers with `q_heads` query heads over keys of `shape`.
-    ///
-    /// # Errors
-    /// If the shape has no kernel, fewer blocks are asked for than a row block may lie in, or the device has no room.
-    pub fn new(
-        gpu: &Gpu,
-        plan: BlockSparse,
-        shape: KvShape,
-        q_heads: usize,
-        rows: usize,
-        tokens: usize,
-    ) -> Result<Self, GpuError> {
-        shape.check()?;
-        let refuse = || {
-            let why = format!("{plan:?}, {q_heads} heads of {shape:?}, {rows} rows of {tokens} tokens");
-            GpuError::shape("block-sparse", why)
-        };
-        let fits = q_heads.is_multiple_of(shape.kv_heads)
-            && (1..=65_535).contains(&q_heads)
-            && shape.dtype != Dtype::E4m3
-            && (1..=1 << 24).contains(&tokens)
-            && (1..=tokens).contains(&rows)
-            && plan.blocks >= OWN_MAX;
-        if !fits {
-            return Err(refuse());
+/// Buffers of means and products.
+#[derive(Debug)]
+pub(crate) struct Blocks {
+    queries: Buffer<u16>,
+    keys: Buffer<u16>,
+    scores: Buffer<f32>,
+    lengths: Buffer<u32>,
+}
+
+impl Blocks {
+    pub(crate) fn new(gpu: &Gpu) -> Result<Self, GpuError> {
+        Ok(Self {
+            queries: gpu.zeros(0)?,
+            keys: gpu.zeros(0)?,
+            scores: gpu.zeros(0)?,
+            lengths: gpu.zeros(0)?,
+        })
+    }
+
+    /// Numbers that the lists of a call need.
+    pub(crate) fn numbers(&self, call: &Call<'_>, heads: &Heads<BlockSparse>) -> usize {
+        let blocks = (call.parts.rows as usize).div_ceil(ROWS);
+        room(call, heads).saturating_mul(blocks).saturating_mul(heads.count)
+    }
+
+    pub(crate) fn build(&mut self, call: &Call<'_>, heads: &Heads<BlockSparse>, lists: Lists) -> Result<(), GpuError> {
+        if heads.count == 0 {
+            return Ok(());
         }
-        let (row_blocks, key_blocks) = (rows.div_ceil(ROWS), tokens.div_ceil(TILE));
-        let chosen = plan.blocks.min(key_blocks);
-        let numbers = q_heads * row_blocks * (1 + chosen).max(7);
-        if u32::try_from(numbers).is_err() {
-            return Err(refuse());
-        }
-        let heads = (SCORES_MAX / (row_blocks * key_blocks)).clamp(1, q_heads);
-        let blocks = if heads > 1 {
+        let (gpu, shape) = (call.gpu, call.shape);
+        let row_blocks = (call.parts.rows as usize).div_ceil(ROWS);
+        let key_blocks = call.tokens().div_ceil(TILE);
+        let room = room(call, heads);
+        // Heads of a launch; row blocks of a launch, all of them unless it is of one head.
+        let heads_at_once = (SCORES_MAX / (row_blocks * key_blocks)).clamp(1, heads.count);
+        let blocks_at_once = if heads_at_once > 1 {
             row_blocks
         } else {
             (SCORES_MAX / key_blocks / SIDE * SIDE).max(SIDE).min(row_blocks)
         };
-        Ok(Self {
-            queries: gpu.zeros(q_heads * row_blocks * shape.head_dim)?,
-            keys: gpu.zeros(shape.kv_heads * key_blocks * shape.head_dim)?,
-            scores: gpu.zeros(heads * blocks * key_blocks)?,
-            tiles: DeviceTiles {
-                heads: gpu.zeros(2 * q_heads)?,
-                lists: gpu.zeros(7 * q_heads * row_blocks)?,
-                numbers: gpu.zeros(q_heads * row_blocks * (1 + chosen))?,
-                q_heads,
-                blocks: row_blocks,
-            },
-            shape,
-            q_heads,
-            rows,
-            tokens,
-            chosen,
-            heads,
-            blocks,
-        })
-    }
-
-    /// Chooses the blocks for queries `q [rows, q_heads, head_dim]`, the last positions of `view`, and builds the list; nothing
-    /// leaves the device. Means are rounded to the keys' type, their products summed in f32: blocks whose products differ by
-    /// less than 1e-3 of the product of the norms may stand for each other.
-    ///
-    /// # Errors
-    /// If shapes or lengths do not fit; nothing is launched then.
-    pub fn build(&mut self, gpu: &Gpu, q: Query<'_>, view: &KvView<'_>) -> Result<&DeviceTiles, GpuError> {
-        let shape = self.shape;
-        let fits = view.shape == shape
-            && view.tokens() == self.tokens
-            && !view.raw.has_lengths()
-            && q.dtype == shape.dtype.code()
-            && q.elements == self.rows * self.q_heads * shape.head_dim;
-        if !fits {
-            let why = format!(
-                "{} query elements over {} tokens of {:?}, made for {} rows of {} heads over {} of {shape:?}",
-                q.elements,
-                view.tokens(),
-                view.shape,
-                self.rows,
-                self.q_heads,
-                self.tokens
-            );
-            return Err(GpuError::shape("block-sparse", why));
-        }
-        let (row_blocks, key_blocks) = (self.rows.div_ceil(ROWS), self.tokens.div_ceil(TILE));
+        grow(gpu, &mut self.queries, heads.count * row_blocks * shape.head_dim)?;
+        grow(gpu, &mut self.keys, shape.kv_heads * key_blocks * shape.head_dim)?;
+        grow(gpu, &mut self.scores, heads_at_once * blocks_at_once * key_blocks)?;
+        grow(gpu, &mut self.lengths, heads.count * row_blocks * 2)?;
         let params = BlocksParams {
-            view: view.raw,
-            q: q.pointer,
+            view: call.view,
+            q: call.q,
+            plans: call.plans,
+            heads: heads.numbers.pointer,
             queries: self.queries.pointer,
             keys: self.keys.pointer,
             scores: self.scores.pointer,
-            best: self.tiles.numbers.pointer,
-            heads: self.tiles.heads.pointer,
-            lists: self.tiles.lists.pointer,
-            rows: self.rows as u32,
-            offset: (self.tokens - self.rows) as u32,
-            q_heads: self.q_heads as u32,
-            heads_per_kv: (self.q_heads / shape.kv_heads) as u32,
+            lengths: self.lengths.pointer,
+            lists: lists.lists,
+            numbers: lists.numbers,
+            parts: call.parts,
+            q_heads: call.q_heads as u32,
+            heads_per_kv: call.heads_per_kv(),
             row_blocks: row_blocks as u32,
             key_blocks: key_blocks as u32,
+            call_blocks: call.row_blocks as u32,
             first_head: 0,
             first_block: 0,
             blocks: 0,
-            chosen: self.chosen as u32,
+            first_number: lists.first_number,
+            room: room as u32,
         };
         let [queries, keys, scores] = match (shape.dtype, shape.head_dim) {
             (Dtype::Bf16, 64) => ["mean_queries_bf16_64", "mean_keys_bf16_64", "block_scores_bf16_64"],
@@ -175,18 +139,18 @@ impl BlockSparseTiles {
             (_, 64) => ["mean_queries_f16_64", "mean_keys_f16_64", "block_scores_f16_64"],
             (_, _) => ["mean_queries_f16_128", "mean_keys_f16_128", "block_scores_f16_128"],
         };
-        let by_head = (row_blocks as u32, self.q_heads as u32, 1);
-        // SAFETY: `BlocksParams` is blocks.cu's; the view was checked when it was made, the queries above, and `new` made the
-        // buffers for these counts.
+        let by_head = (row_blocks as u32, heads.count as u32, 1);
+        // SAFETY: `BlocksParams` is blocks.cu's; view and queries were checked by the planner, and the buffers have room for
+        // these counts.
         unsafe {
             gpu.launch(Family::Blocks, queries, by_head, 128, &params)?;
             let grid = (key_blocks as u32, shape.kv_heads as u32, 1);
             gpu.launch(Family::Blocks, keys, grid, 128, &params)?;
         }
-        for first_head in (0..self.q_heads).step_by(self.heads) {
-            let heads = self.heads.min(self.q_heads - first_head);
-            for first_block in (0..row_blocks).step_by(self.blocks) {
-                let blocks = self.blocks.min(row_blocks - first_block);
+        for first_head in (0..heads.count).step_by(heads_at_once) {
+            let some_heads = heads_at_once.min(heads.count - first_head);
+            for first_block in (0..row_blocks).step_by(blocks_at_once) {
+                let blocks = blocks_at_once.min(row_blocks - first_block);
                 let some = BlocksParams {
                     first_head: first_head as u32,
                     first_block: first_block as u32,
@@ -196,35 +160,31 @@ impl BlockSparseTiles {
                 let grid = (
                     key_blocks.div_ceil(SIDE) as u32,
                     blocks.div_ceil(SIDE) as u32,
-                    heads as u32,
+                    some_heads as u32,
                 );
                 // SAFETY: as above; this launch's products fit `scores`.
                 unsafe { gpu.launch(Family::Blocks, scores, grid, 128, &some)? };
+                let row = first_head * row_blocks + first_block;
                 let set = TopKSet {
                     scores: self.scores.pointer,
-                    out: self.tiles.numbers.pointer
-                        + 4 * (1 + (first_head * row_blocks + first_block) * (1 + self.chosen)) as u64,
+                    out: lists.numbers + 4 * (lists.first_number as usize + row * room + 1) as u64,
+                    lengths: self.lengths.pointer + 8 * row as u64,
                     n: key_blocks as u32,
-                    k: self.chosen as u32,
-                    stride: 1 + self.chosen as u32,
+                    k: room as u32 - 1,
+                    score_stride: key_blocks as u32,
+                    out_stride: room as u32,
                 };
                 // The rows of a launch follow each other in the numbers too: it is of whole heads, or of one.
-                launch_top_k(gpu, [set, TopKSet::default()], heads * blocks, heads * blocks)?;
+                let rows = some_heads * blocks;
+                launch_top_k(gpu, [set, TopKSet::default()], rows, rows)?;
             }
         }
         // SAFETY: as above.
-        unsafe { gpu.launch(Family::Blocks, "blocks_build", by_head, 128, &params)? };
-        Ok(&self.tiles)
+        unsafe { gpu.launch(Family::Blocks, "blocks_build", by_head, 128, &params) }
     }
+}
 
-    /// The first key of each block that was chosen last, in rising order, a list for each row block of each query head; waits for
-    /// the device.
-    ///
-    /// # Errors
-    /// If the device failed.
-    pub fn chosen(&self) -> Result<Vec<Vec<u32>>, GpuError> {
-        let (numbers, lists) = (self.tiles.numbers.download()?, self.tiles.lists.download()?);
-        let tiles = |list: &[u32; 7]| numbers[list[0] as usize..][..list[1] as usize].to_vec();
-        Ok(lists.as_chunks::<7>().0.iter().map(tiles).collect())
-    }
+/// Numbers of a row block's list: a free place, and the key blocks that it may choose.
+fn room(call: &Call<'_>, heads: &Heads<BlockSparse>) -> usize {
+    1 + heads.most.blocks.min(call.tokens().div_ceil(TILE))
 }

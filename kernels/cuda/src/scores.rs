@@ -75,10 +75,12 @@ pub fn key_scores(
 pub(crate) struct TopKSet {
     pub(crate) scores: u64,
     pub(crate) out: u64,
+    /// Of each row how many scores it has and how many are chosen, at most those below, where that differs; 0: as below.
+    pub(crate) lengths: u64,
     pub(crate) n: u32,
     pub(crate) k: u32,
-    /// Of the rows of `out`.
-    pub(crate) stride: u32,
+    pub(crate) score_stride: u32,
+    pub(crate) out_stride: u32,
 }
 
 #[repr(C)]
@@ -98,24 +100,6 @@ pub fn top_k(gpu: &Gpu, scores: &Buffer<f32>, rows: usize, k: usize, out: &mut B
     launch_top_k(gpu, sets, rows, rows)
 }
 
-/// The same of two sets of as many rows in one launch: a long row occupies one multiprocessor, so a few of them more take no
-/// longer.
-///
-/// # Errors
-/// As there, for either.
-pub(crate) fn top_k_of_two(
-    gpu: &Gpu,
-    rows: usize,
-    first: (&Buffer<f32>, usize, &mut Buffer<u32>),
-    second: (&Buffer<f32>, usize, &mut Buffer<u32>),
-) -> Result<(), GpuError> {
-    let sets = [
-        set(first.0, rows, first.1, first.2)?,
-        set(second.0, rows, second.1, second.2)?,
-    ];
-    launch_top_k(gpu, sets, rows, 2 * rows)
-}
-
 fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result<TopKSet, GpuError> {
     let n = scores.len().checked_div(rows).unwrap_or(0);
     if n * rows != scores.len() || k > n || n > 1 << 30 || rows > 1 << 20 || out.len() != rows * k {
@@ -131,11 +115,14 @@ fn set(scores: &Buffer<f32>, rows: usize, k: usize, out: &Buffer<u32>) -> Result
         out: out.pointer,
         n: n as u32,
         k: k as u32,
-        stride: k as u32,
+        lengths: 0,
+        score_stride: n as u32,
+        out_stride: k as u32,
     })
 }
 
-/// `all` rows, of which the first `rows` are the first set's; addresses and lengths are the caller's to check.
+/// `all` rows, of which the first `rows` are the first set's: a long row occupies one multiprocessor, so a few of a second set take
+/// no longer. Addresses and lengths are the caller's to check.
 pub(crate) fn launch_top_k(gpu: &Gpu, sets: [TopKSet; 2], rows: usize, all: usize) -> Result<(), GpuError> {
     if all == 0 || sets.iter().all(|set| set.k == 0) {
         return Ok(());

@@ -65,6 +65,7 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("linear.cuh", include_str!("../cuda/linear.cuh")),
     ("linear_wide.cuh", include_str!("../cuda/linear_wide.cuh")),
     ("keys.cuh", include_str!("../cuda/keys.cuh")),
+    ("planner.cuh", include_str!("../cuda/planner.cuh")),
 ];
 
 impl Family {

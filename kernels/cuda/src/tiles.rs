@@ -12,6 +12,41 @@ const RELATIVE: u32 = 0;
 const ABSOLUTE: u32 = 1;
 const DENSE: u32 = 2;
 
+/// Words of a list, see prefill.cuh.
+pub(crate) const LIST_WORDS: usize = 7;
+/// A list that holds every key.
+pub(crate) const DENSE_LIST: [u32; LIST_WORDS] = [0, 0, 0, 0, 0, 0, DENSE];
+
+/// A list of tiles by distance and of columns, whose numbers are appended to `numbers`.
+pub(crate) fn relative_list(tiles: &[u32], columns: &[u32], numbers: &mut Vec<u32>) -> [u32; LIST_WORDS] {
+    let first = numbers.len();
+    numbers.extend(tiles);
+    let column = numbers.len();
+    numbers.extend(columns);
+    let cover = numbers.len();
+    let words = cover_words(tiles);
+    numbers.extend(&words);
+    let [first, tiles, column, columns, cover, bits] =
+        [first, tiles.len(), column, columns.len(), cover, 32 * words.len()].map(|number| number as u32);
+    [first, tiles, column, columns, cover, bits, RELATIVE]
+}
+
+/// What a list says of row blocks alike, given the numbers: that of [`DeviceTiles`] read back.
+pub(crate) fn read_list(list: &[u32; LIST_WORDS], numbers: &[u32]) -> HeadMask {
+    let some = |first: u32, count: u32| numbers[first as usize..(first + count) as usize].to_vec();
+    let [first, count, column, columns, _, _, kind] = *list;
+    match kind {
+        DENSE => HeadMask::Dense,
+        ABSOLUTE => HeadMask::Absolute {
+            rows: vec![some(first, count)],
+        },
+        _ => HeadMask::Relative {
+            tiles: some(first, count),
+            columns: some(column, columns),
+        },
+    }
+}
+
 /// A [`Mask`] on the device: a list of tiles for each head, or for each row block of a head.
 #[derive(Debug)]
 pub struct DeviceTiles {
@@ -48,22 +83,11 @@ impl DeviceTiles {
         let (mut heads, mut lists, mut numbers) = (Vec::new(), Vec::new(), Vec::new());
         let mut blocks = usize::MAX;
         for head in masks {
-            heads.push(lists.len() as u32 / 7);
+            heads.push((lists.len() / LIST_WORDS) as u32);
             heads.push(u32::from(matches!(head, HeadMask::Absolute { .. })));
             match head {
-                HeadMask::Dense => lists.extend([0, 0, 0, 0, 0, 0, DENSE]),
-                HeadMask::Relative { tiles, columns } => {
-                    let first = numbers.len();
-                    numbers.extend(tiles);
-                    let column = numbers.len();
-                    numbers.extend(columns);
-                    let cover = numbers.len();
-                    let words = cover_words(tiles);
-                    numbers.extend(&words);
-                    let entry = [first, tiles.len(), column, columns.len(), cover, 32 * words.len()];
-                    lists.extend(entry.map(|number| number as u32));
-                    lists.push(RELATIVE);
-                }
+                HeadMask::Dense => lists.extend(DENSE_LIST),
+                HeadMask::Relative { tiles, columns } => lists.extend(relative_list(tiles, columns, &mut numbers)),
                 HeadMask::Absolute { rows } => {
                     blocks = blocks.min(rows.len());
                     for tiles in rows {

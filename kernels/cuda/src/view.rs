@@ -48,6 +48,14 @@ pub(crate) struct RawView {
 }
 
 impl RawView {
+    /// The first `tokens` of these, at most all.
+    pub(crate) const fn first(self, tokens: u32) -> Self {
+        Self {
+            tokens: if tokens < self.tokens { tokens } else { self.tokens },
+            ..self
+        }
+    }
+
     /// Address of the page numbers; 0 without pages.
     pub(crate) const fn pages(&self) -> u64 {
         self.pages

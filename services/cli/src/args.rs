@@ -179,9 +179,10 @@ pub(crate) struct SearchHeadsArgs {
     /// the text from 32,768 tokens
     #[arg(long, value_name = "INITIAL,LOCAL", value_delimiter = ',')]
     pub(crate) budget: Vec<u32>,
-    /// Query rows of the kernel's tile for which cost is counted: 64 on the CPU, 128 on a GPU
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) tile_rows: u16,
+    /// Query rows of the kernel's tile for which cost is counted: 64 on the CPU, 128 on a GPU; worker.device says which if not
+    /// given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) tile_rows: Option<u16>,
     /// Queries that are planned for together; worker.block_tokens if not given, which is what a worker does
     #[arg(long, value_name = "N")]
     pub(crate) chunk_tokens: Option<usize>,
@@ -348,6 +349,9 @@ pub(crate) struct GpuArgs {
     /// whole decode steps over a long context, its keys and values on the GPU and at a store on this host
     #[arg(long)]
     pub(crate) made_up: bool,
+    /// With --made-up: measure sparse prefill beside dense instead, and from which length on it pays
+    #[arg(long, requires = "made_up")]
+    pub(crate) sparse: bool,
     /// Tokens of that context
     #[arg(long, value_name = "N", default_value_t = 131_072, value_parser = clap::value_parser!(u32).range(4096..=1_048_576))]
     pub(crate) context: u32,

@@ -73,6 +73,7 @@ fn run(args: Args) -> Result<()> {
             command: KernelsCommand::Build { arch },
         } => kernels::build(&configuration, &arch),
         Command::Bench { command } => match command {
+            BenchCommand::Gpu(options) if options.sparse => bench::gpu::crossing(&configuration, &options),
             BenchCommand::Gpu(options) if options.made_up => {
                 bench::gpu::made_up(&configuration, &args.config, &options, &runtime()?)
             }

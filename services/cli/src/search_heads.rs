@@ -12,6 +12,7 @@ use kvasir_sparse::{
     FoundBy, HeadPatterns, Pattern,
     search::{Criterion, Found, HeadText, Options, Space, default_budget, search},
 };
+use kvasir_worker::DeviceKind;
 use parking_lot::Mutex;
 
 use crate::{
@@ -43,6 +44,10 @@ pub(crate) fn run(configuration: &Configuration, args: &SearchHeadsArgs) -> Resu
     ensure!(
         matches!(args.budget[..], [] | [_, _]) && !args.budget.contains(&0),
         "--budget takes two numbers above 0, as in --budget 1024,4096"
+    );
+    ensure!(
+        configuration.tree().worker.device != DeviceKind::Gpu || args.space != SearchSpace::Wide,
+        "--space wide tries FlexPrefill and XAttention, which a GPU does not plan for: take --space paper, or worker.device = \"cpu\""
     );
     let options = options(configuration, args, count);
     // Before the work, not after it: a place that cannot be written to is found out now.
@@ -109,10 +114,10 @@ fn options(configuration: &Configuration, args: &SearchHeadsArgs, tokens: usize)
         SearchSpace::Wide => (Space::Wide, Criterion::OutputError),
         SearchSpace::Released => (Space::Released, Criterion::KeptMass),
     };
-    let block_tokens = usize::from(configuration.tree().worker.block_tokens);
+    let worker = &configuration.tree().worker;
     Options {
-        rows: usize::from(args.tile_rows),
-        chunk_tokens: args.chunk_tokens.unwrap_or(block_tokens),
+        rows: args.tile_rows.map_or(worker.device.tile_rows().rows(), usize::from),
+        chunk_tokens: args.chunk_tokens.unwrap_or(usize::from(worker.block_tokens)),
         from: args.dense_up_to,
         budget: match args.budget[..] {
             [initial, local] => (initial, local),

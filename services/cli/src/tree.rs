@@ -16,7 +16,7 @@ use kvasir_runtime::{
     telemetry::LogConfig,
 };
 use kvasir_store::StoreConfig;
-use kvasir_worker::WorkerConfig;
+use kvasir_worker::{DeviceKind, WorkerConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::{args::ConfigArgs, ready::url};
@@ -119,6 +119,10 @@ impl Configuration {
         if loaded.source("worker.gpu.kernels_dir") == Source::Default {
             loaded.tree.worker.gpu.kernels_dir = loaded.tree.up.data_dir.join("kernels");
             derived.push(("worker.gpu.kernels_dir", "up.data_dir"));
+        }
+        if loaded.tree.worker.device == DeviceKind::Gpu && loaded.source("worker.step_tokens_max") == Source::Default {
+            loaded.tree.worker.step_tokens_max = loaded.tree.worker.device.step_tokens();
+            derived.push(("worker.step_tokens_max", "worker.device"));
         }
         if loaded.source("router.block_tokens") == Source::Default {
             loaded.tree.router.block_tokens = loaded.tree.worker.block_tokens;

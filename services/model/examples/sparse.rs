@@ -11,7 +11,7 @@ use std::{path::Path, thread};
 use half::f16;
 use kvasir_model::{
     Attention, CaptureOptions, CaptureSink, CapturedLayer, LoadOptions, Logits, Model, ModelFile, ModelShape, PageId,
-    SparsePrefill, StepAborted, StepSequence, capture,
+    SparsePrefill, StepAborted, StepSequence, TileRows, capture,
 };
 use kvasir_sparse::{
     HeadPatterns, Pattern, Quality,
@@ -79,7 +79,7 @@ fn main() -> Result<()> {
         "patterns", "mass", "least", "error", "density", "work", "NLL +", "moved", "most", "processor seconds by block"
     ));
     for ((name, patterns), masks) in sets.into_iter().zip(masks) {
-        let sparse = SparsePrefill::new(patterns, &file, block_tokens)?;
+        let sparse = SparsePrefill::new(patterns, file.shape(), &file.schema(block_tokens), TileRows::Rows64)?;
         let model = load()?.with_sparse_prefill(sparse)?;
         let (losses, seconds) = forward(model, Attention::Sparse, block_tokens, tokens)?;
         let moved: Vec<f64> = losses[from..]

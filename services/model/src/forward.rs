@@ -19,6 +19,7 @@ use kvasir_simd::{Activations, Partial, Pool, add_assign, gelu_mul, matmul, rms_
 use self::{attention::AttentionScratch, rotate::Ropes, rows::for_rows, watch::WatchScratch};
 use crate::{
     Architecture, LoadError, ModelFile, ModelShape, PageId, PagePool, SparsePrefill,
+    sampler::Drawer,
     weights::{Columns, LayerWeights, ModelWeights},
 };
 
@@ -140,12 +141,27 @@ pub struct StepOutput {
     pub vocab: usize,
     /// Per sequence of the batch: rows of logits as asked, end to end.
     pub rows: Vec<Vec<f32>>,
+    /// Per sequence of the batch: the token drawn, where one was asked for ([`Logits::Drawn`]).
+    pub drawn: Vec<Option<u32>>,
+}
+
+impl StepOutput {
+    /// Of a batch without tokens.
+    pub(crate) fn empty(vocab: usize, sequences: usize) -> Self {
+        Self {
+            vocab,
+            rows: vec![Vec::new(); sequences],
+            drawn: vec![None; sequences],
+        }
+    }
 }
 
 /// Weights and scratch for steps on the CPU.
 pub(crate) struct CpuModel {
     shape: ModelShape,
     schema: KvSchema,
+    /// Of the same model without sparse prefill.
+    plain_schema: KvSchema,
     weights: ModelWeights,
     ropes: Ropes,
     threads: Pool,
@@ -171,6 +187,7 @@ struct Scratch {
     /// What is added to the residual stream.
     added: Vec<f32>,
     logits: Vec<f32>,
+    drawer: Drawer,
 }
 
 impl CpuModel {
@@ -203,6 +220,7 @@ impl CpuModel {
             sparse: None,
             scratch: Scratch::default(),
             shape,
+            plain_schema: schema.clone(),
             schema,
             weights,
         })
@@ -210,7 +228,7 @@ impl CpuModel {
 
     /// Makes [`Attention::Sparse`] possible, and names the KV accordingly.
     pub(crate) fn set_sparse_prefill(&mut self, sparse: SparsePrefill) {
-        self.schema = sparse.schema(self.schema.clone());
+        self.schema = sparse.schema(&self.plain_schema);
         self.sparse = Some(sparse);
     }
 
@@ -234,33 +252,30 @@ impl CpuModel {
     ) -> Result<StepOutput, StepError> {
         let sparse_from = self.sparse.as_ref().map(SparsePrefill::from);
         let threads = self.threads.threads();
-        let plan = Plan::with_sparse(batch, pool, &self.shape, &self.schema, threads, sparse_from)?;
+        let plan = Plan::new(batch, pool, &self.shape, &self.schema, threads, sparse_from)?;
         let vocab = self.shape.vocab;
         if plan.tokens == 0 {
-            return Ok(StepOutput {
-                vocab,
-                rows: vec![Vec::new(); batch.len()],
-            });
+            return Ok(StepOutput::empty(vocab, batch.len()));
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         let done = self.layers(batch, &plan, pool, hooks, &mut scratch);
-        if done.is_ok() {
-            self.logits(&plan, &mut scratch);
+        if let Err(error) = done {
+            self.scratch = scratch;
+            return Err(error);
         }
-        let rows = plan.sequences.iter().map(|sequence| {
-            let rows = sequence.logits.clone();
-            scratch
-                .logits
-                .get(rows.start * vocab..rows.end * vocab)
-                .unwrap_or_default()
-                .to_vec()
-        });
-        let output = done.map(|()| StepOutput {
-            vocab,
-            rows: rows.collect(),
-        });
+        self.logits(&plan, &mut scratch);
+        let Scratch { logits, drawer, .. } = &mut scratch;
+        let mut output = StepOutput::empty(vocab, batch.len());
+        for (index, (asked, planned)) in batch.iter().zip(&plan.sequences).enumerate() {
+            let rows = planned.logits.start * vocab..planned.logits.end * vocab;
+            let logits = logits.get(rows).unwrap_or_default();
+            match asked.logits {
+                Logits::Drawn(draw) => output.drawn[index] = Some(drawer.draw(logits, draw)),
+                _ => output.rows[index] = logits.to_vec(),
+            }
+        }
         self.scratch = scratch;
-        output
+        Ok(output)
     }
 
     /// From tokens to the residual stream of the rows that logits are made of.

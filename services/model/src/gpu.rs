@@ -10,9 +10,12 @@
 //! nobody reads stand before its first one.
 
 mod layout;
+mod output;
 mod pages;
 mod scratch;
+mod sparse;
 mod step;
+mod warm_up;
 mod watch;
 mod weights;
 
@@ -21,16 +24,16 @@ use std::path::PathBuf;
 use kvasir_block::KvSchema;
 use kvasir_cuda::{DeviceTiles, Dtype, Gpu, GpuError, KvShape, Options, Pairs, Products, Rope};
 
-use self::{scratch::Scratch, weights::GpuWeights};
-use crate::{LoadError, MadeUp, ModelFile, ModelShape, PagePool, PoolError, StepError, file::FORWARD};
+use self::{scratch::Scratch, sparse::GpuSparse, weights::GpuWeights};
+use crate::{LoadError, MadeUp, ModelFile, ModelShape, PagePool, PoolError, SparsePrefill, StepError, file::FORWARD};
 
 pub(crate) use self::pages::DevicePages;
 
 /// How the kernels and the forward order their floating-point steps; changes whenever the bits of named blocks change.
 const KERNELS: &str = "cuda/2";
 
-/// Which GPU, and where its compiler is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Which GPU, where its compiler is, and what it takes of the host's memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuOptions {
     /// Index of the GPU, as the driver counts.
     pub index: usize,
@@ -38,11 +41,32 @@ pub struct GpuOptions {
     pub nvrtc: Option<PathBuf>,
     /// Folder for compiled kernels; without one they are compiled at each start.
     pub cache: Option<PathBuf>,
+    /// Bytes of page-locked memory that a pool makes for pages on their way to the host ([`crate::StepHooks::wanted_pages`]).
+    pub landing_bytes: usize,
+}
+
+impl GpuOptions {
+    /// Room for a few steps of a model with large blocks.
+    pub const LANDING_BYTES: usize = 512 << 20;
+}
+
+impl Default for GpuOptions {
+    fn default() -> Self {
+        Self {
+            index: 0,
+            nvrtc: None,
+            cache: None,
+            landing_bytes: Self::LANDING_BYTES,
+        }
+    }
 }
 
 /// An open GPU.
 #[derive(Clone, Debug)]
-pub struct GpuDevice(Gpu);
+pub struct GpuDevice {
+    gpu: Gpu,
+    landing_bytes: usize,
+}
 
 impl GpuDevice {
     /// Opens a GPU.
@@ -55,14 +79,15 @@ impl GpuDevice {
             cache: options.cache.clone(),
             ..Options::default()
         };
-        Gpu::open(options.index, &found)
-            .map(Self)
-            .map_err(|error| LoadError::Gpu(error.to_string()))
+        Ok(Self {
+            gpu: Gpu::open(options.index, &found).map_err(|error| LoadError::Gpu(error.to_string()))?,
+            landing_bytes: options.landing_bytes,
+        })
     }
 
     /// Name, as the driver gives it.
     pub fn name(&self) -> &str {
-        self.0.name()
+        self.gpu.name()
     }
 
     /// Bytes of its memory that are free now.
@@ -70,12 +95,12 @@ impl GpuDevice {
     /// # Errors
     /// If the driver failed.
     pub fn free_bytes(&self) -> Result<usize, LoadError> {
-        self.0.memory().map(|(free, _)| free).map_err(load_error)
+        self.gpu.memory().map(|(free, _)| free).map_err(load_error)
     }
 
     /// What decides the bits of named blocks: prompt rows' kernels, and the type they compute in.
     pub(crate) fn numerics(&self) -> String {
-        let products = match Products::best(&self.0) {
+        let products = match Products::best(&self.gpu) {
             Products::Wgmma => "wgmma",
             Products::Mma => "mma",
         };
@@ -98,14 +123,18 @@ fn pool_error(error: GpuError) -> PoolError {
 /// Weights on a GPU, and scratch for steps.
 pub(crate) struct GpuModel {
     gpu: Gpu,
+    landing_bytes: usize,
     shape: ModelShape,
     schema: KvSchema,
+    /// Of the same model without sparse prefill.
+    plain_schema: KvSchema,
     kv: KvShape,
     weights: GpuWeights,
     rope: Rope,
     /// Full causal attention.
     dense: DeviceTiles,
     products: Products,
+    sparse: Option<GpuSparse>,
     scratch: Option<Scratch>,
 }
 
@@ -140,7 +169,7 @@ impl GpuModel {
         schema: KvSchema,
         weights: impl FnOnce(&Gpu) -> Result<GpuWeights, LoadError>,
     ) -> Result<Self, LoadError> {
-        let (gpu, block_tokens) = (device.0.clone(), schema.block_tokens);
+        let (gpu, block_tokens) = (device.gpu.clone(), schema.block_tokens);
         schema.validate().map_err(|error| LoadError::Option {
             option: "block_tokens",
             found: error.found,
@@ -164,12 +193,22 @@ impl GpuModel {
             rope: Rope::new(&gpu, context, dims, shape.rope_theta, Pairs::Interleaved).map_err(load_error)?,
             dense: DeviceTiles::dense(&gpu, shape.q_heads).map_err(load_error)?,
             products: Products::best(&gpu),
+            landing_bytes: device.landing_bytes,
+            sparse: None,
             scratch: None,
             weights,
             gpu,
             shape,
+            plain_schema: schema.clone(),
             schema,
         })
+    }
+
+    /// Makes [`crate::Attention::Sparse`] possible, and names the KV accordingly.
+    pub(crate) fn set_sparse_prefill(&mut self, sparse: &SparsePrefill) -> Result<(), LoadError> {
+        self.sparse = Some(GpuSparse::new(&self.gpu, self.kv, &self.shape, &self.schema, sparse)?);
+        self.schema = sparse.schema(&self.plain_schema);
+        Ok(())
     }
 
     pub(crate) fn shape(&self) -> &ModelShape {
@@ -182,7 +221,7 @@ impl GpuModel {
 
     pub(crate) fn pool(&self, pages: usize) -> Result<PagePool, PoolError> {
         let layout = self.schema.layout();
-        let pages = DevicePages::new(&self.gpu, layout, self.shape.layers, pages)?;
+        let pages = DevicePages::new(&self.gpu, layout, self.shape.layers, pages, self.landing_bytes)?;
         Ok(PagePool::on_gpu(layout, pages))
     }
 }

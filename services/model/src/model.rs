@@ -4,7 +4,7 @@ use kvasir_block::KvSchema;
 
 use crate::{
     Architecture, GpuDevice, LoadError, LoadOptions, MadeUp, ModelFile, ModelShape, PagePool, PoolError, SparsePrefill,
-    StepError, StepHooks, StepOutput, StepSequence, forward::CpuModel, gpu::GpuModel,
+    StepError, StepHooks, StepOutput, StepSequence, TileRows, forward::CpuModel, gpu::GpuModel,
 };
 
 /// What computes a forward.
@@ -30,6 +30,14 @@ impl Device {
                 numerics: gpu.numerics(),
                 ..schema
             },
+        }
+    }
+
+    /// Height of the row blocks that masks of sparse prefill are planned for.
+    pub const fn tile_rows(&self) -> TileRows {
+        match self {
+            Self::Cpu { .. } => TileRows::Rows64,
+            Self::Gpu(_) => TileRows::Rows128,
         }
     }
 }
@@ -83,10 +91,11 @@ impl Model {
         )?))))
     }
 
-    /// The model with [`crate::Attention::Sparse`] under the given patterns; its schema changes with them.
+    /// The model with [`crate::Attention::Sparse`] under the given patterns, in place of any before; its schema changes with them.
     ///
     /// # Errors
-    /// [`LoadError::Sparse`] on a GPU, which cannot do that yet, and where layers see a window only.
+    /// [`LoadError::Sparse`] where layers see a window only, and on a GPU for patterns that are planned for on the CPU alone, or row
+    /// blocks of another height than its own; [`LoadError::Gpu`] if it has no room.
     pub fn with_sparse_prefill(mut self, sparse: SparsePrefill) -> Result<Self, LoadError> {
         if self.shape().sliding().is_some() {
             let problem = "most layers of this model see a window only: leave worker.sparse_prefill empty";
@@ -94,10 +103,7 @@ impl Model {
         }
         match &mut self.0 {
             Backend::Cpu(model) => model.set_sparse_prefill(sparse),
-            Backend::Gpu(_) => {
-                let problem = "the GPU's forward attends densely: leave worker.sparse_prefill empty there";
-                return Err(LoadError::Sparse(problem.to_owned()));
-            }
+            Backend::Gpu(model) => model.set_sparse_prefill(&sparse)?,
         }
         Ok(self)
     }
@@ -131,6 +137,18 @@ impl Model {
         match &self.0 {
             Backend::Cpu(model) => PagePool::new(model.schema().layout(), model.shape().layers, pages),
             Backend::Gpu(model) => model.pool(pages),
+        }
+    }
+
+    /// Makes ready for steps of up to `tokens` tokens over `pool`: on a GPU kernels are loaded, buffers made and decoding is
+    /// recorded, which the first requests would wait for otherwise. Pages hold anything afterwards.
+    ///
+    /// # Errors
+    /// [`StepError::Gpu`] if the GPU failed or has no room.
+    pub fn warm_up(&mut self, pool: &mut PagePool, tokens: usize) -> Result<(), StepError> {
+        match &mut self.0 {
+            Backend::Cpu(_) => Ok(()),
+            Backend::Gpu(model) => model.warm_up(pool, tokens),
         }
     }
 

@@ -61,10 +61,36 @@ impl Sampling {
     }
 }
 
+/// One drawing of a token: what chance says is part of it, so that who draws needs no state.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// Not above 0: the most likely token (ties by the lower id); otherwise logits are divided by it.
+    pub temperature: f32,
+    /// As in [`Sampling`].
+    pub top_p: f32,
+    /// In `[0, 1)`.
+    pub uniform: f64,
+}
+
+impl Draw {
+    /// The most likely token.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_p: 1.0,
+        uniform: 0.0,
+    };
+}
+
 /// Draws tokens; greedy at temperature 0 (ties by the lower id), seeded otherwise.
 pub struct Sampler {
     sampling: Sampling,
     rng: StdRng,
+    drawer: Drawer,
+}
+
+/// What draws from logits on the host.
+#[derive(Default)]
+pub(crate) struct Drawer {
     /// `(weight, id)` of tokens that may be drawn; reused.
     candidates: Vec<(f32, u32)>,
 }
@@ -77,34 +103,57 @@ impl Sampler {
         Self {
             sampling,
             rng,
-            candidates: Vec::new(),
+            drawer: Drawer::default(),
+        }
+    }
+
+    /// How the next token is drawn: one number of chance per token, whatever is drawn from.
+    pub fn next_draw(&mut self) -> Draw {
+        let Sampling { temperature, top_p, .. } = self.sampling;
+        if !(temperature > 0.0 && temperature.is_finite()) {
+            return Draw::GREEDY;
+        }
+        Draw {
+            temperature,
+            top_p: if top_p > 0.0 && top_p < 1.0 { top_p } else { 1.0 },
+            uniform: self.rng.random(),
         }
     }
 
     /// The next token of `logits[vocab]`. NaN is never drawn, unless there is nothing else: then token 0 is.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
+        let draw = self.next_draw();
+        self.draw(logits, draw)
+    }
+
+    /// A token of `logits[vocab]` by a drawing that was made before.
+    pub fn draw(&mut self, logits: &[f32], draw: Draw) -> u32 {
+        self.drawer.draw(logits, draw)
+    }
+}
+
+impl Drawer {
+    /// As [`Sampler::draw`].
+    pub(crate) fn draw(&mut self, logits: &[f32], draw: Draw) -> u32 {
         let best = greedy(logits);
-        let temperature = self.sampling.temperature;
         let high = logits.get(best as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        let Draw {
+            temperature,
+            top_p,
+            uniform,
+        } = draw;
         if !(temperature > 0.0 && temperature.is_finite() && high.is_finite()) {
             return best;
         }
-        // One draw per token, whatever is drawn from.
-        let draw = self.rng.random::<f64>();
-        self.draw(logits, high, draw)
-    }
-
-    fn draw(&mut self, logits: &[f32], high: f32, draw: f64) -> u32 {
-        let temperature = self.sampling.temperature;
         let weight = |logit: f32| ((logit - high) / temperature).exp();
         self.candidates.clear();
         let weighted = logits.iter().enumerate().map(|(id, logit)| (weight(*logit), id as u32));
         self.candidates.extend(weighted.filter(|(weight, _)| *weight > 0.0));
-        if self.sampling.top_p > 0.0 && self.sampling.top_p < 1.0 {
-            self.keep_nucleus();
+        if top_p > 0.0 && top_p < 1.0 {
+            self.keep_nucleus(f64::from(top_p));
         }
         let total: f64 = self.candidates.iter().map(|(weight, _)| f64::from(*weight)).sum();
-        let mut rest = draw * total;
+        let mut rest = uniform * total;
         for (weight, id) in &self.candidates {
             rest -= f64::from(*weight);
             if rest < 0.0 {
@@ -116,8 +165,7 @@ impl Sampler {
     }
 
     /// Keeps the fewest, likeliest candidates that hold `top_p` of the weight (Holtzman et al. 2020), at least one.
-    fn keep_nucleus(&mut self) {
-        let top_p = f64::from(self.sampling.top_p);
+    fn keep_nucleus(&mut self, top_p: f64) {
         let total: f64 = self.candidates.iter().map(|(weight, _)| f64::from(*weight)).sum();
         // All tokens below the floor together hold less than what may be left out, so only the others need sorting.
         let floor = (1.0 - top_p) * total / self.candidates.len() as f64;

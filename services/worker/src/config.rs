@@ -43,7 +43,7 @@ pub struct WorkerConfig {
     /// Bytes of the page pool (the device tier), in the memory of the device that computes; rounded down to whole pages.
     pub kv_bytes_max: ByteSize,
     /// Most tokens computed in one step, over all sequences. More is faster for one prompt and makes the tokens of
-    /// others come in larger gaps.
+    /// others come in larger gaps. 256 on a CPU; `kvasir` takes 2,048 where `worker.device` is a GPU.
     pub step_tokens_max: usize,
     /// Most sequences that are computed at a time.
     pub sequences_max: usize,
@@ -68,8 +68,9 @@ pub struct WorkerConfig {
     /// beside the model file (`.basis` behind its name), else the one that comes with the program, else none.
     pub basis: PathBuf,
     /// Patterns by which prompts are attended sparsely, a file of `kvasir search-heads` or one of MInference's; `off` attends
-    /// to everything. On the CPU only; takes effect on whole blocks, and pays with blocks of 256 tokens and more. KV made with
-    /// it has another namespace than KV made without it, or with other patterns.
+    /// to everything. Takes effect on whole blocks, and pays with blocks of 256 tokens and more; on a GPU with larger ones, of 128
+    /// or a multiple, and from `worker.gpu.dense_up_to` on. KV made with it has another namespace than KV made without it, or
+    /// with other patterns.
     pub sparse_prefill: PathBuf,
     /// How long stopping waits for running requests, and then again for the offload queue.
     pub drain_grace: HumanDuration,
@@ -90,7 +91,7 @@ impl Default for WorkerConfig {
             threads: 0,
             block_tokens: 64,
             kv_bytes_max: ByteSize::gib(1),
-            step_tokens_max: 256,
+            step_tokens_max: DeviceKind::Cpu.step_tokens(),
             sequences_max: 16,
             waiting_max: 128,
             max_tokens: 256,
@@ -187,10 +188,6 @@ impl WorkerConfig {
             return Err(InvalidConfig::new("worker.step_tokens_max", problem));
         }
         if self.sparse_prefill_file().is_some() {
-            if self.device == DeviceKind::Gpu {
-                let problem = "works on the CPU only: write \"off\", or set worker.device = \"cpu\"";
-                return Err(InvalidConfig::new("worker.sparse_prefill", problem));
-            }
             let least = usize::from(self.block_tokens) + self.sequences_max;
             if self.step_tokens_max < least {
                 let problem = format!(
@@ -258,13 +255,6 @@ mod tests {
                     c.block_tokens = 256;
                 }),
                 "worker.step_tokens_max",
-            ),
-            (
-                with(|c| {
-                    c.sparse_prefill = "heads.json".into();
-                    c.device = DeviceKind::Gpu;
-                }),
-                "worker.sparse_prefill",
             ),
             (
                 // Without a certificate there is no bound to compare with.

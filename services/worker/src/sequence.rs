@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use kvasir_block::{ExtraKeys, HashChain};
-use kvasir_model::{PageId, Sampler, TextDecoder, Tokenizer};
+use kvasir_model::{Draw, Logits, PageId, Sampler, TextDecoder, Tokenizer};
 use tracing::Span;
 
 use crate::{
@@ -57,8 +57,19 @@ pub(crate) struct Sequence {
     /// Negative log-likelihood of the forced tokens so far, in nats.
     forced_nll: f64,
     sampler: Sampler,
+    /// How the next token is drawn: kept while steps are given up, so that chance is asked once for each.
+    draw: Option<Draw>,
     decoder: TextDecoder,
     stops: StopText,
+}
+
+/// What a step says of the next token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Next<'a> {
+    /// The token itself, drawn where the model computes.
+    Token(u32),
+    /// Its logits.
+    Logits(&'a [f32]),
 }
 
 /// Where a sequence stands.
@@ -123,6 +134,7 @@ impl Sequence {
             produced: 0,
             forced_nll: 0.0,
             sampler: Sampler::new(request.sampling.clone()),
+            draw: None,
             decoder: tokenizer.decoder(),
             stops: StopText::new(stops),
             request,
@@ -161,11 +173,25 @@ impl Sequence {
         }
     }
 
-    /// Chooses the next token from `logits`, says so, and ends or goes on with it.
-    pub(crate) fn choose(&mut self, logits: &[f32], stop_ids: &[u32]) -> Option<Reason> {
-        let choice = self.sampler.sample(logits);
+    /// What a step that computes all that remains is asked for: a token, or logits where a token is forced and its likelihood
+    /// wanted.
+    pub(crate) fn wants(&mut self) -> Logits {
+        let draw = *self.draw.get_or_insert_with(|| self.sampler.next_draw());
+        match self.request.forced.get(self.produced) {
+            Some(_) => Logits::Last,
+            None => Logits::Drawn(draw),
+        }
+    }
+
+    /// Takes the next token, says so, and ends or goes on with it.
+    pub(crate) fn choose(&mut self, next: Next<'_>, stop_ids: &[u32]) -> Option<Reason> {
+        let draw = self.draw.take().unwrap_or_else(|| self.sampler.next_draw());
+        let choice = match next {
+            Next::Token(token) => token,
+            Next::Logits(logits) => self.sampler.draw(logits, draw),
+        };
         let forced = self.request.forced.get(self.produced).copied();
-        if let Some(token) = forced {
+        if let (Some(token), Next::Logits(logits)) = (forced, next) {
             self.forced_nll += negative_log_likelihood(logits, token);
         }
         self.produced += 1;

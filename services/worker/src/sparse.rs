@@ -3,16 +3,21 @@
 use std::{fs::File, io::Read, path::Path};
 
 use anyhow::Context;
-use kvasir_model::{ModelFile, SparsePrefill};
+use kvasir_model::{Device, ModelFile, SparsePrefill};
 use kvasir_sparse::{FILE_BYTES_MAX, HeadPatterns};
 
-use crate::config::InvalidConfig;
+use crate::config::{InvalidConfig, WorkerConfig};
 
-/// The patterns in the file at `path`, for the model in `file` with blocks of `block_tokens`.
+/// The patterns in the file at `path`, for the model in `file` on `device`.
 ///
 /// # Errors
-/// A file that cannot be read, or holds no patterns for this model.
-pub(crate) fn read(path: &Path, file: &ModelFile, block_tokens: u16) -> anyhow::Result<SparsePrefill> {
+/// A file that cannot be read, or holds no patterns for this model and its blocks.
+pub(crate) fn read(
+    path: &Path,
+    file: &ModelFile,
+    device: &Device,
+    config: &WorkerConfig,
+) -> anyhow::Result<SparsePrefill> {
     let read = || {
         let mut bytes = Vec::new();
         // One more than may be, so that what is too long is seen to be.
@@ -21,15 +26,19 @@ pub(crate) fn read(path: &Path, file: &ModelFile, block_tokens: u16) -> anyhow::
             .take(FILE_BYTES_MAX as u64 + 1)
             .read_to_end(&mut bytes)
             .context("cannot be read")?;
-        let patterns = HeadPatterns::read(&bytes, file.shape().q_heads)?;
-        anyhow::Ok(SparsePrefill::new(patterns, file, block_tokens)?)
+        let mut patterns = HeadPatterns::read(&bytes, file.shape().q_heads)?;
+        if let Device::Gpu(_) = device {
+            patterns.dense_up_to = patterns.dense_up_to.max(config.gpu.dense_up_to);
+        }
+        let schema = file.schema(config.block_tokens);
+        anyhow::Ok(SparsePrefill::new(patterns, file.shape(), &schema, device.tile_rows())?)
     };
     let sparse = read()
         .map_err(|error| InvalidConfig::new("worker.sparse_prefill", format!("{}: {error:#}", path.display())))?;
     tracing::info!(
         path = %path.display(),
         from = sparse.from(),
-        block_tokens,
+        block_tokens = config.block_tokens,
         "prompts are attended sparsely"
     );
     Ok(sparse)

@@ -76,12 +76,12 @@ impl Worker {
                 .context("worker.device")?
         };
         let sparse = match config.sparse_prefill_file() {
-            Some(path) => Some(sparse::read(path, &file, config.block_tokens)?),
+            Some(path) => Some(sparse::read(path, &file, &device, config)?),
             None => None,
         };
         let schema = device.schema(&file, config.block_tokens);
         let schema = match &sparse {
-            Some(sparse) => sparse.schema(schema),
+            Some(sparse) => sparse.schema(&schema),
             None => schema,
         };
         let plan = Plan::new(config, &schema, sparse.as_ref())?;
@@ -113,7 +113,7 @@ impl Worker {
             handle: compute.clone(),
             runtime: Handle::current(),
         };
-        let block_tokens = config.block_tokens;
+        let (block_tokens, step_tokens) = (config.block_tokens, config.step_tokens_max);
         let (loaded, on_loaded) = oneshot::channel();
         let readiness = runtime.readiness.clone();
         let model_file = Arc::clone(&file);
@@ -121,7 +121,7 @@ impl Worker {
             .name("kvasir-compute".to_owned())
             .spawn(move || {
                 let began = std::time::Instant::now();
-                match load_model(&model_file, &device, block_tokens, sparse, plan.pages) {
+                match load_model(&model_file, &device, block_tokens, sparse, plan.pages, step_tokens) {
                     Ok((model, pool)) => {
                         tracing::info!(pages = pool.pages(), device = %described(&device), elapsed = ?began.elapsed(), "model loaded");
                         if loaded.send(Ok(())).is_ok() {
@@ -369,12 +369,14 @@ fn load_model(
     block_tokens: u16,
     sparse: Option<SparsePrefill>,
     pages: usize,
+    step_tokens: usize,
 ) -> anyhow::Result<(Model, PagePool)> {
     let mut model = Model::load_on(file, device, block_tokens).context("loading the model")?;
     if let Some(sparse) = sparse {
         model = model.with_sparse_prefill(sparse).context("worker.sparse_prefill")?;
     }
-    let pool = model.pool(pages).context("worker.kv_bytes_max")?;
+    let mut pool = model.pool(pages).context("worker.kv_bytes_max")?;
+    model.warm_up(&mut pool, step_tokens).context("warming the device up")?;
     Ok((model, pool))
 }
 

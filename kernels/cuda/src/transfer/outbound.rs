@@ -1,8 +1,11 @@
 //! To the host: pages are gathered on the device, leave it in one copy, and stay where they land until nobody reads them.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use cudarc::driver::{CudaEvent, CudaStream, sys};
@@ -13,8 +16,6 @@ use crate::{Buffer, Family, Gpu, GpuError, PinnedBuffer, Plain};
 
 /// Gathered pages on the device: one is filled while the other is copied.
 const STAGES: usize = 2;
-/// The smallest page-locked memory that is asked for; making such memory is slow, so what there is should fit again.
-const LANDING_BYTES_MIN: usize = 1 << 20;
 
 /// Pages of one step: what a grid's second dimension counts.
 const PAGES_MAX: usize = 65_535;
@@ -23,7 +24,8 @@ const PAGES_MAX: usize = 65_535;
 ///
 /// What is sent is gathered by a kernel of the main stream, at the memory's speed, so the pages may be written again by
 /// whatever is given to that stream next; the copy runs on a stream of its own. It lands in page-locked memory that nobody
-/// copies from again: readers hold the place itself ([`Landed`]), and it is used again once the last of them is gone.
+/// copies from again: readers hold the place itself ([`Landed`]), and it is used again once the last of them is gone. Such memory
+/// is slow to make, so all of it is made with this.
 #[derive(Debug)]
 pub struct Outbound {
     gpu: Gpu,
@@ -54,11 +56,11 @@ struct GatherParams {
 }
 
 impl Outbound {
-    /// Takes at most `bytes_max` of page-locked memory, as it is needed.
+    /// Makes `bytes` of page-locked memory to land in.
     ///
     /// # Errors
-    /// If the device failed.
-    pub fn new(gpu: &Gpu, bytes_max: usize) -> Result<Self, GpuError> {
+    /// If the host has no room, or the device failed.
+    pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self, GpuError> {
         let stage = || {
             Ok::<_, GpuError>(Stage {
                 bytes: gpu.zeros(0)?,
@@ -69,8 +71,8 @@ impl Outbound {
             stream: new_stream(gpu)?,
             landings: Arc::new(Landings {
                 gpu: gpu.clone(),
-                bytes_max,
-                inner: Mutex::default(),
+                room: gpu.pinned(bytes)?,
+                free: Mutex::new(Ranges::of(bytes)),
             }),
             numbers: gpu.zeros(0)?,
             count: 0,
@@ -94,7 +96,7 @@ impl Outbound {
             let why = format!("pages of {page_bytes} bytes; a multiple of 16 is needed");
             return Err(GpuError::shape("outbound", why));
         }
-        let fits = |needed: &usize| *needed <= self.landings.bytes_max && pages.len() <= PAGES_MAX;
+        let fits = |needed: &usize| *needed <= self.landings.room.len() && pages.len() <= PAGES_MAX;
         let Some(needed) = needed.filter(fits) else {
             return Ok(false);
         };
@@ -134,7 +136,7 @@ impl Outbound {
             return Err(GpuError::shape("outbound", why));
         }
         let bytes = self.count * self.page_bytes;
-        let Some(landing) = self.landings.take(bytes)? else {
+        let Some(landing) = self.landings.take(bytes) else {
             return Ok(None);
         };
         let to = landing.pointer();
@@ -239,78 +241,117 @@ impl AsRef<[u8]> for Landed {
 #[derive(Debug)]
 struct Landings {
     gpu: Gpu,
-    bytes_max: usize,
-    inner: Mutex<Inner>,
-}
-
-#[derive(Debug, Default)]
-struct Inner {
-    free: Vec<PinnedBuffer>,
-    /// Of all there is, free or not.
-    bytes: usize,
+    room: PinnedBuffer,
+    free: Mutex<Ranges>,
 }
 
 impl Landings {
-    /// Memory of at least `bytes`: some that is free, or new within the bound.
-    fn take(self: &Arc<Self>, bytes: usize) -> Result<Option<Landing>, GpuError> {
-        let wrap = |room| {
-            Some(Landing {
-                room: Some(room),
-                home: Arc::clone(self),
-            })
-        };
-        let size = bytes
-            .next_power_of_two()
-            .max(LANDING_BYTES_MIN)
-            .min(self.bytes_max.max(bytes));
-        let mut outgrown = Vec::new();
-        {
-            let mut inner = self.inner.lock();
-            let fitting = (0..inner.free.len()).filter(|&i| inner.free[i].len() >= bytes);
-            if let Some(best) = fitting.min_by_key(|&i| inner.free[i].len()) {
-                return Ok(wrap(inner.free.swap_remove(best)));
-            }
-            while inner.bytes + size > self.bytes_max {
-                // All that are free are too small.
-                let Some(small) = inner.free.pop() else {
-                    break;
-                };
-                inner.bytes -= small.len();
-                outgrown.push(small);
-            }
-            if inner.bytes + size > self.bytes_max {
-                return Ok(None);
-            }
-            inner.bytes += size;
-        }
-        drop(outgrown);
-        match self.gpu.pinned(size) {
-            Ok(room) => Ok(wrap(room)),
-            Err(error) => {
-                self.inner.lock().bytes -= size;
-                Err(error)
-            }
-        }
+    /// Some memory of `bytes` that is free.
+    fn take(self: &Arc<Self>, bytes: usize) -> Option<Landing> {
+        let at = self.free.lock().take(bytes)?;
+        Some(Landing {
+            at,
+            bytes,
+            home: Arc::clone(self),
+        })
     }
 }
 
+/// Memory that is given back when this is dropped.
 #[derive(Debug)]
 struct Landing {
-    /// Given back when this is dropped, and there until then.
-    room: Option<PinnedBuffer>,
+    at: usize,
+    bytes: usize,
     home: Arc<Landings>,
 }
 
 impl Landing {
     fn pointer(&self) -> *mut u8 {
-        self.room.as_ref().map_or(std::ptr::null_mut(), |room| room.pointer)
+        self.home.room.pointer.wrapping_add(self.at)
     }
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        if let Some(room) = self.room.take() {
-            self.home.inner.lock().free.push(room);
+        self.home.free.lock().give(self.at, self.bytes);
+    }
+}
+
+/// Free ranges of bytes, none empty and no two touching. What is taken are a step's layers, alike in size and given back in
+/// about their order, so the first range that fits leaves few gaps.
+#[derive(Debug)]
+struct Ranges(BTreeMap<usize, usize>);
+
+/// Ranges begin and end at multiples of this: copies are fastest so.
+const GRAIN: usize = 4096;
+
+impl Ranges {
+    /// All of so many bytes.
+    fn of(bytes: usize) -> Self {
+        let whole = bytes / GRAIN * GRAIN;
+        Self((whole > 0).then_some((0, whole)).into_iter().collect())
+    }
+
+    /// Where `bytes` bytes are taken.
+    fn take(&mut self, bytes: usize) -> Option<usize> {
+        let bytes = bytes.max(1).checked_next_multiple_of(GRAIN)?;
+        let (&at, &room) = self.0.iter().find(|(_, room)| **room >= bytes)?;
+        self.0.remove(&at);
+        if room > bytes {
+            self.0.insert(at + bytes, room - bytes);
         }
+        Some(at)
+    }
+
+    /// Gives back what was taken as so many bytes.
+    fn give(&mut self, mut at: usize, bytes: usize) {
+        let mut bytes = bytes.max(1).next_multiple_of(GRAIN);
+        if let Some(room) = self.0.remove(&(at + bytes)) {
+            bytes += room;
+        }
+        if let Some((&before, &room)) = self.0.range(..at).next_back()
+            && before + room == at
+        {
+            (at, bytes) = (before, room + bytes);
+        }
+        self.0.insert(at, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+
+    use super::*;
+
+    #[test]
+    fn what_is_taken_overlaps_nothing_and_comes_back_whole() {
+        const BYTES: usize = 100 * GRAIN + 17;
+        let mut rng = StdRng::seed_from_u64(1);
+        let (mut ranges, mut taken) = (Ranges::of(BYTES), Vec::<(usize, usize)>::new());
+        let mut refused = 0;
+        for _ in 0..5000 {
+            if rng.random_bool(0.55) {
+                let bytes = rng.random_range(1..12 * GRAIN);
+                let Some(at) = ranges.take(bytes) else {
+                    refused += 1;
+                    continue;
+                };
+                assert!(at.is_multiple_of(GRAIN) && at + bytes <= BYTES);
+                assert!(
+                    taken
+                        .iter()
+                        .all(|&(other, len)| at + bytes <= other || other + len <= at)
+                );
+                taken.push((at, bytes));
+            } else if !taken.is_empty() {
+                let (at, bytes) = taken.swap_remove(rng.random_range(0..taken.len()));
+                ranges.give(at, bytes);
+            }
+        }
+        assert!(refused > 0, "the bound was never met");
+        taken.into_iter().for_each(|(at, bytes)| ranges.give(at, bytes));
+        assert_eq!(ranges.take(100 * GRAIN), Some(0));
+        assert_eq!(ranges.take(1), None);
     }
 }

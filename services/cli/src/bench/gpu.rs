@@ -5,20 +5,23 @@
 
 mod basis;
 mod compare;
+mod crossing;
 mod forward;
 mod made_up;
 mod remote;
+mod sparse;
 
 use anyhow::{Context, Result, ensure};
 use kvasir_model::Device;
 use kvasir_worker::{DeviceKind, WorkerConfig};
 use serde::Serialize;
 
-pub(crate) use self::made_up::made_up;
 use self::{
     compare::{Agreement, compare},
-    forward::Forward,
+    forward::{Drawn, Forward},
+    sparse::{SparseAgreement, compare_sparse},
 };
+pub(crate) use self::{crossing::crossing, made_up::made_up};
 use crate::{
     args::GpuArgs,
     corpus::Corpus,
@@ -51,6 +54,7 @@ struct Report {
     prefill: Vec<Prefill>,
     decode: Vec<Decode>,
     agreement: Vec<Agreement>,
+    sparse_agreement: Vec<SparseAgreement>,
     kvasir: &'static str,
     machine: Machine,
 }
@@ -70,7 +74,9 @@ struct Prefill {
 struct Decode {
     context: usize,
     sequences: usize,
+    /// Tokens drawn on the GPU, and, for comparison, all logits brought to the host and drawn there.
     milliseconds_per_step: f64,
+    milliseconds_per_step_drawn_on_host: f64,
     tokens_per_second: f64,
 }
 
@@ -106,17 +112,7 @@ pub(crate) fn run(configuration: &Configuration, args: &GpuArgs) -> Result<()> {
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for &prompt in &prompts {
         say(format_args!("prefill of {prompt}"));
-        let mut times = (Vec::new(), Vec::new());
-        for round in 0..=args.rounds {
-            let plain = forward.prefill(&tokens[..prompt], STEP_TOKENS, false)?;
-            let pushed = forward.prefill(&tokens[..prompt], STEP_TOKENS, true)?;
-            // The first round loads kernels and makes room, and is not counted.
-            if round > 0 {
-                times.0.push(plain);
-                times.1.push(pushed);
-            }
-        }
-        let (plain, pushed) = (median(times.0), median(times.1));
+        let [plain, pushed] = forward.prefill(&tokens[..prompt], STEP_TOKENS, args.rounds)?;
         prefill.push(Prefill {
             tokens: prompt,
             step_tokens: STEP_TOKENS.min(prompt),
@@ -127,19 +123,27 @@ pub(crate) fn run(configuration: &Configuration, args: &GpuArgs) -> Result<()> {
     }
     for (context, sequences) in DECODES.into_iter().filter(|(context, _)| *context <= most) {
         say(format_args!("decode of {sequences} at {context}"));
-        let times = (0..=args.rounds)
-            .map(|_| forward.decode(&tokens[..context], sequences, DECODED))
-            .collect::<Result<Vec<_>>>()?;
-        let per_step = median(times[1..].to_vec()) / DECODED as f64;
+        let (mut there, mut here) = (Vec::new(), Vec::new());
+        for round in 0..=args.rounds {
+            for (drawn, times) in [(Drawn::There, &mut there), (Drawn::Here, &mut here)] {
+                let seconds = forward.decode(&tokens[..context], sequences, DECODED, drawn)?;
+                // The first round records steps, and is not counted.
+                if round > 0 {
+                    times.push(seconds / DECODED as f64);
+                }
+            }
+        }
+        let per_step = median(there);
         decode.push(Decode {
             context,
             sequences,
             milliseconds_per_step: 1e3 * per_step,
+            milliseconds_per_step_drawn_on_host: 1e3 * median(here),
             tokens_per_second: sequences as f64 / per_step,
         });
     }
     drop(forward);
-    let mut agreement = Vec::new();
+    let (mut agreement, mut sparse_agreement) = (Vec::new(), Vec::new());
     if args.compare > 0 {
         say("greedy tokens beside the CPU's");
         let prompts: Vec<&[u32]> = COMPARED_PROMPTS
@@ -148,6 +152,8 @@ pub(crate) fn run(configuration: &Configuration, args: &GpuArgs) -> Result<()> {
             .map(|prompt| &tokens[..prompt])
             .collect();
         agreement = compare(&file, &device, &worker, &prompts, args.compare)?;
+        say("sparse prefill beside the CPU's");
+        sparse_agreement = compare_sparse(&file, &device, &worker, tokens, args.compare)?;
     }
     let report = Report {
         model: file.name().to_owned(),
@@ -158,6 +164,7 @@ pub(crate) fn run(configuration: &Configuration, args: &GpuArgs) -> Result<()> {
         prefill,
         decode,
         agreement,
+        sparse_agreement,
         kvasir: VERSION,
         machine: Machine::here(),
     };
@@ -184,11 +191,18 @@ fn show(report: &Report) {
     }
     for row in &report.decode {
         say(format_args!(
-            "decode at {:5}, {:2} sequences: {:6.3} ms a step, {:7.0} tok/s",
-            row.context, row.sequences, row.milliseconds_per_step, row.tokens_per_second
+            "decode at {:5}, {:2} sequences: {:6.3} ms a step ({:.3} drawn on the host), {:7.0} tok/s",
+            row.context,
+            row.sequences,
+            row.milliseconds_per_step,
+            row.milliseconds_per_step_drawn_on_host,
+            row.tokens_per_second
         ));
     }
     for row in &report.agreement {
+        say(format_args!("{row}"));
+    }
+    for row in &report.sparse_agreement {
         say(format_args!("{row}"));
     }
 }

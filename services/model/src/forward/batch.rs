@@ -5,7 +5,7 @@ use std::{collections::HashSet, ops::Range};
 use kvasir_block::KvSchema;
 
 use super::StepError;
-use crate::{ModelShape, PageId, PagePool};
+use crate::{Draw, ModelShape, PageId, PagePool};
 
 /// Attention is summed over runs of this many positions (in whole pages), then joined in order. Fixed, because the order
 /// of a sum decides its bits; short enough that one long sequence keeps several threads busy.
@@ -31,8 +31,8 @@ pub enum Attention {
     Local(Vec<Range<usize>>),
 }
 
-/// Which tokens of a sequence get logits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which tokens of a sequence get logits, and what is made of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Logits {
     /// None: the step only makes KV.
     None,
@@ -40,6 +40,8 @@ pub enum Logits {
     Last,
     /// Each.
     All,
+    /// The last, and a token is drawn from it where the model computes: nothing but that token comes back.
+    Drawn(Draw),
 }
 
 /// Tokens of one sequence in a step.
@@ -117,18 +119,8 @@ pub(crate) struct Job {
 }
 
 impl Plan {
+    /// For a model whose blocks from position `sparse_from` on may be sparse, if any.
     pub(crate) fn new(
-        batch: &[StepSequence<'_>],
-        pool: &PagePool,
-        shape: &ModelShape,
-        schema: &KvSchema,
-        threads: usize,
-    ) -> Result<Self, StepError> {
-        Self::with_sparse(batch, pool, shape, schema, threads, None)
-    }
-
-    /// As [`Plan::new`], for a model whose blocks from position `sparse_from` on may be sparse.
-    pub(crate) fn with_sparse(
         batch: &[StepSequence<'_>],
         pool: &PagePool,
         shape: &ModelShape,
@@ -228,7 +220,7 @@ impl Plan {
         let rows = self.tokens..self.tokens + tokens.len();
         let first_kept = match logits {
             Logits::None => rows.end,
-            Logits::Last => rows.end - 1,
+            Logits::Last | Logits::Drawn(_) => rows.end - 1,
             Logits::All => rows.start,
         };
         let kept = self.kept.len();

@@ -15,7 +15,11 @@ use super::{
     CpuModel,
     batch::{Plan, Sequence},
 };
-use crate::{PagePool, sparse::ROWS, weights::Columns};
+use crate::{PagePool, weights::Columns};
+
+/// Queries that are attended for at a time: as many as share a converted run of keys in the kernel. Row blocks of a mask are
+/// as high, or a multiple.
+const STRIP: usize = 64;
 
 /// One head of one block.
 #[derive(Clone, Copy)]
@@ -50,6 +54,8 @@ struct Layer<'a> {
     q: Columns,
     pool: &'a PagePool,
     patterns: &'a [Pattern],
+    /// Height of the masks' row blocks.
+    rows: usize,
 }
 
 impl CpuModel {
@@ -93,7 +99,8 @@ impl CpuModel {
             qkv,
             q,
             pool,
-            patterns: &sparse.patterns().layers()[layer],
+            patterns: sparse.layer(layer),
+            rows: sparse.tile_rows().rows(),
         };
         let buffers = &scratch[..];
         self.threads.run(tasks.len(), &|task| {
@@ -120,13 +127,14 @@ impl CpuModel {
         }
         let mask = self.mask(work, task, kv_head, offset, scratch);
         scratch.out.resize(block_tokens * d, 0.0);
-        for block in 0..block_tokens / ROWS {
-            let end = offset + (block + 1) * ROWS;
-            let held = mask.held(end, block);
+        for strip in 0..block_tokens / STRIP {
+            let block = strip * STRIP / work.rows;
+            let held = mask.held(offset + (block + 1) * work.rows, block);
+            let end = offset + (strip + 1) * STRIP;
             scratch.visible.clear();
-            scratch.visible.extend(end - ROWS + 1..=end);
-            self.attend_held(work, sequence, kv_head, block, &held, scratch);
-            scratch.out[block * ROWS * d..][..ROWS * d].copy_from_slice(&scratch.partial.o);
+            scratch.visible.extend(end - STRIP + 1..=end);
+            self.attend_held(work, sequence, kv_head, strip, &held, scratch);
+            scratch.out[strip * STRIP * d..][..STRIP * d].copy_from_slice(&scratch.partial.o);
         }
     }
 
@@ -148,18 +156,18 @@ impl CpuModel {
             }
         }
         match HeadChunk::new(&scratch.queries, &scratch.keys, layout.head_dim, self.softmax_scale()) {
-            Ok(chunk) => pattern.plan(&chunk, ROWS),
+            Ok(chunk) => pattern.plan(&chunk, work.rows),
             Err(error) => unreachable!("a block's queries and the keys up to its end: {error}"),
         }
     }
 
-    /// Attention of row block `block` over what is held, into `scratch.partial`.
+    /// Attention of strip `strip` over what is held, into `scratch.partial`.
     fn attend_held(
         &self,
         work: &Layer<'_>,
         sequence: &Sequence,
         kv_head: usize,
-        block: usize,
+        strip: usize,
         held: &Held,
         scratch: &mut TaskScratch,
     ) {
@@ -175,7 +183,7 @@ impl CpuModel {
             visible,
             ..
         } = scratch;
-        let queries = &queries[block * ROWS * d..][..ROWS * d];
+        let queries = &queries[strip * STRIP * d..][..STRIP * d];
         let page = |index: usize| work.pool.page(work.layer, sequence.spans[index].page);
         let mut attend_to = |segments: &[Segment<'_>], first: &mut bool| {
             let into = if *first { &mut *partial } else { &mut *part };

@@ -28,7 +28,17 @@ pub(super) struct SequenceRows {
     pub(super) sampled: Range<usize>,
     /// How many of these, from the end, have logits.
     pub(super) logits: usize,
+    /// Prompt rows, from the sequence's first, that attend by their heads' patterns: blocks of prompt rows alone. A block with a
+    /// sampled row is dense, and has no name.
+    pub(super) sparse: Range<usize>,
     pub(super) local: bool,
+}
+
+impl SequenceRows {
+    /// Prompt rows, those that only fill their row block included.
+    pub(super) fn rows(&self) -> Range<usize> {
+        self.prompt.start - self.filling..self.prompt.end
+    }
 }
 
 impl RowLayout {
@@ -68,6 +78,7 @@ impl RowLayout {
                 prompt_end: asked.position + prompt,
                 sampled: first_sampled..sampled.len(),
                 logits,
+                sparse: whole(planned.sparse.clone(), prompt, block_tokens),
                 local: planned.local,
             });
             out.tables.push(table);
@@ -83,6 +94,12 @@ impl RowLayout {
     pub(super) fn sampled(&self) -> Range<usize> {
         self.prompt..self.rows.len()
     }
+}
+
+/// Those of the `sparse` tokens that lie in whole blocks of the first `prompt` ones.
+fn whole(sparse: Range<usize>, prompt: usize, block_tokens: usize) -> Range<usize> {
+    let end = sparse.end.min(prompt / block_tokens * block_tokens);
+    sparse.start.min(end)..end
 }
 
 type Seen<'a> = Box<dyn Fn(usize) -> usize + 'a>;

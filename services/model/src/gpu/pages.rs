@@ -12,9 +12,6 @@ use crate::{PageId, PoolError};
 /// Layer blocks that may be on their way to the device.
 const INBOUND_PLACES: usize = 64;
 
-/// Page-locked memory for what was sent to the host and is still read; while it is full, pages are read one by one.
-const OUTBOUND_BYTES_MAX: usize = 1 << 30;
-
 /// All pages of a pool on a GPU.
 pub(crate) struct DevicePages {
     layout: LayerBlockLayout,
@@ -31,7 +28,15 @@ pub(crate) struct DevicePages {
 }
 
 impl DevicePages {
-    pub(super) fn new(gpu: &Gpu, layout: LayerBlockLayout, layers: usize, pages: usize) -> Result<Self, PoolError> {
+    /// With `landing_bytes` of page-locked memory for what is sent to the host and still read there; while it is full, pages are
+    /// read one by one.
+    pub(super) fn new(
+        gpu: &Gpu,
+        layout: LayerBlockLayout,
+        layers: usize,
+        pages: usize,
+        landing_bytes: usize,
+    ) -> Result<Self, PoolError> {
         let size = PoolError::Size {
             pages,
             layers,
@@ -47,7 +52,7 @@ impl DevicePages {
             pages,
             layers: memory.collect::<Result<_, _>>().map_err(pool_error)?,
             inbound: Inbound::new(gpu, INBOUND_PLACES, layout.bytes()).map_err(pool_error)?,
-            outbound: Outbound::new(gpu, OUTBOUND_BYTES_MAX).map_err(pool_error)?,
+            outbound: Outbound::new(gpu, landing_bytes).map_err(pool_error)?,
             places: HashMap::new(),
             sent: (0..layers).map(|_| None).collect(),
             identity: Arc::default(),
@@ -122,6 +127,11 @@ impl DevicePages {
     /// Whether what was sent of a layer is there.
     pub(super) fn is_there(&self, layer: usize) -> bool {
         self.sent[layer].as_ref().is_some_and(Sent::is_there)
+    }
+
+    /// Forgets what was sent of a layer that everyone was told of: who reads it keeps it, and the room serves later layers.
+    pub(super) fn forget(&mut self, layer: usize) {
+        self.sent[layer] = None;
     }
 
     /// Forgets what was sent; who reads it keeps it.

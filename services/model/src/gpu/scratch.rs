@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use kvasir_cuda::{Buffer, DecodeRows, Gpu, GpuError, Graph, KvShape, PinnedBuffer, StepLimits, StepRows};
+use kvasir_cuda::{Buffer, DecodeRows, Gpu, GpuError, Graph, KvShape, PinnedBuffer, SampleRows, StepLimits, StepRows};
 
 use crate::ModelShape;
 
@@ -17,6 +17,8 @@ pub(super) const SAMPLED_ROWS: usize = 64;
 pub(super) struct Room {
     pub(super) rows: usize,
     pub(super) sampled: usize,
+    /// Sampled rows of a step that tokens are drawn from.
+    pub(super) drawn: usize,
     pub(super) tables: usize,
     /// Pages of the pool.
     pub(super) pages: usize,
@@ -36,12 +38,14 @@ pub(super) struct Scratch {
     pub(super) gate_up: Buffer<u16>,
     pub(super) inner: Buffer<u16>,
     pub(super) logits: Buffer<f32>,
-    pub(super) logits_on_host: PinnedBuffer,
+    /// Made when logits are first asked for: of tokens that are drawn nothing else leaves the device.
+    pub(super) logits_on_host: Option<PinnedBuffer>,
+    pub(super) draws: SampleRows,
     pub(super) decode: DecodeRows,
-    /// Steps of sampled rows alone, by number of rows, over the pages named here.
-    pub(super) graphs: HashMap<usize, Graph>,
-    /// Numbers of rows whose kernels have been launched, and may be recorded.
-    pub(super) launched: HashSet<usize>,
+    /// Steps of sampled rows alone, by number of rows and of those that tokens are drawn from, over the pages named here.
+    pub(super) graphs: HashMap<(usize, usize), Graph>,
+    /// Such numbers whose kernels have been launched, and may be recorded.
+    pub(super) launched: HashSet<(usize, usize)>,
     pub(super) recorded_over: Option<Arc<()>>,
 }
 
@@ -73,7 +77,8 @@ impl Scratch {
             gate_up: gpu.zeros(rows * 2 * shape.feed_forward)?,
             inner: gpu.zeros(rows * shape.feed_forward)?,
             logits: gpu.zeros(room.sampled * shape.vocab)?,
-            logits_on_host: gpu.pinned(4 * room.sampled * shape.vocab)?,
+            logits_on_host: None,
+            draws: SampleRows::new(gpu, shape.vocab, room.drawn)?,
             decode: DecodeRows::new(gpu, kv, shape.q_heads, SAMPLED_ROWS)?,
             graphs: HashMap::new(),
             launched: HashSet::new(),

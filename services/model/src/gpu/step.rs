@@ -9,9 +9,11 @@ use kvasir_cuda::{
 
 use super::{
     GpuModel,
-    layout::RowLayout,
+    layout::{RowLayout, SequenceRows},
+    output::drawn_rows,
     pages::DevicePages,
     scratch::{Room, SAMPLED_ROWS, Scratch},
+    sparse::GpuSparse,
     step_error,
 };
 use crate::{PagePool, StepError, StepHooks, StepOutput, StepSequence, forward::Plan};
@@ -27,7 +29,8 @@ impl GpuModel {
         pool: &mut PagePool,
         hooks: &mut dyn StepHooks,
     ) -> Result<StepOutput, StepError> {
-        let plan = Plan::new(batch, pool, &self.shape, &self.schema, 1)?;
+        let sparse_from = self.sparse.as_ref().map(GpuSparse::from);
+        let plan = Plan::new(batch, pool, &self.shape, &self.schema, 1, sparse_from)?;
         let layout = RowLayout::new(batch, &plan, pool.layout().block_tokens)?;
         let vocab = self.shape.vocab;
         if pool.device_mut().is_none() {
@@ -35,15 +38,18 @@ impl GpuModel {
             return Err(StepError::Invalid(problem.to_owned()));
         }
         if layout.rows.is_empty() {
-            return Ok(StepOutput {
-                vocab,
-                rows: vec![Vec::new(); batch.len()],
-            });
+            return Ok(StepOutput::empty(vocab, batch.len()));
         }
-        let mut scratch = self.scratch_for(&layout, pool.pages())?;
-        let done = self.compute(&layout, pool, hooks, &mut scratch);
-        let output = done.and_then(|()| self.logits(&layout, &mut scratch).map_err(step_error));
-        self.scratch = Some(scratch);
+        let draws = drawn_rows(batch, &layout);
+        let mut scratch = self.scratch_for(&layout, draws.len(), pool.pages())?;
+        let mut sparse = self.sparse.take();
+        let set = scratch.draws.set(&self.gpu, &draws).map_err(step_error);
+        let done = set.and_then(|()| self.compute(&layout, draws.len(), pool, hooks, sparse.as_mut(), &mut scratch));
+        let output = done.and_then(|()| {
+            self.output(batch, &layout, draws.len(), &mut scratch)
+                .map_err(step_error)
+        });
+        (self.sparse, self.scratch) = (sparse, Some(scratch));
         if let Some(pages) = pool.device_mut() {
             pages.end_sending();
         }
@@ -51,10 +57,11 @@ impl GpuModel {
     }
 
     /// Buffers with room for the step; a step that needs more than any before gets new ones.
-    fn scratch_for(&mut self, layout: &RowLayout, pages: usize) -> Result<Scratch, StepError> {
+    fn scratch_for(&mut self, layout: &RowLayout, drawn: usize, pages: usize) -> Result<Scratch, StepError> {
         let needed = Room {
             rows: layout.rows.len().next_power_of_two().max(ROWS_MIN),
             sampled: layout.sampled().len().next_power_of_two(),
+            drawn: drawn.next_power_of_two(),
             tables: layout.tables.len().next_power_of_two().max(TABLES_MIN),
             pages,
         };
@@ -63,6 +70,7 @@ impl GpuModel {
         if let (Some(scratch), Some(had)) = (old, had)
             && had.rows >= needed.rows
             && had.sampled >= needed.sampled
+            && had.drawn >= needed.drawn
             && had.tables >= needed.tables
             && had.pages == pages
         {
@@ -71,6 +79,7 @@ impl GpuModel {
         let room = had.map_or(needed, |had| Room {
             rows: needed.rows.max(had.rows),
             sampled: needed.sampled.max(had.sampled),
+            drawn: needed.drawn.max(had.drawn),
             tables: needed.tables.max(had.tables),
             pages,
         });
@@ -81,8 +90,10 @@ impl GpuModel {
     fn compute(
         &self,
         layout: &RowLayout,
+        drawn: usize,
         pool: &mut PagePool,
         hooks: &mut dyn StepHooks,
+        mut sparse: Option<&mut GpuSparse>,
         scratch: &mut Scratch,
     ) -> Result<(), StepError> {
         let sequences = &layout.sequences;
@@ -91,7 +102,7 @@ impl GpuModel {
             && hooks.wanted_pages().is_empty()
             && (0..sequences.len()).all(|index| !sequences[index].local && !hooks.wants_queries(index));
         if plain {
-            return self.sampled_alone(layout, pool, hooks, scratch);
+            return self.sampled_alone(layout, drawn, pool, hooks, scratch);
         }
         scratch
             .step
@@ -120,7 +131,7 @@ impl GpuModel {
             self.watch(layout, layer, hooks, scratch)?;
             device(pool, &mut |pages| {
                 if !last {
-                    self.attend_prompts(layout, layer, pages, scratch)?;
+                    self.attend_prompts(layout, layer, pages, sparse.as_deref_mut(), scratch)?;
                 }
                 let alone = layout.sequences.iter().filter(|sequence| !sequence.local);
                 alone
@@ -137,10 +148,14 @@ impl GpuModel {
             let there = |pool: &mut PagePool, layer| pool.device_mut().is_some_and(|pages| pages.is_there(layer));
             while told <= layer && (!sending || there(pool, told)) {
                 hooks.after_layer(told, pool);
+                device(pool, &mut |pages| {
+                    pages.forget(told);
+                    Ok(())
+                })?;
                 told += 1;
             }
         }
-        self.finish(layout.sampled(), scratch).map_err(step_error)?;
+        self.finish(layout.sampled(), drawn, scratch).map_err(step_error)?;
         (told..layers).for_each(|layer| hooks.after_layer(layer, pool));
         Ok(())
     }
@@ -149,6 +164,7 @@ impl GpuModel {
     fn sampled_alone(
         &self,
         layout: &RowLayout,
+        drawn: usize,
         pool: &mut PagePool,
         hooks: &mut dyn StepHooks,
         scratch: &mut Scratch,
@@ -158,14 +174,22 @@ impl GpuModel {
             hooks.before_layer(layer, pool)?;
         }
         if let Some(pages) = pool.device_mut() {
-            self.replay(layout, pages, scratch).map_err(step_error)?;
+            self.replay(layout, drawn, pages, scratch).map_err(step_error)?;
         }
         (0..layers).for_each(|layer| hooks.after_layer(layer, pool));
         Ok(())
     }
 
-    fn replay(&self, layout: &RowLayout, pages: &mut DevicePages, scratch: &mut Scratch) -> Result<(), GpuError> {
+    fn replay(
+        &self,
+        layout: &RowLayout,
+        drawn: usize,
+        pages: &mut DevicePages,
+        scratch: &mut Scratch,
+    ) -> Result<(), GpuError> {
         let count = layout.rows.len().next_power_of_two().min(scratch.room.sampled);
+        // A graph draws from all of its rows or from none.
+        let drawn = if drawn > 0 { count.min(scratch.room.drawn) } else { 0 };
         let mut rows = layout.rows.clone();
         rows.resize(count, StepRow::default());
         scratch.step.set(&self.gpu, &rows, &layout.tables)?;
@@ -178,27 +202,36 @@ impl GpuModel {
             scratch.graphs.clear();
             scratch.recorded_over = Some(Arc::clone(pages.identity()));
         }
-        if let Some(graph) = scratch.graphs.get(&count) {
+        if let Some(graph) = scratch.graphs.get(&(count, drawn)) {
             return graph.replay();
         }
         // Kernels are loaded by their first launch, which cannot be recorded.
-        if scratch.launched.insert(count) {
-            return self.sampled_rows(count, pages, scratch);
+        if scratch.launched.insert((count, drawn)) {
+            return self.sampled_rows(count, drawn, pages, scratch);
         }
-        let graph = self.gpu.clone().record(|_| self.sampled_rows(count, pages, scratch))?;
+        let graph = self
+            .gpu
+            .clone()
+            .record(|_| self.sampled_rows(count, drawn, pages, scratch))?;
         graph.replay()?;
-        scratch.graphs.insert(count, graph);
+        scratch.graphs.insert((count, drawn), graph);
         Ok(())
     }
 
-    fn sampled_rows(&self, count: usize, pages: &mut DevicePages, scratch: &mut Scratch) -> Result<(), GpuError> {
+    fn sampled_rows(
+        &self,
+        count: usize,
+        drawn: usize,
+        pages: &mut DevicePages,
+        scratch: &mut Scratch,
+    ) -> Result<(), GpuError> {
         self.embed(count, scratch)?;
         for layer in 0..self.weights.layers.len() {
             self.before_attention(layer, 0, count, pages, scratch)?;
             self.attend_sampled(0..count, layer, pages, scratch)?;
             self.after_attention(layer, 0, 0, count, scratch)?;
         }
-        self.finish(0..count, scratch)
+        self.finish(0..count, drawn, scratch)
     }
 
     fn embed(&self, rows: usize, scratch: &mut Scratch) -> Result<(), GpuError> {
@@ -239,34 +272,47 @@ impl GpuModel {
         )
     }
 
+    /// Dense prompts of all sequences in one launch; a sparse one has lists of its own.
     fn attend_prompts(
         &self,
         layout: &RowLayout,
         layer: usize,
         pages: &mut DevicePages,
+        sparse: Option<&mut GpuSparse>,
         scratch: &mut Scratch,
     ) -> Result<(), GpuError> {
+        let (width, scale) = (self.shape.q_heads * self.shape.head_dim, self.shape.softmax_scale());
         let pool = &*pages.layer(layer);
-        let prompts = layout.sequences.iter().enumerate();
-        let sequences = prompts
-            .filter(|(_, sequence)| !sequence.prompt.is_empty())
-            .map(|(index, sequence)| {
-                Ok(PrefillSequence {
-                    rows: sequence.prompt.start - sequence.filling..sequence.prompt.end,
-                    view: KvView::of_step(self.kv, pool, &scratch.step, index, sequence.prompt_end)?,
-                })
+        let prompts = || {
+            let all = layout.sequences.iter().enumerate();
+            all.filter(|(_, sequence)| !sequence.prompt.is_empty())
+        };
+        let prefilled = |(index, sequence): (usize, &SequenceRows)| {
+            Ok::<_, GpuError>(PrefillSequence {
+                rows: sequence.rows(),
+                view: KvView::of_step(self.kv, pool, &scratch.step, index, sequence.prompt_end)?,
             })
-            .collect::<Result<Vec<_>, GpuError>>()?;
+        };
         let prefill = Prefill {
             rows: layout.prompt,
             q_heads: self.shape.q_heads,
-            scale: self.shape.softmax_scale(),
+            scale,
             products: self.products,
         };
-        let width = self.shape.q_heads * self.shape.head_dim;
-        let query = Query::rows(&scratch.q, Dtype::F16, 0..layout.prompt, width)?;
         let (out, lse) = (&mut scratch.attended, &mut scratch.lse);
-        prefill.attend_batch(&self.gpu, query, &sequences, &self.dense, out, 0, lse)
+        let query = Query::rows(&scratch.q, Dtype::F16, 0..layout.prompt, width)?;
+        let dense = prompts().filter(|(_, sequence)| sequence.sparse.is_empty());
+        let dense = dense.map(prefilled).collect::<Result<Vec<_>, _>>()?;
+        prefill.attend_batch(&self.gpu, query, &dense, &self.dense, out, 0, lse)?;
+        let Some(sparse) = sparse else { return Ok(()) };
+        for (index, sequence) in prompts().filter(|(_, sequence)| !sequence.sparse.is_empty()) {
+            let one = prefilled((index, sequence))?;
+            let own = Query::rows(&scratch.q, Dtype::F16, sequence.rows(), width)?;
+            let rows = sparse.rows(sequence);
+            let tiles = sparse.planner.build(&self.gpu, layer, own, &rows, &one.view, scale)?;
+            prefill.attend_batch(&self.gpu, query, &[one], tiles, out, 0, lse)?;
+        }
+        Ok(())
     }
 
     fn attend_sampled(
@@ -336,8 +382,8 @@ impl GpuModel {
         Ok(())
     }
 
-    /// Final norm and output matrix over the sampled rows.
-    fn finish(&self, sampled: Range<usize>, scratch: &mut Scratch) -> Result<(), GpuError> {
+    /// Final norm and output matrix over the sampled rows, and tokens drawn from the first `drawn` of them.
+    fn finish(&self, sampled: Range<usize>, drawn: usize, scratch: &mut Scratch) -> Result<(), GpuError> {
         let (gpu, norm, epsilon) = (&self.gpu, &self.weights.output_norm, self.shape.norm_epsilon);
         rms_norm(
             gpu,
@@ -349,24 +395,8 @@ impl GpuModel {
             &mut scratch.normed,
         )?;
         let sums = Sums::StoreF32(&mut scratch.logits);
-        linear(gpu, Rows::Few, self.weights.output(), &scratch.normed, sampled, sums, 0)
-    }
-
-    /// Brings the logits to the host, which waits for the step.
-    fn logits(&self, layout: &RowLayout, scratch: &mut Scratch) -> Result<StepOutput, GpuError> {
-        let (vocab, count) = (self.shape.vocab, layout.sampled().len());
-        let (from, to) = (&scratch.logits, &mut scratch.logits_on_host);
-        self.gpu.copy_to_host(from, to, 0, 4 * count * vocab)?;
-        let words = scratch.logits_on_host.read()?.as_chunks::<4>().0;
-        let rows = layout.sequences.iter().map(|sequence| {
-            let end = sequence.sampled.end - layout.prompt;
-            let words = &words[(end - sequence.logits) * vocab..end * vocab];
-            words.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
-        });
-        Ok(StepOutput {
-            vocab,
-            rows: rows.collect(),
-        })
+        linear(gpu, Rows::Few, self.weights.output(), &scratch.normed, sampled, sums, 0)?;
+        scratch.draws.sample(gpu, &scratch.logits, drawn)
     }
 }
 

@@ -4,7 +4,7 @@
 use half::f16;
 use kvasir_model::{
     Attention, LoadError, LoadOptions, Logits, Model, ModelFile, PageId, PagePool, SparsePrefill, StepError,
-    StepSequence,
+    StepSequence, TileRows,
 };
 use kvasir_sparse::{HeadPatterns, Pattern};
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -33,7 +33,9 @@ fn sparse(pattern: Pattern, threads: usize) -> Model {
 }
 
 fn with(patterns: HeadPatterns, threads: usize) -> Model {
-    let sparse = SparsePrefill::new(patterns, &file(), BLOCK as u16).expect("patterns of this model");
+    let file = file();
+    let sparse = SparsePrefill::new(patterns, file.shape(), &file.schema(BLOCK as u16), TileRows::Rows64)
+        .expect("patterns of this model");
     dense(threads).with_sparse_prefill(sparse).expect("a CPU")
 }
 
@@ -250,7 +252,8 @@ fn what_cannot_be_sparse_is_refused() {
         (of(2, 4), 4, "blocks of 4 tokens"),
         (of(2, 4), 96, "blocks of 96 tokens"),
     ] {
-        let error = SparsePrefill::new(patterns, &file(), block_tokens).expect_err(expected);
+        let (file, rows) = (file(), TileRows::Rows64);
+        let error = SparsePrefill::new(patterns, file.shape(), &file.schema(block_tokens), rows).expect_err(expected);
         assert!(
             matches!(&error, LoadError::Sparse(_)) && error.to_string().contains(expected),
             "{error}"

@@ -1,7 +1,7 @@
 //! Steps that cannot be are refused before anything is written.
 
 use kvasir_block::{Dtype, LayerBlockLayout};
-use kvasir_model::{Attention, Logits, PageId, PagePool, StepError, StepSequence};
+use kvasir_model::{Attention, Draw, Logits, PageId, PagePool, Sampler, Sampling, StepError, StepSequence};
 
 use crate::made_up::{pool_for, small_model};
 
@@ -176,4 +176,36 @@ fn a_pool_of_another_model_is_refused() {
             .to_string();
         assert!(error.starts_with("invalid step: the pool has"), "{error}");
     }
+}
+
+/// Who asks for a token gets the one that it would have drawn from the logits, and no logits; beside others who get theirs.
+#[test]
+fn a_token_is_drawn_where_it_is_asked_for() {
+    let mut model = small_model(2);
+    let hot = Sampling {
+        temperature: 1.5,
+        top_p: 0.9,
+        seed: 11,
+    };
+    let mut draws = Sampler::new(hot.clone());
+    let mut drawn = std::collections::HashSet::new();
+    for nth in 0..20 {
+        let draw = if nth == 0 { Draw::GREEDY } else { draws.next_draw() };
+        let mut pool = pool_for(&model, 2);
+        let pages = [Some(PageId(0)), Some(PageId(1))];
+        let sequence = |page: usize, logits| StepSequence {
+            tokens: &[1, 2],
+            position: 0,
+            pages: &pages[page..=page],
+            attention: Attention::Full,
+            logits,
+        };
+        let batch = [sequence(0, Logits::Drawn(draw)), sequence(1, Logits::Last)];
+        let output = model.step(&batch, &mut pool, &mut ()).expect("a sound step");
+        assert_eq!((output.rows[0].len(), output.drawn[1]), (0, None));
+        let expected = Sampler::new(Sampling::greedy()).draw(&output.rows[1], draw);
+        assert_eq!(output.drawn[0], Some(expected), "{draw:?}");
+        drawn.insert(expected);
+    }
+    assert!(drawn.len() > 1, "chance changes nothing");
 }

@@ -13,7 +13,7 @@ use crate::{
     onboard::Onboard,
     retrieval::{Link, QuerySamples},
     scheduler::{Candidate, Share, Stage, plan},
-    sequence::{Phase, Sequence},
+    sequence::{Next, Phase, Sequence},
     sparse::Blocks,
 };
 
@@ -110,12 +110,24 @@ impl Compute {
     }
 
     fn compute(&mut self, shares: &[Share], offered: &[Offered]) -> (Result<StepOutput, StepError>, Option<Culprit>) {
-        let batch: Vec<StepSequence<'_>> = shares
+        let logits: Vec<Logits> = shares
             .iter()
             .map(|share| {
+                let sequence = &mut self.running[share.index];
+                match share.tokens == sequence.remaining() {
+                    true => sequence.wants(),
+                    false => Logits::None,
+                }
+            })
+            .collect();
+        let batch: Vec<StepSequence<'_>> = shares
+            .iter()
+            .zip(logits)
+            .map(|(share, logits)| {
                 step_sequence(
                     &self.running[share.index],
                     share,
+                    logits,
                     &self.links,
                     self.around.settings.sparse,
                 )
@@ -150,7 +162,7 @@ impl Compute {
         let names_sampled = self.model.names_sampled_tokens();
         let mut ended = Vec::new();
         let mut to_open = Vec::new();
-        for (share, logits) in shares.iter().zip(&output.rows) {
+        for (share, (logits, drawn)) in shares.iter().zip(output.rows.iter().zip(&output.drawn)) {
             let block_tokens = self.around.settings.block_tokens;
             let sequence = &mut self.running[share.index];
             if !sequence.request.no_cache && !self.links.contains_key(&sequence.id) {
@@ -166,7 +178,8 @@ impl Compute {
                 continue;
             }
             let before = sequence.times;
-            let reason = sequence.choose(logits, self.around.tokenizer.stops());
+            let next = drawn.map_or(Next::Logits(logits), Next::Token);
+            let reason = sequence.choose(next, self.around.tokenizer.stops());
             let metrics = &self.around.metrics;
             metrics.generation_tokens.increment(1);
             let now = sequence.times.last_token.unwrap_or(before.submitted);
@@ -255,6 +268,7 @@ fn completed_blocks(sequence: &Sequence, share: &Share, block_tokens: usize) -> 
 fn step_sequence<'a>(
     sequence: &'a Sequence,
     share: &Share,
+    logits: Logits,
     links: &HashMap<SequenceId, Link>,
     sparse: Option<Blocks>,
 ) -> StepSequence<'a> {
@@ -270,11 +284,7 @@ fn step_sequence<'a>(
         position,
         pages: &sequence.pages,
         attention,
-        logits: if share.tokens == sequence.remaining() {
-            Logits::Last
-        } else {
-            Logits::None
-        },
+        logits,
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use kvasir_model::{Device, GpuDevice, GpuOptions, LoadError};
+use kvasir_model::{Device, GpuDevice, GpuOptions, LoadError, TileRows};
+use kvasir_runtime::units::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use super::WorkerConfig;
@@ -18,8 +19,26 @@ pub enum DeviceKind {
     Gpu,
 }
 
-/// `[worker.gpu]`: which GPU, and its compiler.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+impl DeviceKind {
+    /// Tokens of a step that use the device well and do not hold up others for long: the default of `worker.step_tokens_max`.
+    pub const fn step_tokens(self) -> usize {
+        match self {
+            Self::Cpu => 256,
+            Self::Gpu => 2048,
+        }
+    }
+
+    /// Height of the row blocks that masks of sparse prefill are planned for.
+    pub const fn tile_rows(self) -> TileRows {
+        match self {
+            Self::Cpu => TileRows::Rows64,
+            Self::Gpu => TileRows::Rows128,
+        }
+    }
+}
+
+/// `[worker.gpu]`: which GPU, its compiler, and what differs from a CPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GpuConfig {
     /// Index of the GPU, as nvidia-smi counts.
@@ -29,6 +48,31 @@ pub struct GpuConfig {
     /// Folder for compiled kernels; empty compiles them at each start, which takes a minute or so. `kvasir kernels build`
     /// fills it ahead.
     pub kernels_dir: PathBuf,
+    /// Page-locked memory of the host for blocks on their way to the store, made at start. While all of it holds what is still
+    /// queued (`worker.offload_queue_bytes_max`), blocks are read one by one, which holds up computing.
+    pub pinned_bytes: ByteSize,
+    /// With `worker.sparse_prefill`: tokens at positions below this attend densely, whatever the file of patterns says; 0 leaves
+    /// it to the file. Up to there making the lists costs what they save. A part of the KV's namespace, as the patterns are.
+    pub dense_up_to: usize,
+}
+
+impl GpuConfig {
+    /// The default of `dense_up_to`: from there on each step of `kvasir bench gpu --made-up --sparse` was faster with Vertical-Slash
+    /// (1000, 6096) in blocks of 1,024 tokens, on an NVIDIA H100; with an A-shape, the best blocks, or blocks of 4,096 it pays
+    /// earlier.
+    pub const DENSE_UP_TO: usize = 12_288;
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self {
+            index: 0,
+            nvrtc_dir: PathBuf::new(),
+            kernels_dir: PathBuf::new(),
+            pinned_bytes: ByteSize::bytes(GpuOptions::LANDING_BYTES as u64),
+            dense_up_to: Self::DENSE_UP_TO,
+        }
+    }
 }
 
 impl WorkerConfig {
@@ -46,6 +90,7 @@ impl WorkerConfig {
                 index: self.gpu.index,
                 nvrtc: folder(&self.gpu.nvrtc_dir),
                 cache: folder(&self.gpu.kernels_dir),
+                landing_bytes: self.gpu.pinned_bytes.as_usize(),
             })
             .map(Device::Gpu),
         }

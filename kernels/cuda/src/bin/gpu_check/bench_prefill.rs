@@ -1,8 +1,8 @@
 //! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it.
 
 use kvasir_cuda::{
-    BlockSparse, BlockSparseTiles, Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadMask, KvShape, KvView,
-    Mask, PageTable, Prefill, Products, Query, VerticalSlash, VerticalSlashTiles, noise, plan::ROWS,
+    BlockSparse, Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadMask, HeadPlan, KvShape, KvView, Mask, PageTable,
+    Planner, Prefill, Products, Query, SparseRows, VerticalSlash, noise, plan::ROWS,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Map, Value, json};
@@ -52,6 +52,10 @@ impl Layer {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
         }
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
     }
 
     fn text(&self) -> String {
@@ -105,6 +109,7 @@ impl Inputs {
             head_dim,
             ..
         } = self.layer;
+        let scale = self.layer.scale();
         let view = match pages {
             Some((pool, table)) => KvView::paged(self.layer.shape(), pool, PAGE_TOKENS, table, self.tokens)?,
             None => KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?,
@@ -116,7 +121,7 @@ impl Inputs {
         let prefill = Prefill {
             rows: self.tokens,
             q_heads,
-            scale: 1.0 / (head_dim as f32).sqrt(),
+            scale,
             products,
         };
         let query = Query::bits(&self.q, dtype);
@@ -131,42 +136,42 @@ impl Inputs {
         Ok(json!({ "ms": ms, "tflop_s": (flops / ms / 1e9).round(), "tiles": work }))
     }
 
-    /// Milliseconds of a Block-Sparse list's making, and of attention over it.
-    fn block_sparse(&mut self, gpu: &Gpu, plan: BlockSparse) -> Result<[f64; 2], GpuError> {
-        let Layer {
-            dtype,
-            q_heads,
-            head_dim,
-            ..
-        } = self.layer;
-        let (shape, tokens) = (self.layer.shape(), self.tokens);
-        let view = KvView::fresh(shape, &self.k, &self.v, tokens)?;
-        let query = Query::bits(&self.q, dtype);
-        let mut built = BlockSparseTiles::new(gpu, plan, shape, q_heads, tokens, tokens)?;
-        let planned = median(gpu, 0, || built.build(gpu, query, &view).map(|_| ()))?;
-        let tiles = built.build(gpu, query, &view)?;
+    /// Milliseconds of a list's making, all heads alike and the prompt planned for as a whole.
+    fn plan(&self, gpu: &Gpu, plan: HeadPlan) -> Result<f64, GpuError> {
+        let (mut planner, rows) = self.planner(gpu, plan)?;
+        let view = KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?;
+        let query = Query::bits(&self.q, self.layer.dtype);
+        median(gpu, 0, || {
+            planner
+                .build(gpu, 0, query, &rows, &view, self.layer.scale())
+                .map(|_| ())
+        })
+    }
+
+    /// Milliseconds of attention over such a list.
+    fn attend_planned(&mut self, gpu: &Gpu, plan: HeadPlan) -> Result<f64, GpuError> {
+        let (mut planner, rows) = self.planner(gpu, plan)?;
+        let view = KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?;
+        let query = Query::bits(&self.q, self.layer.dtype);
+        let tiles = planner.build(gpu, 0, query, &rows, &view, self.layer.scale())?;
         let prefill = Prefill {
-            rows: tokens,
-            q_heads,
-            scale: 1.0 / (head_dim as f32).sqrt(),
+            rows: self.tokens,
+            q_heads: self.layer.q_heads,
+            scale: self.layer.scale(),
             products: Products::best(gpu),
         };
         let (out, lse) = (&mut self.out, &mut self.lse);
-        let attended = median(gpu, 0, || prefill.attend(gpu, query, &view, tiles, out, lse))?;
-        Ok([planned, attended])
+        median(gpu, 0, || prefill.attend(gpu, query, &view, tiles, out, lse))
     }
 
-    /// Milliseconds of the parts of a Vertical-Slash index.
-    fn index(&self, gpu: &Gpu, plan: VerticalSlash) -> Result<[f64; 2], GpuError> {
-        let (layer, tokens) = (self.layer, self.tokens);
-        let view = KvView::fresh(layer.shape(), &self.k, &self.v, tokens)?;
-        let mut estimate = Estimate::new(gpu, layer.q_heads, tokens)?;
-        let mut built = VerticalSlashTiles::new(gpu, plan, layer.q_heads, tokens)?;
-        let query = Query::bits(&self.q, layer.dtype);
-        let scale = 1.0 / (layer.head_dim as f32).sqrt();
-        let estimated = median(gpu, 0, || estimate.run(gpu, query, tokens, &view, scale, plan))?;
-        let chosen = median(gpu, 0, || built.build(gpu, &estimate).map(|_| ()))?;
-        Ok([estimated, chosen])
+    fn planner(&self, gpu: &Gpu, plan: HeadPlan) -> Result<(Planner, SparseRows), GpuError> {
+        let layers = [vec![plan; self.layer.q_heads]];
+        let rows = SparseRows {
+            rows: self.tokens,
+            sparse: 0..self.tokens,
+            part_rows: self.tokens,
+        };
+        Ok((Planner::new(gpu, self.layer.shape(), self.tokens, &layers)?, rows))
     }
 }
 
@@ -214,12 +219,16 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
                 entry.insert(name, inputs.attend(gpu, pages, head, products)?);
             }
         }
-        let [estimated, chosen] = inputs.index(gpu, VerticalSlash::new(1000, 6096))?;
-        entry.insert("vs_estimate_ms".into(), estimated.into());
-        entry.insert("top_k_and_vs_build_ms".into(), chosen.into());
-        let [planned, attended] = inputs.block_sparse(gpu, BlockSparse { blocks: 100 })?;
-        entry.insert("block_sparse_100_plan_ms".into(), planned.into());
-        entry.insert("block_sparse_100_ms".into(), attended.into());
+        let blocks = HeadPlan::BlockSparse(BlockSparse::new(100));
+        let planners = [
+            (
+                "vertical_slash_1000_6096_plan_ms",
+                inputs.plan(gpu, HeadPlan::VerticalSlash(VerticalSlash::new(1000, 6096)))?,
+            ),
+            ("block_sparse_100_plan_ms", inputs.plan(gpu, blocks.clone())?),
+            ("block_sparse_100_ms", inputs.attend_planned(gpu, blocks)?),
+        ];
+        entry.extend(planners.map(|(name, ms)| (name.to_owned(), ms.into())));
         figures.insert(tokens.to_string(), entry.into());
     }
     let mut others = Map::new();
@@ -253,8 +262,9 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     inputs.attend(gpu, None, &near, best)?;
     let near = inputs.attend(gpu, None, &near, best)?;
     let runs = inputs.attend(gpu, None, &runs, best)?;
-    let [estimated, chosen] = inputs.index(gpu, VerticalSlash::new(1000, 6096))?;
-    let [planned, attended] = inputs.block_sparse(gpu, BlockSparse { blocks: 100 })?;
+    let index = inputs.plan(gpu, HeadPlan::VerticalSlash(VerticalSlash::new(1000, 6096)))?;
+    let blocks = HeadPlan::BlockSparse(BlockSparse::new(100));
+    let (planned, attended) = (inputs.plan(gpu, blocks.clone())?, inputs.attend_planned(gpu, blocks)?);
     let dense = inputs.attend(gpu, None, &HeadMask::Dense, best)?;
     Ok(json!({
         "gpu": gpu.name(),
@@ -263,8 +273,7 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         "dense": dense,
         "vertical_slash_1000_6096_near": near,
         "vertical_slash_1000_6096_in_95_runs": runs,
-        "vs_estimate_ms": estimated,
-        "top_k_and_vs_build_ms": chosen,
+        "vertical_slash_1000_6096_plan_ms": index,
         "block_sparse_100_plan_ms": planned,
         "block_sparse_100_ms": attended,
     }))

@@ -78,7 +78,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
     type Checked<'a> = &'a dyn Fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     let attended: Checked<'_> = &|gpu, rng, cases, tally| crate::prefill::delayed(gpu, slow, rng, cases, tally);
     let multiplied: Checked<'_> = &|gpu, rng, cases, tally| crate::linear::delayed(gpu, slow, rng, cases, tally);
-    let checks: [(&str, Check); 17] = [
+    let checks: [(&str, Check); 16] = [
         ("decode", decode),
         ("decode in a graph", recorded),
         ("merge", merged),
@@ -87,8 +87,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
         ("top_k", selected),
         ("prefill", crate::prefill::prefilled),
         ("prefill, batched", crate::batch::prefilled),
-        ("vertical-slash", crate::prefill::planned),
-        ("block-sparse", crate::blocks::planned),
+        ("planner", crate::planner::planned),
         ("linear", crate::linear::products),
         ("rows", crate::forward::rows),
         ("steps", crate::forward::steps),

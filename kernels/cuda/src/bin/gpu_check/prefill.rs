@@ -1,11 +1,8 @@
-//! Prefill and its planners: against the references, and their speed.
+//! Prefill against its reference.
 
 use half::{bf16, f16};
 use kvasir_cuda::{
-    Buffer, DeviceTiles, Dtype, Estimate, Gpu, GpuError, HeadMask, KvShape, Mask, Prefill, Products, Query,
-    VerticalSlash, VerticalSlashTiles,
-    plan::{ROWS, TILE},
-    reference,
+    Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadMask, KvShape, Mask, Prefill, Products, Query, plan::ROWS, reference,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -215,84 +212,6 @@ pub(crate) fn delayed(
                 format!("other bits when threads dawdle: {case}")
             });
         }
-    }
-    Ok(())
-}
-
-/// As [`HeadMask::vertical_slash`], but the query itself is seen only if diagonal 0 is among the rising `slashes`.
-fn diagonals_alone(columns: &[u32], slashes: &[u32]) -> HeadMask {
-    let (mut tiles, mut covered) = (Vec::new(), 0);
-    for &slash in slashes {
-        covered = slash.max(covered);
-        while covered < slash + ROWS as u32 {
-            tiles.push(covered);
-            covered += TILE as u32;
-        }
-    }
-    HeadMask::Relative {
-        tiles,
-        columns: columns.to_vec(),
-    }
-}
-
-/// The estimate against its reference, and attention over the list that was built on the device against attention over the
-/// same columns and diagonals on the CPU.
-pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally) -> Result<(), GpuError> {
-    for _ in 0..cases {
-        let (held, rows, q_heads) = any_case(gpu, rng)?;
-        let (shape, tokens, scale) = (held.shape, held.rows.tokens, 0.1);
-        let q = Queries::new(gpu, rng, shape.dtype, rows * q_heads * shape.head_dim)?;
-        let plan = VerticalSlash {
-            verticals: rng.random_range(0..80),
-            slashes: rng.random_range(1..20),
-            sink: rng.random_range(0..5),
-            near: rng.random_range(0..5),
-        };
-        let mut estimate = Estimate::new(gpu, q_heads, tokens)?;
-        estimate.run(gpu, q.query(), rows, &held.view()?, scale, plan)?;
-        let (mut columns, mut diagonals) = reference::vs_estimate(shape, &q.numbers, q_heads, &held.rows, scale);
-        let case = || {
-            format!(
-                "estimate of {tokens} {shape:?} {:?}, {rows} rows, {q_heads} heads, {plan:?}",
-                held.form
-            )
-        };
-        for (expected, found, forced) in [
-            (&mut columns, estimate.columns.download()?, plan.sink),
-            (&mut diagonals, estimate.diagonals.download()?, plan.near),
-        ] {
-            // What is forced is far above all else: compared by itself, then left out.
-            let (mut found, mut wrong) = (found, 0);
-            for head in 0..q_heads {
-                for i in head * tokens..head * tokens + forced.min(tokens) {
-                    wrong += usize::from(found[i] < 1e38);
-                    (found[i], expected[i]) = (0.0, 0.0);
-                }
-            }
-            tally.count(wrong as f64, 0.0, case);
-            tally.count(distance(&found, expected), 1e-2, case);
-        }
-        let mut built = VerticalSlashTiles::new(gpu, plan, q_heads, tokens)?;
-        built.build(gpu, &estimate)?;
-        let (verticals, slashes) = built.chosen()?;
-        let (k_v, k_s) = (verticals.len() / q_heads, slashes.len() / q_heads);
-        let heads = (0..q_heads).map(|head| {
-            let (columns, slashes) = (
-                &verticals[head * k_v..(head + 1) * k_v],
-                &slashes[head * k_s..(head + 1) * k_s],
-            );
-            diagonals_alone(columns, slashes)
-        });
-        let list = Mask::new(ROWS, heads.collect()).expect("in order");
-        let expected = reference::prefill(shape, &q.numbers, q_heads, &held.rows, &list, scale);
-        let tiles = built.build(gpu, &estimate)?;
-        let prefill = Prefill {
-            rows,
-            q_heads,
-            scale,
-            products: Products::best(gpu),
-        };
-        compare(gpu, &held, &q, prefill, tiles, &expected, tally)?;
     }
     Ok(())
 }

@@ -69,14 +69,21 @@ pub(super) fn compare(
     let mut on_gpu = Forward::load(file, device, worker.block_tokens, longest, 2)?;
     prompts
         .iter()
-        .map(|prompt| one(&mut on_cpu, &mut on_gpu, prompt, count))
+        .map(|prompt| agreement(&mut on_cpu, &mut on_gpu, prompt, count, [STEP_TOKENS, UNEVEN_STEP]))
         .collect()
 }
 
-fn one(cpu: &mut Forward, gpu: &mut Forward, prompt: &[u32], count: usize) -> Result<Agreement> {
-    let uneven = gpu.prompt(1, prompt, UNEVEN_STEP, false)?;
-    let mut theirs = cpu.prompt(0, prompt, STEP_TOKENS, false)?;
-    let mut ours = gpu.prompt(0, prompt, STEP_TOKENS, false)?;
+/// A greedy text of `count` tokens behind `prompt`, which comes in steps of so many tokens, and on the GPU in others beside.
+pub(super) fn agreement(
+    cpu: &mut Forward,
+    gpu: &mut Forward,
+    prompt: &[u32],
+    count: usize,
+    [step, uneven]: [usize; 2],
+) -> Result<Agreement> {
+    let uneven = gpu.prompt(1, prompt, uneven, false)?;
+    let mut theirs = cpu.prompt(0, prompt, step, false)?;
+    let mut ours = gpu.prompt(0, prompt, step, false)?;
     ensure!(ours.len() == theirs.len(), "the two vocabularies differ");
     let apart: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).collect();
     let same = uneven.iter().zip(&ours).all(|(a, b)| a.to_bits() == b.to_bits());

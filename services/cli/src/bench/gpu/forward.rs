@@ -6,9 +6,12 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use kvasir_block::KvSchema;
 use kvasir_model::{
-    Attention, Device, Logits, Model, ModelFile, ModelShape, PageId, PagePool, Sampler, Sampling, StepHooks,
-    StepSequence,
+    Attention, Device, Draw, LoadError, Logits, Model, ModelFile, ModelShape, PageId, PagePool, Sampler, Sampling,
+    SparsePrefill, StepHooks, StepSequence, TileRows,
 };
+use kvasir_sparse::HeadPatterns;
+
+use crate::measure::median;
 
 pub(super) struct Forward {
     model: Model,
@@ -16,6 +19,17 @@ pub(super) struct Forward {
     block_tokens: usize,
     /// Pages of each sequence.
     pages: Vec<Vec<Option<PageId>>>,
+    /// What prompts attend to.
+    attention: Attention,
+}
+
+/// Where the next token is drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Drawn {
+    /// Where the model computes: only the token comes back.
+    There,
+    /// On the host, which gets all logits.
+    Here,
 }
 
 /// Takes the pages it wants as a worker's push does.
@@ -62,6 +76,17 @@ impl Forward {
             model,
             pool,
             block_tokens,
+            attention: Attention::Full,
+        })
+    }
+
+    /// Attends to prompts by `patterns` from now on, planned for in row blocks of `rows`.
+    pub(super) fn sparse(self, patterns: HeadPatterns, rows: TileRows) -> Result<Self, LoadError> {
+        let sparse = SparsePrefill::new(patterns, self.model.shape(), self.model.schema(), rows)?;
+        Ok(Self {
+            model: self.model.with_sparse_prefill(sparse)?,
+            attention: Attention::Sparse,
+            ..self
         })
     }
 
@@ -131,11 +156,39 @@ impl Forward {
         self.pool.bytes()
     }
 
-    /// Seconds to prefill `tokens` as the first sequence, logits of the last one included.
-    pub(super) fn prefill(&mut self, tokens: &[u32], step: usize, push: bool) -> Result<f64> {
-        let begun = Instant::now();
-        self.prompt(0, tokens, step, push)?;
-        Ok(begun.elapsed().as_secs_f64())
+    /// Seconds to prefill `tokens` as the first sequence, logits of the last one included: as it is, and with every whole block
+    /// sent to the host, layer by layer, as a push does. Medians of `rounds` in turns; the first, which loads kernels and makes
+    /// room, is not counted.
+    pub(super) fn prefill(&mut self, tokens: &[u32], step: usize, rounds: u16) -> Result<[f64; 2]> {
+        let mut times = [Vec::new(), Vec::new()];
+        for round in 0..=rounds {
+            for (push, times) in [false, true].into_iter().zip(&mut times) {
+                let begun = Instant::now();
+                self.prompt(0, tokens, step, push)?;
+                if round > 0 {
+                    times.push(begun.elapsed().as_secs_f64());
+                }
+            }
+        }
+        Ok(times.map(median))
+    }
+
+    /// Seconds of each step of a prefill as the first sequence, from position `from` on; no logits.
+    pub(super) fn steps(&mut self, tokens: &[u32], from: usize, step: usize) -> Result<Vec<f64>> {
+        let mut times = Vec::new();
+        for (nth, some) in tokens[from..].chunks(step).enumerate() {
+            let sequence = StepSequence {
+                tokens: some,
+                position: from + nth * step,
+                pages: &self.pages[0],
+                attention: self.attention.clone(),
+                logits: Logits::None,
+            };
+            let begun = Instant::now();
+            self.model.step(&[sequence], &mut self.pool, &mut ())?;
+            times.push(begun.elapsed().as_secs_f64());
+        }
+        Ok(times)
     }
 
     /// Runs a prompt as sequence `index`, and returns the last token's logits.
@@ -149,7 +202,7 @@ impl Forward {
                 tokens: some,
                 position,
                 pages: &self.pages[index],
-                attention: Attention::Full,
+                attention: self.attention.clone(),
                 logits: if last { Logits::Last } else { Logits::None },
             };
             let whole = position / self.block_tokens..(position + some.len()) / self.block_tokens;
@@ -166,6 +219,19 @@ impl Forward {
         Ok(logits)
     }
 
+    /// The token behind one more of the first sequence, drawn where the model computes.
+    pub(super) fn next_token(&mut self, token: u32, position: usize) -> Result<u32> {
+        let sequence = StepSequence {
+            tokens: &[token],
+            position,
+            pages: &self.pages[0],
+            attention: Attention::Full,
+            logits: Logits::Drawn(Draw::GREEDY),
+        };
+        let output = self.model.step(&[sequence], &mut self.pool, &mut ())?;
+        output.drawn.into_iter().next().flatten().context("no token came")
+    }
+
     /// Logits of one more token of the first sequence.
     pub(super) fn next(&mut self, token: u32, position: usize) -> Result<Vec<f32>> {
         let sequence = StepSequence {
@@ -179,8 +245,8 @@ impl Forward {
         output.rows.into_iter().next().context("no logits came")
     }
 
-    /// Seconds to decode `count` tokens of each of `sequences` behind `prompt`, sampling included; the prefill is not.
-    pub(super) fn decode(&mut self, prompt: &[u32], sequences: usize, count: usize) -> Result<f64> {
+    /// Seconds to decode `count` tokens of each of `sequences` behind `prompt`, drawn as `drawn` says; the prefill is not in them.
+    pub(super) fn decode(&mut self, prompt: &[u32], sequences: usize, count: usize, drawn: Drawn) -> Result<f64> {
         let mut sampler = Sampler::new(Sampling::greedy());
         let mut next = Vec::new();
         for sequence in 0..sequences {
@@ -195,11 +261,17 @@ impl Forward {
                     position: prompt.len() + step,
                     pages: &self.pages[sequence],
                     attention: Attention::Full,
-                    logits: Logits::Last,
+                    logits: match drawn {
+                        Drawn::There => Logits::Drawn(Draw::GREEDY),
+                        Drawn::Here => Logits::Last,
+                    },
                 })
                 .collect();
             let output = self.model.step(&batch, &mut self.pool, &mut ())?;
-            next = output.rows.iter().map(|logits| sampler.sample(logits)).collect();
+            let tokens = output.rows.iter().zip(output.drawn);
+            next = tokens
+                .map(|(logits, drawn)| drawn.unwrap_or_else(|| sampler.sample(logits)))
+                .collect();
         }
         Ok(begun.elapsed().as_secs_f64())
     }

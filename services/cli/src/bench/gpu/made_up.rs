@@ -122,16 +122,7 @@ pub(crate) fn made_up(
     let mut prefill = Vec::new();
     for prompt in PROMPTS.into_iter().filter(|prompt| *prompt <= context) {
         say(format_args!("prefill of {prompt}"));
-        let mut times = (Vec::new(), Vec::new());
-        for round in 0..=args.rounds {
-            let plain = forward.prefill(&tokens[..prompt], STEP_TOKENS, false)?;
-            let pushed = forward.prefill(&tokens[..prompt], STEP_TOKENS, true)?;
-            if round > 0 {
-                times.0.push(plain);
-                times.1.push(pushed);
-            }
-        }
-        let (seconds, pushed_seconds) = (median(times.0), median(times.1));
+        let [seconds, pushed_seconds] = forward.prefill(&tokens[..prompt], STEP_TOKENS, args.rounds)?;
         prefill.push(PushCost {
             tokens: prompt,
             seconds,
@@ -140,15 +131,16 @@ pub(crate) fn made_up(
         });
     }
     say(format_args!("prefill of {context}"));
-    let prefill_context_seconds = forward.prefill(&tokens, STEP_TOKENS, false)?;
+    let begun = Instant::now();
+    forward.prompt(0, &tokens, STEP_TOKENS, false)?;
+    let prefill_context_seconds = begun.elapsed().as_secs_f64();
 
     say("decode, keys and values on the GPU");
     let mut times = Vec::new();
     let mut next = tokens[0];
     for step in 0..WARM + DECODED {
         let begun = Instant::now();
-        let logits = forward.next(next, context + step)?;
-        next = largest(&logits);
+        next = forward.next_token(next, context + step)?;
         times.push(1e3 * begun.elapsed().as_secs_f64());
     }
     let decode_full = steps(&times[WARM..], forward.pool_bytes());

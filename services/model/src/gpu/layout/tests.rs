@@ -3,7 +3,7 @@ use std::ops::Range;
 use kvasir_block::{Dtype, KvSchema, RopeStyle};
 
 use super::*;
-use crate::{Attention, Logits, ModelShape, PageId, PagePool};
+use crate::{Attention, Draw, Logits, ModelShape, PageId, PagePool};
 
 const BLOCK: usize = 16;
 
@@ -67,7 +67,7 @@ fn lay(batch: &[Asked]) -> Result<RowLayout, StepError> {
             logits: *logits,
         })
         .collect();
-    let plan = Plan::new(&batch, &pool, &shape(), &schema(), 1)?;
+    let plan = Plan::new(&batch, &pool, &shape(), &schema(), 1, Some(48))?;
     RowLayout::new(&batch, &plan, BLOCK)
 }
 
@@ -113,6 +113,28 @@ fn tokens_with_logits_are_sampled_rows_and_the_rest_stand_in_row_blocks() {
                 assert_eq!(begins % plan::ROWS, 0, "{expected}");
             }
         }
+    }
+}
+
+#[test]
+fn blocks_of_prompt_rows_alone_are_sparse() {
+    // (position, tokens, attention, logits, tokens that are sparse): blocks of 16, sparse from 48 on.
+    let table: [(usize, usize, Attention, Logits, Range<usize>); 8] = [
+        (0, 64, Attention::Full, Logits::None, 0..0),
+        (0, 64, Attention::Sparse, Logits::None, 48..64),
+        (32, 50, Attention::Sparse, Logits::None, 16..48),
+        (48, 32, Attention::Sparse, Logits::None, 0..32),
+        // The last block has a sampled row.
+        (48, 32, Attention::Sparse, Logits::Last, 0..16),
+        (48, 33, Attention::Sparse, Logits::Drawn(Draw::GREEDY), 0..32),
+        (48, 16, Attention::Sparse, Logits::Last, 0..0),
+        (48, 32, Attention::Sparse, Logits::All, 0..0),
+    ];
+    for (position, count, attention, logits, sparse) in table {
+        let asked = (position, count, 0, attention, logits);
+        let layout = lay(std::slice::from_ref(&asked)).expect("fits");
+        assert_eq!(layout.sequences[0].sparse, sparse, "{asked:?}");
+        assert!(layout.sequences[0].sparse.end <= layout.sequences[0].prompt.len());
     }
 }
 
