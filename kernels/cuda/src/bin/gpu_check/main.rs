@@ -16,7 +16,6 @@ mod check;
 mod forward;
 mod linear;
 mod prefill;
-mod refusals;
 mod sample;
 mod transfer;
 
