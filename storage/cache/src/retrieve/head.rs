@@ -306,7 +306,11 @@ fn attend(scan: &FlatScan<'_>, target_mass: f32, k_max: Option<usize>, options: 
 }
 
 /// Copies chosen rows out of their blocks: they travel, the blocks stay.
-pub(super) fn gather(positions: &[u32], head_dim: usize, each_row: impl FnOnce(&mut dyn FnMut(&[f16], &[f16]))) -> HeadRows {
+pub(super) fn gather(
+    positions: &[u32],
+    head_dim: usize,
+    each_row: impl FnOnce(&mut dyn FnMut(&[f16], &[f16])),
+) -> HeadRows {
     let bytes = positions.len() * head_dim * Dtype::F16.bytes();
     let (mut keys, mut values) = (BytesMut::with_capacity(bytes), BytesMut::with_capacity(bytes));
     each_row(&mut |key, value| {
