@@ -48,7 +48,7 @@ async fn open(setup: &Setup, chain: &[kvasir_block::BlockHash], index: IndexChoi
 async fn ask(stream: &mut DecodeStream, sequence: u64) -> Reply {
     let form = Form::Attend {
         target_mass: 1.0,
-        k_max: None,
+        k_max: 0,
         options: kvasir_client::AttendOptions::default(),
     };
     stream.send(query(sequence, 1, form)).await.expect("sent");

@@ -23,6 +23,9 @@ use crate::indexes::HeadIndex;
 /// Keys, evenly spread, whose scores tell what a walk did not see.
 const SAMPLES: usize = 256;
 
+/// Positions and base-2 scores of one query head's keys, best first.
+type Scored = Vec<(u32, f32)>;
+
 /// Attention over some of a head's keys.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Part {
@@ -124,7 +127,7 @@ impl Covered<'_> {
     }
 
     /// Per query head the keys that were scored, best first, and what stands for the others.
-    fn find(&self, asked: &Asked<'_>, work: &mut Work) -> Result<(Vec<Vec<(u32, f32)>>, Option<Estimate>), IndexError> {
+    fn find(&self, asked: &Asked<'_>, work: &mut Work) -> Result<(Vec<Scored>, Option<Estimate>), IndexError> {
         let hits = self.index.keys().search(asked)?;
         let Cost {
             keys_scored,
@@ -141,12 +144,12 @@ impl Covered<'_> {
     }
 
     /// Base-2 log of the mass of all keys that are searched, per query head.
-    fn totals(&self, q: &[f32], hits: &[Vec<(u32, f32)>], estimate: Option<&Estimate>, work: &mut Work) -> Vec<f32> {
+    fn totals(&self, q: &[f32], hits: &[Scored], estimate: Option<&Estimate>, work: &mut Work) -> Vec<f32> {
         let sampled = match estimate {
             Some(_) => Vec::new(),
             None => self.samples(),
         };
-        let of_head = |(head, (q, hits)): (usize, (&[f32], &Vec<(u32, f32)>))| {
+        let of_head = |(head, (q, hits)): (usize, (&[f32], &Scored))| {
             let scores: Vec<f32> = hits.iter().map(|(_, score)| *score).collect();
             let unseen = match estimate {
                 Some(estimate) => estimate.partial.lse[head],
@@ -193,7 +196,7 @@ impl Covered<'_> {
 
     fn choose(
         &self,
-        hits: &[Vec<(u32, f32)>],
+        hits: &[Scored],
         totals: &[f32],
         estimate: Option<&Estimate>,
         target_mass: f32,
