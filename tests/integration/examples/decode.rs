@@ -66,8 +66,12 @@ const TABLE: &[(&str, AttentionMode, Change)] = {
     use AttentionMode::{Attend, Rows};
     &[
         ("attend", Attend, |_| {}),
-        ("flat-1", Attend, |o| (o.target_mass, o.index) = (1.0, "flat".to_owned())),
-        ("flat-.99", Attend, |o| (o.target_mass, o.index) = (0.99, "flat".to_owned())),
+        ("flat-1", Attend, |o| {
+            (o.target_mass, o.index) = (1.0, "flat".to_owned())
+        }),
+        ("flat-.99", Attend, |o| {
+            (o.target_mass, o.index) = (0.99, "flat".to_owned())
+        }),
         ("mass-1", Attend, |o| o.target_mass = 1.0),
         ("mass-.995", Attend, |o| o.target_mass = 0.995),
         ("mass-.99", Attend, |o| o.target_mass = 0.99),
@@ -77,8 +81,12 @@ const TABLE: &[(&str, AttentionMode, Change)] = {
         ("effort-.02", Attend, |o| o.effort = 0.02),
         ("effort-.05", Attend, |o| o.effort = 0.05),
         ("effort-.1", Attend, |o| o.effort = 0.1),
-        ("mass-.98-effort-.1", Attend, |o| (o.target_mass, o.effort) = (0.98, 0.1)),
-        ("mass-.95-effort-.1", Attend, |o| (o.target_mass, o.effort) = (0.95, 0.1)),
+        ("mass-.98-effort-.1", Attend, |o| {
+            (o.target_mass, o.effort) = (0.98, 0.1)
+        }),
+        ("mass-.95-effort-.1", Attend, |o| {
+            (o.target_mass, o.effort) = (0.95, 0.1)
+        }),
         ("rows-128", Rows, |o| o.k = 128),
         ("rows-256", Rows, |o| o.k = 256),
     ]

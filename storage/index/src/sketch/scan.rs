@@ -134,7 +134,9 @@ impl<'a> SketchScan<'a> {
         self.beside.extend_from_slice(lse);
         let weight = |(head, lse): (usize, &f32)| {
             // Of the same unit as weights by sketch, and finite.
-            f64::from(lse + Level::UNIT - self.table.average[head]).min(1000.0).exp2()
+            f64::from(lse + Level::UNIT - self.table.average[head])
+                .min(1000.0)
+                .exp2()
         };
         self.table.beside = lse.iter().enumerate().map(weight).collect();
         Ok(())

@@ -372,8 +372,12 @@ fn what_is_attended_to_elsewhere_counts() {
         }
         for head in 0..heads {
             assert!(found.keys[head] <= before[head], "{more}: {found:?}");
-            let covered = (f64::from(found.mass[head]) + f64::from(more).exp2().min(1e300)) / (1.0 + f64::from(more).exp2().min(1e300));
-            assert!(covered > 0.95 - 1e-3 || found.cut_short, "{more}: {covered} of head {head}");
+            let covered = (f64::from(found.mass[head]) + f64::from(more).exp2().min(1e300))
+                / (1.0 + f64::from(more).exp2().min(1e300));
+            assert!(
+                covered > 0.95 - 1e-3 || found.cut_short,
+                "{more}: {covered} of head {head}"
+            );
         }
         before.clone_from(&found.keys);
     }

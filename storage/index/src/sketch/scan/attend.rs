@@ -192,7 +192,10 @@ impl SketchScan<'_> {
         let all = log_add(found, rest);
         let beside = self.beside.get(head).copied().unwrap_or(f32::NEG_INFINITY);
         let wanted = if how.target_mass < 1.0 && high > f32::NEG_INFINITY {
-            let (all, beside) = (f64::from(all - high).exp2(), f64::from(beside - high).min(1000.0).exp2());
+            let (all, beside) = (
+                f64::from(all - high).exp2(),
+                f64::from(beside - high).min(1000.0).exp2(),
+            );
             all - (1.0 - f64::from(how.target_mass)) * (all + beside)
         } else {
             f64::INFINITY
