@@ -237,7 +237,13 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
     };
     let open = |q_heads| Request::Open(opening(q_heads));
     let q = |count: usize| convert::float_bytes(&vec![0.5; count]);
-    let hint = |layer, count| Request::Hint(v1::Hint { layer, q: q(count) });
+    let hint = |layer, count| {
+        Request::Hint(v1::Hint {
+            layer,
+            q: q(count),
+            ..v1::Hint::default()
+        })
+    };
     fn attend_of(query: &mut v1::Query) -> &mut v1::Attend {
         match &mut query.form {
             Some(v1::query::Form::Attend(attend)) => attend,
@@ -322,9 +328,18 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
                 Request::Hint(v1::Hint {
                     layer: 0,
                     q: convert::float_bytes(&[f32::INFINITY; Q_HEADS * 32]),
+                    ..v1::Hint::default()
                 }),
             ],
             "hint.q[0]: must be finite",
+        ),
+        (
+            vec![open(4), query(|q| q.local_lse = convert::float_bytes(&[0.0; 3]))],
+            "query.local_lse: 12 bytes instead of 16 or none",
+        ),
+        (
+            vec![open(4), query(|q| q.local_lse = convert::float_bytes(&[f32::NAN; 4]))],
+            "local_lse: element 0 is no log-sum-exp",
         ),
     ];
     let mut client = RetrievalClient::connect(setup.url()).await.expect("a connection");
