@@ -16,7 +16,6 @@ mod forward;
 mod linear;
 mod planner;
 mod prefill;
-mod refusals;
 mod sample;
 mod transfer;
 
