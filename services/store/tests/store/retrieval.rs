@@ -314,10 +314,10 @@ async fn a_missing_block_is_named_and_wrong_queries_are_refused() {
         ),
         (
             vec![Request::Open(v1::OpenContext {
-                index: "roar".to_owned(),
+                index: "hnsw".to_owned(),
                 ..opening(4)
             })],
-            "open.index: \"roar\" is no index",
+            "open.index: \"hnsw\" is no index",
         ),
         (vec![hint(0, Q_HEADS * 32)], "hint: no context is open"),
         (vec![open(4), hint(3, Q_HEADS * 32)], "hint.layer: 3: the namespace has"),
