@@ -18,7 +18,7 @@ use std::{
 
 use kvasir_cache::{
     BlockCache, CacheError,
-    retrieve::{Context, Form, Found, Query, Report},
+    retrieve::{Context, Form, Found, Query, Report, Search},
 };
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -125,7 +125,8 @@ impl Searches {
             && let Some(parked) = ahead.parked_for(&context, &asked).await
         {
             let permit = self.door.permit().await?;
-            let work = move || finish(&cache, &context, &asked, parked, since);
+            let door = self.door.clone();
+            let work = move || finish(&door, &cache, &context, &asked, parked, since);
             return self.door.spawn(permit, work).await;
         }
         let (sender, mut answer) = oneshot::channel();
@@ -240,19 +241,9 @@ fn run(door: &Door, cache: &BlockCache, joined: Vec<Waiting>) {
     let begun = Instant::now();
     let queries: Vec<Query<'_>> = joined.iter().map(|waiting| waiting.asked.query()).collect();
     let context = &joined[0].context;
-    let answers: Result<Vec<_>, CacheError> = cache.search(context, &queries).map(|search| {
-        let search = Arc::new(search);
-        if context.tokens() * search.parts() >= HELP_KEYS {
-            for _ in 1..search.parts() {
-                let help = Arc::clone(&search);
-                if !door.start_if_idle(move || help.work()) {
-                    break;
-                }
-            }
-        }
-        search.work();
-        search.wait()
-    });
+    let answers: Result<Vec<_>, CacheError> = cache
+        .search(context, &queries)
+        .map(|search| work(door, context, search).wait());
     let search = begun.elapsed();
     drop(queries);
     let answers: Vec<Result<_, CacheError>> = match answers {
@@ -280,8 +271,24 @@ fn run(door: &Door, cache: &BlockCache, joined: Vec<Waiting>) {
     }
 }
 
+/// Works on a search on this thread and, where that pays, on those that are idle.
+fn work(door: &Door, context: &Context, search: Search) -> Arc<Search> {
+    let search = Arc::new(search);
+    if context.tokens() * search.parts() >= HELP_KEYS {
+        for _ in 1..search.parts() {
+            let help = Arc::clone(&search);
+            if !door.start_if_idle(move || help.work()) {
+                break;
+            }
+        }
+    }
+    search.work();
+    search
+}
+
 /// Answers a query that came at `arrived` with what was searched ahead for it.
 fn finish(
+    door: &Door,
     cache: &BlockCache,
     context: &Context,
     asked: &Asked,
@@ -290,7 +297,8 @@ fn finish(
 ) -> Result<Answer, CacheError> {
     let begun = Instant::now();
     let (ahead, hidden) = (parked.search_time(), parked.hidden(arrived));
-    let (found, report) = cache.retrieve_parked(context, &asked.query(), parked.search)?;
+    let search = cache.search_parked(context, &asked.query(), parked.search)?;
+    let (found, report) = work(door, context, search).wait_for_one()?;
     // Of what was done ahead the part that was of use.
     let (used, of) = (report.heads_ahead, report.heads_ahead + report.heads_too_far);
     let share = f64::from(used) / f64::from(of.max(1));

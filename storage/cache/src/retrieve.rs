@@ -313,6 +313,19 @@ impl BlockCache {
         query: &Query<'_>,
         parked: ParkedSearch,
     ) -> Result<(Found, Report), CacheError> {
+        alone(&self.search_parked(context, query, parked)?)
+    }
+
+    /// As [`Self::search`] for one query, beginning with what was searched ahead for it; see [`Self::retrieve_parked`].
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub fn search_parked(
+        &self,
+        context: &Context,
+        query: &Query<'_>,
+        parked: ParkedSearch,
+    ) -> Result<Search, CacheError> {
         self.check_query(context, query)?;
         let purpose = if parked.is_for(context, query) {
             parked.into_purpose()
@@ -320,7 +333,7 @@ impl BlockCache {
             Purpose::Answer(Vec::new())
         };
         let queries = std::slice::from_ref(query);
-        alone(&Search::begin(&self.shared, context, query, queries, purpose))
+        Ok(Search::begin(&self.shared, context, query, queries, purpose))
     }
 
     /// Whether `query` can be answered over `context`; what [`Self::search`] checks of each.
@@ -417,10 +430,7 @@ impl Shared {
 /// Does the search for one query on this thread.
 fn alone(search: &Search) -> Result<(Found, Report), CacheError> {
     search.work();
-    search.wait().pop().ok_or_else(|| {
-        let message = "a search for one query gave no answer: this is a fault of the cache";
-        CacheError::new(ErrorKind::Disk, message)
-    })
+    search.wait_for_one()
 }
 
 #[cfg(test)]

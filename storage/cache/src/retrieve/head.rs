@@ -215,7 +215,19 @@ impl Search {
                 (HeadFound::Rows(gathered, rows.mass), extra)
             }
             Form::Attend { .. } => {
-                let (attended, extra) = sketches::attend(scan, sketches::wanted(self.form, scan.keys_scanned()));
+                let wanted = sketches::wanted(self.form, scan.keys_scanned());
+                let (mut attended, mut extra) = sketches::attend(scan, wanted);
+                if ahead == Ahead::Used
+                    && parked::covers_too_little(&extra, wanted)
+                    && !self.is_late()
+                    && self.begin_anew(place, scan)
+                {
+                    ahead = Ahead::TooFar;
+                    let (rescored, bytes_read) = (extra.rescored, extra.bytes_read);
+                    (attended, extra) = sketches::attend(scan, wanted);
+                    extra.rescored += rescored;
+                    extra.bytes_read += bytes_read;
+                }
                 let escalated = extra.escalated;
                 (HeadFound::Attend(attended, escalated), extra)
             }

@@ -9,15 +9,15 @@
 
 use std::sync::{Arc, Weak, atomic::AtomicBool};
 
-use kvasir_index::{Excluded, Parked};
+use kvasir_index::{Attend, Excluded, Parked};
 use parking_lot::Mutex;
 
 use super::{
     Context, Form, Query,
     blocks::ContextBlocks,
     head::{Head, HeadFound},
-    search::{Purpose, Search, wants_exact},
-    sketches,
+    search::{Purpose, Search, wants_exact, wants_scan},
+    sketches::{self, Extra},
 };
 use crate::cache::Shared;
 
@@ -26,6 +26,9 @@ use crate::cache::Shared;
 /// tokens behind 4,000 with 0.35, 0.5, 0.75 and 2 made no difference in what was chosen (99.4 % as full attention); 3,808, 4,275, 4,293
 /// and 4,293 of the 4,770 searches took something from their hint.
 const DISTANCE_MAX: f32 = 0.5;
+/// Where a prediction's candidates leave so many times the mass that may be missed, the real queries look for their own: a forecast can
+/// be near by its length and still miss what a steep head attends to, as noise with scores that deviate by 4 shows.
+const MISSED_MAX: f32 = 4.0;
 /// Candidates that are parked, as a multiple of what a search without a prediction looks at: a prediction misplaces some.
 const GENEROUS: f32 = 1.5;
 
@@ -37,6 +40,11 @@ pub(super) enum Ahead {
     Used,
     /// The prediction was too far off.
     TooFar,
+}
+
+/// Whether what real queries found among a prediction's candidates is much less than was `wanted`.
+pub(super) fn covers_too_little(found: &Extra, wanted: Attend) -> bool {
+    1.0 - found.covered_least > MISSED_MAX * (1.0 - wanted.target_mass).max(1e-4)
 }
 
 /// A search with predicted queries, that has its blocks. Threads [work](Self::work) on it as on a [`Search`].
@@ -102,7 +110,8 @@ impl SearchAhead {
         predicted: &Query<'_>,
         dropped: &Arc<AtomicBool>,
     ) -> Option<Self> {
-        if context.basis().is_none() || wants_exact(predicted.form) {
+        let walked = context.covering(shared).is_some() && !wants_scan(predicted.form);
+        if context.basis().is_none() || wants_exact(predicted.form) || walked {
             return None;
         }
         let effort = generous(sketches::wanted(predicted.form, context.tokens()).effort);

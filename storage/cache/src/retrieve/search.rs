@@ -25,7 +25,7 @@ use super::{
     report::{HeadCount, Progress},
     sketches::LayerSketches,
 };
-use crate::{cache::Shared, namespace::NamespaceBasis};
+use crate::{CacheError, ErrorKind, cache::Shared, namespace::NamespaceBasis};
 
 /// A search that has its blocks. Threads [work](Self::work) on it, each on one KV head after another; one [waits](Self::wait)
 /// for the answers.
@@ -216,6 +216,20 @@ impl Search {
     /// If a thread panicked at work.
     pub fn wait(&self) -> Vec<(Found, Report)> {
         self.answers(&self.finished())
+    }
+
+    /// As [`Self::wait`], of a search for one query.
+    ///
+    /// # Errors
+    /// A fault of the cache if there is no answer.
+    ///
+    /// # Panics
+    /// If a thread panicked at work.
+    pub fn wait_for_one(&self) -> Result<(Found, Report), CacheError> {
+        self.wait().pop().ok_or_else(|| {
+            let message = "a search for one query gave no answer: this is a fault of the cache";
+            CacheError::new(ErrorKind::Disk, message)
+        })
     }
 
     /// Waits until all KV heads are done, and takes what was found.

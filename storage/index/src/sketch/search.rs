@@ -13,7 +13,10 @@ use std::ops::Range;
 use kvasir_simd::{CodedQueries, Found, GROUP, Level, RUN_GROUPS, UNIT, coded_levels, coded_scan};
 
 pub(super) use self::{guess::Lean, room::Room};
-use super::{column::Column, format::SketchFormat};
+use super::{
+    column::Column,
+    format::{RANK, SketchFormat},
+};
 use crate::HeadBasis;
 
 /// Groups of one call: their codes stay in the second cache while all heads scan them.
@@ -145,6 +148,9 @@ impl Table {
     }
 
     /// Bytes that grow with keys.
+    /// Bytes of a head beside those of its runs, at most.
+    pub(super) const BYTES_OF_HEAD: usize = RANK * 4 + size_of::<Lean>();
+
     pub(super) fn bytes(&self) -> usize {
         (self.left.len() + self.along.len()) * 4 + self.leans.len() * size_of::<Lean>()
     }
