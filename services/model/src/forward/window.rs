@@ -86,7 +86,8 @@ mod tests {
             })
             .collect();
         // Window, then page and rows of each span.
-        let table: [(std::ops::Range<usize>, &[(u32, std::ops::Range<usize>)]); 5] = [
+        type Seen<'a> = &'a [(u32, std::ops::Range<usize>)];
+        let table: [(std::ops::Range<usize>, Seen<'_>); 5] = [
             (0..1, &[(0, 0..4)]),
             (0..5, &[(0, 0..4), (1, 0..4)]),
             (3..8, &[(0, 3..4), (1, 0..4)]),

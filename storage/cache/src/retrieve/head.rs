@@ -192,6 +192,9 @@ impl Search {
             Some(parked) if parked::is_near(parked, q) => Ahead::Used,
             Some(_) => Ahead::TooFar,
         };
+        let expected = parked
+            .as_ref()
+            .map_or_else(Vec::new, |parked| parked.covered().to_vec());
         let resumed = parked
             .filter(|_| ahead == Ahead::Used && place.whole)
             .is_some_and(|parked| scan.begin_parked(*parked, q).is_ok() && self.add(place, scan));
@@ -218,7 +221,7 @@ impl Search {
                 let wanted = sketches::wanted(self.form, scan.keys_scanned());
                 let (mut attended, mut extra) = sketches::attend(scan, wanted);
                 if ahead == Ahead::Used
-                    && parked::covers_too_little(&extra, wanted)
+                    && parked::covers_too_little(&extra, &expected, wanted)
                     && !self.is_late()
                     && self.begin_anew(place, scan)
                 {

@@ -32,8 +32,8 @@ pub(super) struct Extra {
     /// Bytes of sketches, keys and values.
     pub(super) bytes_read: u64,
     pub(super) escalated: bool,
-    /// Least share of the mass that a query head's keys cover, with what its caller attends to; only of attention.
-    pub(super) covered_least: f32,
+    /// Share of the mass that keys and what the caller attends to cover, per query head; only of attention.
+    pub(super) covered: Vec<f32>,
 }
 
 impl LayerSketches {
@@ -177,7 +177,7 @@ pub(super) fn attend(scan: &mut SketchScan<'_>, wanted: Attend) -> (Attended, Ex
         rescored: found.keys_scored as u64,
         bytes_read: found.bytes_read,
         escalated: found.escalations > 0,
-        covered_least: found.covered_least,
+        covered: found.covered,
     };
     let attended = Attended {
         o: found.o,

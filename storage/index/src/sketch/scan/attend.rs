@@ -64,8 +64,8 @@ pub struct SketchAttended {
     pub bytes_read: u64,
     /// A head would have needed more keys than it was allowed for its target.
     pub cut_short: bool,
-    /// Least share of the mass that a head's chosen keys cover with what lies [beside](SketchScan::beside); 1 where there is no head.
-    pub covered_least: f32,
+    /// Share of everything that a head attends to, here and [beside](SketchScan::beside), that the chosen keys and that cover.
+    pub covered: Vec<f32>,
     /// Rounds of doubling that the bound asked for.
     pub escalations: u32,
 }
@@ -152,7 +152,7 @@ impl SketchScan<'_> {
         reset(&mut out.o, heads * d);
         out.missed_max.clear();
         out.cut_short = false;
-        out.covered_least = 1.0;
+        reset(&mut out.covered, heads);
         let means = how.tail && self.format.is_some_and(|format| format.values);
         let mut tail = std::mem::take(&mut self.tail);
         tail.chosen.clear();
@@ -226,7 +226,7 @@ impl SketchScan<'_> {
         // Of everything that the head attends to, here and elsewhere.
         let covered = crate::flat::share(log_add(chosen_lse, beside), log_add(all, beside));
         out.cut_short |= cut || covered < how.target_mass.min(0.9999);
-        out.covered_least = out.covered_least.min(covered);
+        out.covered[head] = covered;
         if how.certificate {
             out.missed_max.push(bound(chosen_lse, found, missed));
         }

@@ -23,6 +23,8 @@ pub struct Parked {
     candidates: Candidates,
     /// By head.
     drawn: Vec<Drawn>,
+    /// By head, see [`Parked::covered`].
+    covered: Vec<f32>,
     /// Of all blocks, searched or not.
     slots: usize,
 }
@@ -48,31 +50,49 @@ impl Parked {
             .fold(0.0, f32::max)
     }
 
+    /// Share of everything that each predicted query attends to, here and [beside](SketchScan::beside), that its candidates and that
+    /// cover, by sketch.
+    pub fn covered(&self) -> &[f32] {
+        &self.covered
+    }
+
     /// Bytes that one of `heads` query rows of `head_dim` holds at most, with so many candidates of each, over blocks that have so many
     /// keys once each is rounded up to sixteen.
     pub fn bytes_max(heads: usize, head_dim: usize, candidates: usize, keys: usize) -> usize {
         let runs = keys.div_ceil(GROUP * RUN_GROUPS);
-        heads * (head_dim * 4 + candidates * 6 + runs * 4 + Drawn::BYTES_MAX + Table::BYTES_OF_HEAD)
+        heads * (head_dim * 4 + 4 + candidates * 6 + runs * 4 + Drawn::BYTES_MAX + Table::BYTES_OF_HEAD)
     }
 
     /// Bytes that it holds.
     pub fn bytes(&self) -> usize {
         let drawn: usize = self.drawn.iter().map(Drawn::bytes).sum();
-        self.q.len() * 4 + self.candidates.slots.len() * 6 + self.table.bytes() + drawn
+        (self.q.len() + self.covered.len()) * 4 + self.candidates.slots.len() * 6 + self.table.bytes() + drawn
     }
 }
 
 impl SketchScan<'_> {
+    fn covered_by_candidates(&self, head: usize) -> f32 {
+        let levels = &self.candidates.levels[self.candidates.of(head)];
+        let found: f64 = levels.iter().map(|level| f64::from(level.weight())).sum();
+        let held = found + self.table.beside.get(head).copied().unwrap_or(0.0);
+        let all = held + self.table.total[head];
+        if all > 0.0 { (held / all) as f32 } else { 1.0 }
+    }
+
     /// Scans with the queries of [`SketchScan::begin`], which are predicted, and keeps the candidates that `how` will ask for.
     /// The scan is empty then.
     pub fn park(&mut self, how: Attend) -> Parked {
         self.find_for(how);
         let drawn = self.draw_ahead();
+        let covered = (0..self.table.heads())
+            .map(|head| self.covered_by_candidates(head))
+            .collect();
         let mut parked = Parked {
             q: std::mem::take(&mut self.q),
             table: std::mem::take(&mut self.table),
             candidates: std::mem::take(&mut self.candidates),
             drawn,
+            covered,
             slots: self.slots(),
         };
         // They were given room for what was kept of a scan before the best were chosen.
