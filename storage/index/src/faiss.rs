@@ -216,7 +216,7 @@ impl FaissIvf {
         }
         index.get_mut().add(rows).map_err(failed)?;
         let nearest = self.quantizer.get_mut().assign(rows, 1).map_err(failed)?;
-        for list in nearest.labels.iter().filter_map(faiss::Idx::get) {
+        for list in nearest.labels.iter().filter_map(|list| list.get()) {
             self.sizes[list as usize] += 1;
         }
         Ok(())

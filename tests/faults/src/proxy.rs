@@ -60,6 +60,12 @@ impl Weather {
         Self { kinds, share }
     }
 
+    /// Whether bytes can arrive that are not those that were sent, on a connection that looks sound: also those of an upload.
+    pub(crate) fn alters(&self) -> bool {
+        let altering = [Damage::Flip, Damage::Omit, Damage::Duplicate];
+        self.kinds.iter().any(|kind| altering.contains(kind))
+    }
+
     /// What happens, if anything, of what this is about.
     fn draw(&self, rng: &mut StdRng, to_connections: bool) -> Option<Damage> {
         let about = |kind: &&Damage| matches!(kind, Damage::Unavailable | Damage::Expired) == to_connections;
