@@ -40,7 +40,7 @@ pub(crate) struct Indexes {
     pub(crate) derived: Derived,
     pub(crate) sketcher: Sketcher,
     pub(crate) samples: Samples,
-    pub(crate) library: Library,
+    pub(crate) loaded: Library,
     pub(crate) builder: Builder,
     busy: Busy,
 }
@@ -51,7 +51,7 @@ impl Indexes {
             derived: Derived::default(),
             sketcher: Sketcher::new(config.sketch_bytes_max, config.sketch_queue_max),
             samples: Samples::new(config.query_bytes_max),
-            library: Library::new(config.index_bytes_max),
+            loaded: Library::new(config.index_bytes_max),
             builder: Builder::new(config.build_queue_max),
             busy: Busy::default(),
         }

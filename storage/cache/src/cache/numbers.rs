@@ -104,7 +104,7 @@ impl BlockCache {
             indexes_loaded: counters.indexes_loaded.get(),
             indexes_unusable: counters.indexes_unusable.get(),
             indexes_without_room: counters.indexes_without_room.get(),
-            index_bytes: indexes.library.bytes(),
+            index_bytes: indexes.loaded.bytes(),
             index_bytes_max: shared.config.index_bytes_max,
             background_aside: sketches.aside + builds.aside,
             subscribers: state.events.subscribers() as u64,

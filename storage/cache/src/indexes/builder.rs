@@ -186,7 +186,7 @@ impl BlockCache {
         if let Some(state) = self.shared.indexes.builder.states.lock().by_name.get(&name) {
             return Ok(state.clone());
         }
-        if self.shared.indexes.library.is_unusable(name) {
+        if self.shared.indexes.loaded.is_unusable(name) {
             return Ok(BuildState::Absent("its files are gone or damaged".to_owned()));
         }
         if self.shared.holds(name.manifest()) {
@@ -221,7 +221,7 @@ impl Shared {
         match self.build_heads(name, &blocks) {
             Ok(()) => {
                 builder.forget(name);
-                self.indexes.library.built(name);
+                self.indexes.loaded.built(name);
                 self.counters.indexes_built.add(1);
                 let (index, tokens) = (name.kind.name(), blocks.tokens());
                 tracing::info!(index, tokens, elapsed = ?begun.elapsed(), "index is built");

@@ -155,7 +155,7 @@ impl Shared {
 
     /// The index of a layer; `None` where it cannot be used.
     pub(crate) fn layer_index(&self, covering: Covering, layer: u16) -> Option<Arc<LayerIndex>> {
-        let library = &self.indexes.library;
+        let library = &self.indexes.loaded;
         let Covering { name, blocks } = covering;
         if let Some(known) = library.get(name, layer) {
             return known;

@@ -106,7 +106,7 @@ impl Context {
         if self.plan.kinds.is_empty() {
             return None;
         }
-        let now = shared.indexes.library.generation();
+        let now = shared.indexes.loaded.generation();
         let mut known = self.covering.lock();
         if known.0 != now {
             *known = (now, shared.covering(self.blocks.keys(), self.plan.kinds));
