@@ -185,12 +185,8 @@ impl Drop for Room {
 fn search(door: &Door, context: &Context, ahead: SearchAhead) -> Option<ParkedSearch> {
     let ahead = Arc::new(ahead);
     if context.tokens() * ahead.parts() >= HELP_KEYS {
-        for _ in 1..ahead.parts() {
-            let help = Arc::clone(&ahead);
-            if !door.start_if_idle(move || help.work()) {
-                break;
-            }
-        }
+        let help = Arc::clone(&ahead);
+        door.start_on_idle(ahead.parts().saturating_sub(1), move || help.work());
     }
     ahead.work();
     ahead.wait()

@@ -61,6 +61,15 @@ impl Door {
         }
     }
 
+    /// Starts `work` on up to `most` threads that have nothing better to do.
+    pub(crate) fn start_on_idle(&self, most: usize, work: impl FnOnce() + Clone + Send + 'static) {
+        for _ in 0..most {
+            if !self.start_if_idle(work.clone()) {
+                break;
+            }
+        }
+    }
+
     /// Begins `work` on a thread that has nothing to do, and tells whether there was one. Nobody waits for it but [`Self::drain`].
     pub(crate) fn start_if_idle(&self, work: impl FnOnce() + Send + 'static) -> bool {
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {

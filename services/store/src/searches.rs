@@ -275,12 +275,8 @@ fn run(door: &Door, cache: &BlockCache, joined: Vec<Waiting>) {
 fn work(door: &Door, context: &Context, search: Search) -> Arc<Search> {
     let search = Arc::new(search);
     if context.tokens() * search.parts() >= HELP_KEYS {
-        for _ in 1..search.parts() {
-            let help = Arc::clone(&search);
-            if !door.start_if_idle(move || help.work()) {
-                break;
-            }
-        }
+        let help = Arc::clone(&search);
+        door.start_on_idle(search.parts().saturating_sub(1), move || help.work());
     }
     search.work();
     search
