@@ -77,7 +77,7 @@ fn run(args: Args) -> Result<()> {
             BenchCommand::Gpu(options) if options.made_up => {
                 bench::gpu::made_up(&configuration, &args.config, &options, &runtime()?)
             }
-            BenchCommand::Gpu(options) => bench::gpu::run(&configuration, &options),
+            BenchCommand::Gpu(options) => bench::gpu::run(&configuration, &args.config, &options, &runtime()?),
             BenchCommand::Engine(options) => bench::engine::run(&configuration, &options),
             BenchCommand::Store(options) => runtime()?.block_on(bench::store::run(&options, &args.config)),
             BenchCommand::Trace(options) => runtime()?.block_on(bench::trace::run(&options, &args.config)),

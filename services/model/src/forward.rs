@@ -13,6 +13,8 @@ mod sparse;
 mod watch;
 mod window;
 
+use std::time::Duration;
+
 use kvasir_block::KvSchema;
 use kvasir_simd::{Activations, Partial, Pool, add_assign, gelu_mul, matmul, rms_norm, silu_mul, to_f16};
 
@@ -70,11 +72,16 @@ pub trait StepHooks {
         Ok(())
     }
 
-    /// Pages whose bytes [`StepHooks::after_layer`] will ask for. Asked once a step: a GPU sends them to the host as each layer
-    /// is done, while the next ones compute.
+    /// Pages whose bytes [`StepHooks::after_layer`] will ask for, the most wanted first. Asked once a step: a GPU sends them to the
+    /// host as each layer is done, while the next ones compute. What finds no room there is not sent, and nobody waits for
+    /// its readers: asking for it is answered with [`crate::PoolError::NoRoom`].
     fn wanted_pages(&self) -> &[PageId] {
         &[]
     }
+
+    /// How long a GPU's step waited for wanted pages to land before it gave the GPU more to do, to have room for those of the next
+    /// layer: called once a step, where it did. The GPU has work meanwhile.
+    fn waited_for_room(&mut self, _time: Duration) {}
 
     /// The layer's K and V of all tokens of the step are in the pool. Called for each layer in order, once it is done, which
     /// on a GPU may be while later layers are under way.

@@ -13,6 +13,7 @@ mod layout;
 mod output;
 mod pages;
 mod scratch;
+mod sending;
 mod sparse;
 mod step;
 mod warm_up;
@@ -41,12 +42,14 @@ pub struct GpuOptions {
     pub nvrtc: Option<PathBuf>,
     /// Folder for compiled kernels; without one they are compiled at each start.
     pub cache: Option<PathBuf>,
-    /// Bytes of page-locked memory that a pool makes for pages on their way to the host ([`crate::StepHooks::wanted_pages`]).
+    /// Bytes of page-locked memory that a pool makes for pages on their way to the host ([`crate::StepHooks::wanted_pages`]). A step
+    /// sends as many pages as half of it holds in one layer.
     pub landing_bytes: usize,
 }
 
 impl GpuOptions {
-    /// Room for a few steps of a model with large blocks.
+    /// What a worker's queue to the store takes by default, and as much again for what is on the wire and for a layer that lands while
+    /// an earlier one is read.
     pub const LANDING_BYTES: usize = 512 << 20;
 }
 

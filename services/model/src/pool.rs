@@ -48,6 +48,9 @@ pub enum PoolError {
     /// The pool lies on a GPU, which has no room or failed.
     #[error("the pages on the GPU cannot be used: {0}")]
     Gpu(String),
+    /// A page that a step was to send to the host ([`crate::StepHooks::wanted_pages`]) found no room there.
+    #[error("the page was not sent: all page-locked memory holds what is still read (worker.gpu.pinned_bytes)")]
+    NoRoom,
     /// A payload is exactly a page.
     #[error("a payload of {found} bytes does not fill a page of {expected}: it was made under another schema")]
     Length {
@@ -176,7 +179,7 @@ impl PagePool {
     /// payload travels. A copy; on a GPU, of wanted pages ([`crate::StepHooks::wanted_pages`]), the memory itself in which they landed.
     ///
     /// # Errors
-    /// [`PoolError::Gpu`] if the pool lies on a GPU, and it failed.
+    /// If the pool lies on a GPU: [`PoolError::NoRoom`] for a wanted page that was not sent, [`PoolError::Gpu`] if it failed.
     ///
     /// # Panics
     /// If there is no such layer or page.

@@ -53,6 +53,8 @@ pub struct WorkerConfig {
     pub max_tokens: u32,
     /// Most bytes of layer blocks that wait to be pushed; beyond it blocks are dropped and counted.
     pub offload_queue_bytes_max: ByteSize,
+    /// Streams over which they are pushed at a time, each with a connection of its own.
+    pub offload_streams: usize,
     /// Longest wait for an answer to a prefix match, and for each next layer block while loading; after it the rest is
     /// computed.
     pub onboard_timeout: HumanDuration,
@@ -96,6 +98,7 @@ impl Default for WorkerConfig {
             waiting_max: 128,
             max_tokens: 256,
             offload_queue_bytes_max: ByteSize::mib(256),
+            offload_streams: 1,
             onboard_timeout: HumanDuration::secs(2),
             context_timeout: HumanDuration::secs(10),
             retrieval_timeout: HumanDuration::millis(500),
@@ -162,6 +165,7 @@ impl WorkerConfig {
             ("worker.sequences_max", self.sequences_max as u64),
             ("worker.waiting_max", self.waiting_max as u64),
             ("worker.max_tokens", u64::from(self.max_tokens)),
+            ("worker.offload_streams", self.offload_streams as u64),
             ("worker.kv_bytes_max", self.kv_bytes_max.as_u64()),
             (
                 "worker.onboard_timeout",
@@ -177,6 +181,13 @@ impl WorkerConfig {
             ),
             ("worker.lease", self.lease.get().as_millis().min(1) as u64),
         ];
+        let (pinned, queue) = (self.gpu.pinned_bytes, self.offload_queue_bytes_max);
+        if self.device == DeviceKind::Gpu && !url.is_empty() && pinned < queue {
+            let problem = format!(
+                "{pinned} is less than worker.offload_queue_bytes_max = {queue}: what waits to be pushed lies there, so take twice that"
+            );
+            return Err(InvalidConfig::new("worker.gpu.pinned_bytes", problem));
+        }
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(InvalidConfig::new(key, "must be more than nothing"));
         }
@@ -236,6 +247,14 @@ mod tests {
             (with(|c| c.tenant = String::new()), "worker.tenant"),
             (with(|c| c.threads = 5000), "worker.threads"),
             (with(|c| c.block_tokens = 0), "worker.block_tokens"),
+            (with(|c| c.offload_streams = 0), "worker.offload_streams"),
+            (
+                with(|c| {
+                    c.device = DeviceKind::Gpu;
+                    c.offload_queue_bytes_max = ByteSize::gib(1);
+                }),
+                "worker.gpu.pinned_bytes",
+            ),
             (with(|c| c.step_tokens_max = 8), "worker.step_tokens_max"),
             (
                 with(|c| c.retrieval_timeout = HumanDuration::millis(0)),

@@ -37,6 +37,7 @@ mod metrics;
 mod offload;
 mod onboard;
 mod outbox;
+mod pusher;
 mod report;
 mod request;
 mod retrieval;
@@ -50,4 +51,5 @@ mod worker;
 pub use config::{
     AttentionConfig, AttentionMode, Certificate, DeviceKind, GpuConfig, IndexWanted, InvalidConfig, WorkerConfig,
 };
+pub use pusher::{PushStep, Pushed, Pusher};
 pub use worker::Worker;

@@ -84,8 +84,10 @@ impl ComputeMetrics {
 #[derive(Clone, Debug)]
 pub(crate) struct OffloadMetrics {
     pub(crate) queue_bytes: Gauge,
-    /// Blocks that found the queue full.
+    /// Blocks that found the queue full, or no page-locked memory on their way to it.
     pub(crate) dropped: Counter,
+    /// Steps' waits for page-locked memory, while the GPU had work.
+    pub(crate) waited: Histogram,
     /// Blocks given up on the way: shed by the store, lost with a stream, or never completed.
     pub(crate) abandoned: Counter,
     /// Bytes that the store took.
@@ -97,6 +99,7 @@ impl OffloadMetrics {
         Self {
             queue_bytes: gauge!("kvasir_worker_offload_queue_bytes"),
             dropped: counter!("kvasir_worker_offload_dropped_blocks_total"),
+            waited: histogram!("kvasir_worker_offload_wait_seconds"),
             abandoned: counter!("kvasir_worker_offload_abandoned_blocks_total"),
             pushed_bytes: counter!("kvasir_worker_offload_pushed_bytes_total"),
         }

@@ -2,17 +2,22 @@
 //!
 //! The compute thread *offers* a block before the step that completes it; an accepted block has room for all its layers,
 //! because a block without some of its layers is of no use to anyone. It then pushes layer after layer while the next
-//! layer computes. A task ([`drain`]) takes them out and tells what became of them. A block whose layers are all held is
+//! layer computes. Tasks ([`drain`]) take them out and tell what became of them. A block whose layers are all held is
 //! *known* and not offered again; one that was shed, lost or dropped is forgotten, so that it may be offered again.
 
 mod drain;
 mod known;
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use kvasir_block::{BlockHash, Checksum};
 use kvasir_client::{LayerBlock, PutOutcome};
+use kvasir_model::{PageId, PagePool, PoolError};
+use metrics::Counter;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, futures::Notified};
 
@@ -24,7 +29,7 @@ pub(crate) use drain::drain;
 /// Names remembered as held by the store: 64 Ki blocks are 4 Mi tokens, and about 6 MB.
 const KNOWN_BLOCKS_MAX: usize = 64 << 10;
 
-/// The queue and what is known about its blocks. Shared by the compute thread and the drain task.
+/// The queue and what is known about its blocks. Shared by the compute thread and the drain tasks.
 #[derive(Debug)]
 pub(crate) struct Offload {
     layers: usize,
@@ -135,8 +140,25 @@ impl Offload {
         Offer::Accepted
     }
 
+    /// Takes one layer of an accepted block from its page, apart from which its bytes are, since the page may be evicted and
+    /// written again before the store has them.
+    pub(crate) fn push_page(&self, pool: &PagePool, layer: usize, hash: BlockHash, page: PageId) {
+        match pool.page_bytes(layer, page) {
+            Ok(payload) => self.push(Pushed {
+                hash,
+                layer: layer as u16,
+                payload,
+            }),
+            Err(PoolError::NoRoom) => self.give_up(hash, &self.metrics.dropped),
+            Err(error) => {
+                tracing::error!(%error, "a page could not be read, its block is not pushed");
+                self.abandon(hash);
+            }
+        }
+    }
+
     /// Takes one layer of an accepted block.
-    pub(crate) fn push(&self, block: Pushed) {
+    fn push(&self, block: Pushed) {
         let mut inner = self.inner.lock();
         if let Some(progress) = inner.under_way.get_mut(&block.hash) {
             progress.pushed += 1;
@@ -148,6 +170,10 @@ impl Offload {
 
     /// Gives up a block whose remaining layers will not come, or that was shed or lost on the way.
     pub(crate) fn abandon(&self, hash: BlockHash) {
+        self.give_up(hash, &self.metrics.abandoned);
+    }
+
+    fn give_up(&self, hash: BlockHash, counted_as: &Counter) {
         let mut inner = self.inner.lock();
         if let Some(progress) = inner.under_way.remove(&hash) {
             let before = inner.queue.len();
@@ -155,13 +181,18 @@ impl Offload {
             let waiting = before - inner.queue.len() + self.layers - progress.pushed;
             inner.bytes -= waiting * self.layer_block_bytes;
             self.metrics.queue_bytes.set(inner.bytes as f64);
-            self.metrics.abandoned.increment(1);
+            counted_as.increment(1);
         }
         drop(inner);
         self.changed.notify_waiters();
     }
 
-    /// The next layer block to send; `None` when the queue is closed and empty. One task takes.
+    /// Notes how long a step waited for room on its way to this queue.
+    pub(crate) fn waited(&self, time: Duration) {
+        self.metrics.waited.record(time.as_secs_f64());
+    }
+
+    /// The next layer block to send; `None` when the queue is closed and empty.
     pub(crate) async fn take(&self) -> Option<Pushed> {
         loop {
             let arrived = self.arrived.notified();
@@ -251,7 +282,19 @@ impl Offload {
     /// Takes no more offers; [`Offload::take`] ends when the queue is empty.
     pub(crate) fn close(&self) {
         self.inner.lock().closed = true;
-        self.arrived.notify_one();
+        // Also those that are about to wait.
+        self.arrived.notify_waiters();
+    }
+
+    /// Ends when nothing is on its way: everything accepted was pushed and answered, or given up.
+    pub(crate) async fn idle(&self) {
+        loop {
+            let changed = self.changed();
+            if self.is_idle() {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Whether nothing is on its way.

@@ -239,22 +239,13 @@ impl Worker {
 /// Waits until the offload queue is empty and answered, at most `grace`.
 async fn push_the_rest(store: &Store, grace: Duration) {
     store.offload.close();
-    let pushed = async {
-        loop {
-            let changed = store.offload.changed();
-            if store.offload.is_idle() {
-                return;
-            }
-            changed.await;
-        }
-    };
     if store.session.namespace().is_none() {
         let blocks = store.offload.queued();
         tracing::warn!(
             layer_blocks = blocks,
             "the store is away, what was queued for it is lost"
         );
-    } else if timeout(grace, pushed).await.is_err() {
+    } else if timeout(grace, store.offload.idle()).await.is_err() {
         let blocks = store.offload.queued();
         tracing::warn!(
             layer_blocks = blocks,
@@ -326,7 +317,7 @@ impl Plan {
 }
 
 /// The parts that speak to the store, where one is configured; they connect by themselves.
-fn connect(
+pub(crate) fn connect(
     config: &WorkerConfig,
     schema: &KvSchema,
     basis: Bytes,
@@ -354,7 +345,9 @@ fn connect(
     );
     let (session, offload) = (Arc::new(session), Arc::new(offload));
     tasks.spawn(Arc::clone(&session).keep(Arc::clone(&offload), stop.clone()));
-    tasks.spawn(offload::drain(Arc::clone(&offload), Arc::clone(&session), stop.clone()));
+    for _ in 0..config.offload_streams {
+        tasks.spawn(offload::drain(Arc::clone(&offload), Arc::clone(&session), stop.clone()));
+    }
     Ok(Some(Store {
         session,
         offload,

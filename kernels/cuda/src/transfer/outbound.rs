@@ -84,24 +84,22 @@ impl Outbound {
         })
     }
 
-    /// Names the pages of `page_bytes` that [`Outbound::send`] sends from now on, in this order; waits for the device. Whether
-    /// they fit the page-locked memory at all.
+    /// Names the pages of `page_bytes` that [`Outbound::send`] sends from now on, in this order; waits for the device. Returns how
+    /// many of them, from the first on, are sent: no more than half of the page-locked memory takes, so that one send can land
+    /// while another is read.
     ///
     /// # Errors
     /// If a page is no multiple of 16 bytes, or the device has no room.
-    pub fn begin(&mut self, pages: &[u32], page_bytes: usize) -> Result<bool, GpuError> {
+    pub fn begin(&mut self, pages: &[u32], page_bytes: usize) -> Result<usize, GpuError> {
         self.count = 0;
-        let needed = pages.len().checked_mul(page_bytes);
         if page_bytes == 0 || !page_bytes.is_multiple_of(16) || page_bytes / 16 > u32::MAX as usize {
             let why = format!("pages of {page_bytes} bytes; a multiple of 16 is needed");
             return Err(GpuError::shape("outbound", why));
         }
-        let fits = |needed: &usize| *needed <= self.landings.room.len() && pages.len() <= PAGES_MAX;
-        let Some(needed) = needed.filter(fits) else {
-            return Ok(false);
-        };
+        let count = pages_max(self.landings.room.len(), page_bytes).min(pages.len());
+        let (pages, needed) = (&pages[..count], count * page_bytes);
         if pages.is_empty() {
-            return Ok(true);
+            return Ok(0);
         }
         if self.numbers.len() < pages.len() {
             self.numbers = self.gpu.zeros(pages.len().next_power_of_two())?;
@@ -115,8 +113,8 @@ impl Outbound {
         }
         self.numbers.upload(pages)?;
         self.pages_min = pages.iter().max().map_or(0, |&page| page as usize + 1);
-        (self.count, self.page_bytes) = (pages.len(), page_bytes);
-        Ok(true)
+        (self.count, self.page_bytes) = (count, page_bytes);
+        Ok(count)
     }
 
     /// Sends the pages of `from` as they are once everything has run that was given to the main stream so far; what is given
@@ -237,6 +235,12 @@ impl AsRef<[u8]> for Landed {
     }
 }
 
+/// Most pages that one send takes of so much page-locked memory: half of it holds them.
+fn pages_max(bytes: usize, page_bytes: usize) -> usize {
+    let half = bytes / 2 / GRAIN * GRAIN;
+    (half / page_bytes).min(PAGES_MAX)
+}
+
 /// Page-locked memory that copies land in.
 #[derive(Debug)]
 struct Landings {
@@ -353,5 +357,30 @@ mod tests {
         taken.into_iter().for_each(|(at, bytes)| ranges.give(at, bytes));
         assert_eq!(ranges.take(100 * GRAIN), Some(0));
         assert_eq!(ranges.take(1), None);
+    }
+
+    #[test]
+    fn two_sends_find_room_whatever_a_page_weighs() {
+        let mut rng = StdRng::seed_from_u64(2);
+        for _ in 0..2000 {
+            let (bytes, page_bytes) = (
+                rng.random_range(0..64 * GRAIN),
+                16 * rng.random_range(1..2 * GRAIN / 16),
+            );
+            let most = pages_max(bytes, page_bytes);
+            let mut ranges = Ranges::of(bytes);
+            if most > 0 {
+                let taken = [ranges.take(most * page_bytes), ranges.take(most * page_bytes)];
+                assert!(
+                    taken.iter().all(Option::is_some),
+                    "{most} pages of {page_bytes} in {bytes}"
+                );
+            }
+            // One page more would not leave room for another such send, but for what rounding takes.
+            assert!(
+                2 * (most + 1) * page_bytes + 2 * GRAIN > bytes,
+                "{most} pages of {page_bytes} in {bytes}"
+            );
+        }
     }
 }

@@ -1,5 +1,5 @@
-//! `kvasir bench gpu`: the model of the configuration on a GPU. Speed of prefill and decode, what it costs to send a
-//! prompt's keys and values to the host as a push does, and the greedy tokens beside those of the CPU.
+//! `kvasir bench gpu`: the model of the configuration on a GPU. Speed of prefill and decode, what it costs to push a prompt's
+//! keys and values to a store on this host, and the greedy tokens beside those of the CPU.
 //!
 //! The kernels' own figures, beside the ceilings of the machine, are `kvasir-gpu-check bench`'s.
 
@@ -8,6 +8,7 @@ mod compare;
 mod crossing;
 mod forward;
 mod made_up;
+mod push;
 mod remote;
 mod sparse;
 
@@ -15,15 +16,17 @@ use anyhow::{Context, Result, ensure};
 use kvasir_model::Device;
 use kvasir_worker::{DeviceKind, WorkerConfig};
 use serde::Serialize;
+use tokio::runtime::Runtime;
 
 use self::{
     compare::{Agreement, compare},
     forward::{Drawn, Forward},
+    push::{PushCost, Pushing},
     sparse::{SparseAgreement, compare_sparse},
 };
 pub(crate) use self::{crossing::crossing, made_up::made_up};
 use crate::{
-    args::GpuArgs,
+    args::{ConfigArgs, GpuArgs},
     corpus::Corpus,
     measure::{Machine, median},
     output::{print, say},
@@ -51,23 +54,12 @@ struct Report {
     text: String,
     rounds: u16,
     load_seconds: f64,
-    prefill: Vec<Prefill>,
+    prefill: Vec<PushCost>,
     decode: Vec<Decode>,
     agreement: Vec<Agreement>,
     sparse_agreement: Vec<SparseAgreement>,
     kvasir: &'static str,
     machine: Machine,
-}
-
-#[derive(Debug, Serialize)]
-struct Prefill {
-    tokens: usize,
-    step_tokens: usize,
-    tokens_per_second: f64,
-    /// The same with every whole block sent to the host, layer by layer, as a push does.
-    pushed_tokens_per_second: f64,
-    /// How much longer that takes, as a share.
-    push_cost: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -80,7 +72,7 @@ struct Decode {
     tokens_per_second: f64,
 }
 
-pub(crate) fn run(configuration: &Configuration, args: &GpuArgs) -> Result<()> {
+pub(crate) fn run(configuration: &Configuration, config: &ConfigArgs, args: &GpuArgs, runtime: &Runtime) -> Result<()> {
     let worker = WorkerConfig {
         device: DeviceKind::Gpu,
         ..configuration.tree().worker.clone()
@@ -110,17 +102,13 @@ pub(crate) fn run(configuration: &Configuration, args: &GpuArgs) -> Result<()> {
     let mut forward = Forward::load(&file, &device, worker.block_tokens, tokens.len(), 32)?;
     let load_seconds = begun.elapsed().as_secs_f64();
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    let longest = prompts[prompts.len() - 1];
+    let pushing = Pushing::start(&worker, config, &args.out, runtime, &forward, longest)?;
     for &prompt in &prompts {
         say(format_args!("prefill of {prompt}"));
-        let [plain, pushed] = forward.prefill(&tokens[..prompt], STEP_TOKENS, args.rounds)?;
-        prefill.push(Prefill {
-            tokens: prompt,
-            step_tokens: STEP_TOKENS.min(prompt),
-            tokens_per_second: prompt as f64 / plain,
-            pushed_tokens_per_second: prompt as f64 / pushed,
-            push_cost: pushed / plain - 1.0,
-        });
+        prefill.push(pushing.measure(&mut forward, &tokens[..prompt], STEP_TOKENS, args)?);
     }
+    pushing.stop()?;
     for (context, sequences) in DECODES.into_iter().filter(|(context, _)| *context <= most) {
         say(format_args!("decode of {sequences} at {context}"));
         let (mut there, mut here) = (Vec::new(), Vec::new());
@@ -180,15 +168,7 @@ fn show(report: &Report) {
         "{} on {}, loaded in {:.1} s, medians of {}",
         report.model, report.gpu, report.load_seconds, report.rounds
     ));
-    for row in &report.prefill {
-        say(format_args!(
-            "prefill {:5}: {:8.0} tok/s, pushed {:8.0} tok/s ({:+.1} %)",
-            row.tokens,
-            row.tokens_per_second,
-            row.pushed_tokens_per_second,
-            100.0 * row.push_cost
-        ));
-    }
+    report.prefill.iter().for_each(push::show);
     for row in &report.decode {
         say(format_args!(
             "decode at {:5}, {:2} sequences: {:6.3} ms a step ({:.3} drawn on the host), {:7.0} tok/s",

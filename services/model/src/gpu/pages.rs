@@ -19,8 +19,8 @@ pub(crate) struct DevicePages {
     layers: Vec<Buffer<u16>>,
     inbound: Inbound,
     outbound: Outbound,
-    /// Places of the pages that the present step sends, in what is sent of each layer.
-    places: HashMap<PageId, usize>,
+    /// Places of the pages that the present step is to send, in what is sent of each layer; `None` for which there is no room.
+    places: HashMap<PageId, Option<usize>>,
     /// What was sent of each layer in the present step.
     sent: Vec<Option<Sent>>,
     /// The same for all that is recorded over these pages.
@@ -28,8 +28,7 @@ pub(crate) struct DevicePages {
 }
 
 impl DevicePages {
-    /// With `landing_bytes` of page-locked memory for what is sent to the host and still read there; while it is full, pages are
-    /// read one by one.
+    /// With `landing_bytes` of page-locked memory for what is sent to the host and still read there.
     pub(super) fn new(
         gpu: &Gpu,
         layout: LayerBlockLayout,
@@ -93,8 +92,11 @@ impl DevicePages {
 
     /// A page's bytes: where they landed if they were sent, or a copy made now, behind all work that was given so far.
     pub(crate) fn read(&self, layer: usize, page: PageId) -> Result<Bytes, PoolError> {
-        if let (Some(&place), Some(sent)) = (self.places.get(&page), &self.sent[layer]) {
-            return sent.page(place).map(Bytes::from_owner).map_err(pool_error);
+        if let Some(place) = self.places.get(&page) {
+            let (Some(place), Some(sent)) = (place, &self.sent[layer]) else {
+                return Err(PoolError::NoRoom);
+            };
+            return sent.page(*place).map(Bytes::from_owner).map_err(pool_error);
         }
         let elements = self.range(page);
         let words = self.layers[layer]
@@ -107,26 +109,30 @@ impl DevicePages {
         Ok(bytes.into())
     }
 
-    /// Prepares to send `pages` of every layer; whether there is anything to send.
+    /// Prepares to send `pages` of every layer, the first of them where there is no room for all; whether there is anything to send.
     pub(super) fn begin_sending(&mut self, pages: &[PageId]) -> Result<bool, GpuError> {
         self.end_sending();
-        let numbers: Vec<u32> = pages.iter().map(|page| page.0).collect();
-        if pages.is_empty() || !self.outbound.begin(&numbers, self.layout.bytes())? {
+        if pages.is_empty() {
             return Ok(false);
         }
-        self.places = pages.iter().enumerate().map(|(place, page)| (*page, place)).collect();
-        Ok(true)
+        let numbers: Vec<u32> = pages.iter().map(|page| page.0).collect();
+        let count = self.outbound.begin(&numbers, self.layout.bytes())?;
+        let places = pages.iter().enumerate();
+        self.places = places
+            .map(|(place, page)| (*page, (place < count).then_some(place)))
+            .collect();
+        Ok(count > 0)
     }
 
-    /// Sends the pages of a layer, as everything given so far leaves them.
-    pub(super) fn send(&mut self, layer: usize) -> Result<(), GpuError> {
+    /// Sends the pages of a layer, as everything given so far leaves them; whether there was room for them.
+    pub(super) fn send(&mut self, layer: usize) -> Result<bool, GpuError> {
         self.sent[layer] = self.outbound.send(&self.layers[layer])?;
-        Ok(())
+        Ok(self.sent[layer].is_some())
     }
 
-    /// Whether what was sent of a layer is there.
+    /// Whether nothing of a layer is still on its way.
     pub(super) fn is_there(&self, layer: usize) -> bool {
-        self.sent[layer].as_ref().is_some_and(Sent::is_there)
+        self.sent[layer].as_ref().is_none_or(Sent::is_there)
     }
 
     /// Forgets what was sent of a layer that everyone was told of: who reads it keeps it, and the room serves later layers.

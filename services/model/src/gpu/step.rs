@@ -13,6 +13,7 @@ use super::{
     output::drawn_rows,
     pages::DevicePages,
     scratch::{Room, SAMPLED_ROWS, Scratch},
+    sending::{Sending, Wanted},
     sparse::GpuSparse,
     step_error,
 };
@@ -111,23 +112,23 @@ impl GpuModel {
         let device = |pool: &mut PagePool, act: &mut dyn FnMut(&mut DevicePages) -> Result<(), GpuError>| {
             pool.device_mut().map_or(Ok(()), act).map_err(step_error)
         };
-        let wanted = hooks.wanted_pages().to_vec();
-        let mut sending = false;
+        let mut any = false;
         device(pool, &mut |pages| {
-            sending = pages.begin_sending(&wanted)?;
+            any = pages.begin_sending(hooks.wanted_pages())?;
             Ok(())
         })?;
+        let mut sending = Sending::new(any);
         self.embed(layout.rows.len(), scratch).map_err(step_error)?;
-        let (layers, mut told) = (self.weights.layers.len(), 0);
+        let layers = self.weights.layers.len();
         let mut partials = Vec::new();
         for layer in 0..layers {
             let last = layer + 1 == layers;
             hooks.before_layer(layer, pool)?;
             device(pool, &mut |pages| {
                 pages.join()?;
-                self.before_attention(layer, layout.prompt, layout.rows.len(), pages, scratch)?;
-                if sending { pages.send(layer) } else { Ok(()) }
+                self.before_attention(layer, layout.prompt, layout.rows.len(), pages, scratch)
             })?;
+            sending.send(layer, &mut Wanted { pool, hooks })?;
             self.watch(layout, layer, hooks, scratch)?;
             device(pool, &mut |pages| {
                 if !last {
@@ -145,18 +146,13 @@ impl GpuModel {
             self.after_attention(layer, layout.prompt, prompt, layout.rows.len(), scratch)
                 .map_err(step_error)?;
             // What was sent is told as it arrives; nobody waits for it but the step's end.
-            let there = |pool: &mut PagePool, layer| pool.device_mut().is_some_and(|pages| pages.is_there(layer));
-            while told <= layer && (!sending || there(pool, told)) {
-                hooks.after_layer(told, pool);
-                device(pool, &mut |pages| {
-                    pages.forget(told);
-                    Ok(())
-                })?;
-                told += 1;
-            }
+            sending.tell_landed(layer + 1, &mut Wanted { pool, hooks });
         }
         self.finish(layout.sampled(), drawn, scratch).map_err(step_error)?;
-        (told..layers).for_each(|layer| hooks.after_layer(layer, pool));
+        let waited = sending.tell_all(layers, &mut Wanted { pool, hooks });
+        if !waited.is_zero() {
+            hooks.waited_for_room(waited);
+        }
         Ok(())
     }
 

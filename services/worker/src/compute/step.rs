@@ -1,6 +1,9 @@
 //! One step of the batch, and what happens between its layers.
 
-use std::{collections::HashMap, time::Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use kvasir_block::BlockHash;
 use kvasir_model::{Attention, Logits, PageId, PagePool, StepAborted, StepError, StepHooks, StepOutput, StepSequence};
@@ -9,7 +12,7 @@ use tokio::runtime::Handle;
 
 use super::{Compute, SequenceId, Settings, Store};
 use crate::{
-    offload::{Offer, Offload, Pushed},
+    offload::Offer,
     onboard::Onboard,
     retrieval::{Link, QuerySamples},
     scheduler::{Candidate, Share, Stage, plan},
@@ -238,7 +241,7 @@ impl Compute {
             if store.offload.offer(hash) == Offer::Accepted {
                 sequence.bytes_pushed += store.offload.block_bytes() as u64;
                 for layer in 0..self.model.shape().layers {
-                    push(&store.offload, &self.pool, layer, hash, page);
+                    store.offload.push_page(&self.pool, layer, hash, page);
                 }
             }
         }
@@ -294,22 +297,6 @@ struct Offered {
     hash: BlockHash,
     page: PageId,
     sequence: SequenceId,
-}
-
-fn push(offload: &Offload, pool: &PagePool, layer: usize, hash: BlockHash, page: PageId) {
-    // Apart from the page, which may be evicted and written again before the store has taken the bytes.
-    let payload = match pool.page_bytes(layer, page) {
-        Ok(bytes) => bytes,
-        Err(error) => {
-            tracing::error!(%error, "a page could not be read, its block is not pushed");
-            return offload.abandon(hash);
-        }
-    };
-    offload.push(Pushed {
-        hash,
-        layer: layer as u16,
-        payload,
-    });
 }
 
 /// Who made a step fail.
@@ -384,8 +371,14 @@ impl StepHooks for Hooks<'_> {
     fn after_layer(&mut self, layer: usize, pool: &PagePool) {
         if let Some(store) = self.store {
             for block in self.offered {
-                push(&store.offload, pool, layer, block.hash, block.page);
+                store.offload.push_page(pool, layer, block.hash, block.page);
             }
+        }
+    }
+
+    fn waited_for_room(&mut self, time: Duration) {
+        if let Some(store) = self.store {
+            store.offload.waited(time);
         }
     }
 

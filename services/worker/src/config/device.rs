@@ -48,8 +48,9 @@ pub struct GpuConfig {
     /// Folder for compiled kernels; empty compiles them at each start, which takes a minute or so. `kvasir kernels build`
     /// fills it ahead.
     pub kernels_dir: PathBuf,
-    /// Page-locked memory of the host for blocks on their way to the store, made at start. While all of it holds what is still
-    /// queued (`worker.offload_queue_bytes_max`), blocks are read one by one, which holds up computing.
+    /// Page-locked memory of the host for blocks on their way to the store, made at start. What is queued lies in it
+    /// (`worker.offload_queue_bytes_max`), and so do what is on the wire and a layer that lands while an earlier one is read: twice
+    /// the queue is enough. Blocks that find no room are dropped and counted.
     pub pinned_bytes: ByteSize,
     /// With `worker.sparse_prefill`: tokens at positions below this attend densely, whatever the file of patterns says; 0 leaves
     /// it to the file. Up to there making the lists costs what they save. A part of the KV's namespace, as the patterns are.

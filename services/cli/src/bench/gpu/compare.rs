@@ -81,9 +81,9 @@ pub(super) fn agreement(
     count: usize,
     [step, uneven]: [usize; 2],
 ) -> Result<Agreement> {
-    let uneven = gpu.prompt(1, prompt, uneven, false)?;
-    let mut theirs = cpu.prompt(0, prompt, step, false)?;
-    let mut ours = gpu.prompt(0, prompt, step, false)?;
+    let uneven = gpu.prompt(1, prompt, uneven)?;
+    let mut theirs = cpu.prompt(0, prompt, step)?;
+    let mut ours = gpu.prompt(0, prompt, step)?;
     ensure!(ours.len() == theirs.len(), "the two vocabularies differ");
     let apart: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).collect();
     let same = uneven.iter().zip(&ours).all(|(a, b)| a.to_bits() == b.to_bits());

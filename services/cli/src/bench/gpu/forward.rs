@@ -1,17 +1,19 @@
 //! The forward alone: no worker, no store.
 
-use std::{ops::Range, time::Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use kvasir_block::KvSchema;
+use kvasir_block::{BlockHash, KvSchema};
 use kvasir_model::{
     Attention, Device, Draw, LoadError, Logits, Model, ModelFile, ModelShape, PageId, PagePool, Sampler, Sampling,
     SparsePrefill, StepHooks, StepSequence, TileRows,
 };
 use kvasir_sparse::HeadPatterns;
-
-use crate::measure::median;
+use kvasir_worker::Pusher;
 
 pub(super) struct Forward {
     model: Model,
@@ -32,15 +34,40 @@ pub(super) enum Drawn {
     Here,
 }
 
-/// Takes the pages it wants as a worker's push does.
-struct Push {
-    wanted: Vec<PageId>,
-    bytes: usize,
+/// What becomes of the whole blocks of a prompt.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Blocks<'a> {
+    /// They stay on the device.
+    Stay,
+    /// All of them are sent to the host, layer by layer, and let go there.
+    Land,
+    /// They are pushed under these names through a worker's queue, which drops what it has no room for.
+    Push(&'a Pusher, &'a [BlockHash]),
 }
 
-impl StepHooks for Push {
+/// What a prompt cost beside its computing.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Waits {
+    /// For page-locked memory, of all steps.
+    pub(super) room: Duration,
+    /// Blocks that the queue had no room for.
+    pub(super) dropped: usize,
+}
+
+/// Takes the pages it wants and lets them go.
+struct Land {
+    wanted: Vec<PageId>,
+    bytes: usize,
+    waited: Duration,
+}
+
+impl StepHooks for Land {
     fn wanted_pages(&self) -> &[PageId] {
         &self.wanted
+    }
+
+    fn waited_for_room(&mut self, time: Duration) {
+        self.waited += time;
     }
 
     fn after_layer(&mut self, layer: usize, pool: &PagePool) {
@@ -88,6 +115,10 @@ impl Forward {
             attention: Attention::Sparse,
             ..self
         })
+    }
+
+    pub(super) fn block_tokens(&self) -> usize {
+        self.block_tokens
     }
 
     pub(super) fn schema(&self) -> &KvSchema {
@@ -156,23 +187,6 @@ impl Forward {
         self.pool.bytes()
     }
 
-    /// Seconds to prefill `tokens` as the first sequence, logits of the last one included: as it is, and with every whole block
-    /// sent to the host, layer by layer, as a push does. Medians of `rounds` in turns; the first, which loads kernels and makes
-    /// room, is not counted.
-    pub(super) fn prefill(&mut self, tokens: &[u32], step: usize, rounds: u16) -> Result<[f64; 2]> {
-        let mut times = [Vec::new(), Vec::new()];
-        for round in 0..=rounds {
-            for (push, times) in [false, true].into_iter().zip(&mut times) {
-                let begun = Instant::now();
-                self.prompt(0, tokens, step, push)?;
-                if round > 0 {
-                    times.push(begun.elapsed().as_secs_f64());
-                }
-            }
-        }
-        Ok(times.map(median))
-    }
-
     /// Seconds of each step of a prefill as the first sequence, from position `from` on; no logits.
     pub(super) fn steps(&mut self, tokens: &[u32], from: usize, step: usize) -> Result<Vec<f64>> {
         let mut times = Vec::new();
@@ -192,8 +206,20 @@ impl Forward {
     }
 
     /// Runs a prompt as sequence `index`, and returns the last token's logits.
-    pub(super) fn prompt(&mut self, index: usize, tokens: &[u32], step: usize, push: bool) -> Result<Vec<f32>> {
-        let mut logits = Vec::new();
+    pub(super) fn prompt(&mut self, index: usize, tokens: &[u32], step: usize) -> Result<Vec<f32>> {
+        self.prompt_with(index, tokens, step, Blocks::Stay)
+            .map(|(logits, _)| logits)
+    }
+
+    /// The same, with something done with its whole blocks.
+    pub(super) fn prompt_with(
+        &mut self,
+        index: usize,
+        tokens: &[u32],
+        step: usize,
+        blocks: Blocks<'_>,
+    ) -> Result<(Vec<f32>, Waits)> {
+        let (mut logits, mut waits) = (Vec::new(), Waits::default());
         let steps = tokens.len().div_ceil(step);
         for (nth, some) in tokens.chunks(step).enumerate() {
             let position = nth * step;
@@ -206,17 +232,33 @@ impl Forward {
                 logits: if last { Logits::Last } else { Logits::None },
             };
             let whole = position / self.block_tokens..(position + some.len()) / self.block_tokens;
-            let wanted = self.pages[index][whole].iter().copied().flatten();
-            let mut hooks = Push {
-                wanted: if push { wanted.collect() } else { Vec::new() },
-                bytes: 0,
+            let pages = self.pages[index][whole.clone()].iter().copied().flatten();
+            let (model, pool) = (&mut self.model, &mut self.pool);
+            let output = match blocks {
+                Blocks::Stay => model.step(&[sequence], pool, &mut ())?,
+                Blocks::Land => {
+                    let mut hooks = Land {
+                        wanted: pages.collect(),
+                        bytes: 0,
+                        waited: Duration::ZERO,
+                    };
+                    let output = model.step(&[sequence], pool, &mut hooks)?;
+                    let wanted_bytes = hooks.wanted.len() * model.schema().block_bytes();
+                    ensure!(hooks.bytes == wanted_bytes, "not every page came to the host");
+                    waits.room += hooks.waited;
+                    output
+                }
+                Blocks::Push(pusher, chain) => {
+                    let mut hooks = pusher.step(chain[whole].iter().copied().zip(pages));
+                    let output = model.step(&[sequence], pool, &mut hooks)?;
+                    waits.room += hooks.waited();
+                    waits.dropped += hooks.dropped();
+                    output
+                }
             };
-            let output = self.model.step(&[sequence], &mut self.pool, &mut hooks)?;
-            let wanted_bytes = hooks.wanted.len() * self.model.schema().block_bytes();
-            anyhow::ensure!(hooks.bytes == wanted_bytes, "not every page came to the host");
             logits = output.rows.into_iter().next().unwrap_or_default();
         }
-        Ok(logits)
+        Ok((logits, waits))
     }
 
     /// The token behind one more of the first sequence, drawn where the model computes.
@@ -250,7 +292,7 @@ impl Forward {
         let mut sampler = Sampler::new(Sampling::greedy());
         let mut next = Vec::new();
         for sequence in 0..sequences {
-            let logits = self.prompt(sequence, prompt, super::STEP_TOKENS, false)?;
+            let logits = self.prompt(sequence, prompt, super::STEP_TOKENS)?;
             next.push(sampler.sample(&logits));
         }
         let begun = Instant::now();

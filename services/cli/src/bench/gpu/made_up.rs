@@ -3,7 +3,10 @@
 //! normal, of a spread that is chosen, and the same in every head. Real heads differ from each other, and their scores are
 //! no noise: how many keys must be read for a given mass is theirs to say, not this bench's.
 
-use std::{ops::Range, time::Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use kvasir_block::BlockHash;
@@ -18,6 +21,7 @@ use tokio::runtime::Runtime;
 use super::{
     basis::Gathered,
     forward::Forward,
+    push::{self, PushCost, Pushing},
     remote::{Asking, Remote, put},
 };
 use crate::{
@@ -52,18 +56,10 @@ struct MadeUpReport {
     prefill: Vec<PushCost>,
     prefill_context_seconds: f64,
     decode_full: Steps,
-    /// With the exact scan, and with sketches.
+    /// With the exact scan, with sketches, and with sketches whose searches hints begin.
     decode_attend: Vec<Attended>,
     kvasir: &'static str,
     machine: Machine,
-}
-
-#[derive(Debug, Serialize)]
-struct PushCost {
-    tokens: usize,
-    seconds: f64,
-    pushed_seconds: f64,
-    push_cost: f64,
 }
 
 /// Decode steps of one sequence.
@@ -80,10 +76,17 @@ struct Attended {
     steps: Steps,
     index: String,
     index_reason: String,
+    /// First layer that a hint was sent for; none without hints.
+    hint_from_layer: Option<usize>,
+    /// Hints that were sent, and those whose search was used.
+    hints: u64,
+    hints_used: u64,
     put_seconds: f64,
     /// Of a step: waiting for the store, and the store's own searches.
     waited_milliseconds: f64,
     searched_milliseconds: f64,
+    /// Of the searches, before their queries came.
+    hidden_milliseconds: f64,
     /// Shares of all keys of the context: attended to, and scored exactly, means over layers and heads.
     keys_attended: f64,
     keys_scored: f64,
@@ -120,19 +123,20 @@ pub(crate) fn made_up(
     let tokens: Vec<u32> = (0..context).map(|_| rng.random_range(0..vocab)).collect();
 
     let mut prefill = Vec::new();
-    for prompt in PROMPTS.into_iter().filter(|prompt| *prompt <= context) {
-        say(format_args!("prefill of {prompt}"));
-        let [seconds, pushed_seconds] = forward.prefill(&tokens[..prompt], STEP_TOKENS, args.rounds)?;
-        prefill.push(PushCost {
-            tokens: prompt,
-            seconds,
-            pushed_seconds,
-            push_cost: pushed_seconds / seconds - 1.0,
-        });
+    let prompts: Vec<usize> = PROMPTS.into_iter().filter(|prompt| *prompt <= context).collect();
+    if let Some(&longest) = prompts.last() {
+        let pushing = Pushing::start(&worker, config, &args.out, runtime, &forward, longest)?;
+        for prompt in prompts {
+            for step_tokens in [DeviceKind::Gpu.step_tokens(), STEP_TOKENS] {
+                say(format_args!("prefill of {prompt} in steps of {step_tokens}"));
+                prefill.push(pushing.measure(&mut forward, &tokens[..prompt], step_tokens, args)?);
+            }
+        }
+        pushing.stop()?;
     }
     say(format_args!("prefill of {context}"));
     let begun = Instant::now();
-    forward.prompt(0, &tokens, STEP_TOKENS, false)?;
+    forward.prompt(0, &tokens, STEP_TOKENS)?;
     let prefill_context_seconds = begun.elapsed().as_secs_f64();
 
     say("decode, keys and values on the GPU");
@@ -226,7 +230,8 @@ fn attend(
             },
         },
         excluded: excluded.into_iter().filter(|range| !range.is_empty()).collect(),
-        hint_from: asked.hint_from_layer as usize,
+        // The exact scan takes nothing from a forecast, and a worker sends it none.
+        hint_from: None,
     };
     let local = move |position: usize| [0..sink, first..position + 1];
     say("decode, the context at the store, every key scanned");
@@ -238,12 +243,21 @@ fn attend(
     let tenant = host.tenant()?;
     let opened = client.open_namespace_with(&tenant, forward.schema(), basis.encode().into());
     let namespace = runtime.block_on(opened)?;
-    say("decode, the context at the store, through sketches");
-    let mut remote = Remote::open(runtime, &client, &namespace, forward, &chain, asking)?;
-    let sketched = attended(forward, &mut remote, context, put_seconds, local)?;
-    drop(remote);
+    let mut measured = vec![flat];
+    for hint_from in [None, Some(asked.hint_from_layer as usize)] {
+        let hints = if hint_from.is_some() { "with" } else { "without" };
+        say(format_args!(
+            "decode, the context at the store, through sketches, {hints} hints"
+        ));
+        let asking = Asking {
+            hint_from,
+            ..asking.clone()
+        };
+        let mut remote = Remote::open(runtime, &client, &namespace, forward, &chain, asking)?;
+        measured.push(attended(forward, &mut remote, context, put_seconds, local)?);
+    }
     runtime.block_on(host.stop())?;
-    Ok(vec![flat, sketched])
+    Ok(measured)
 }
 
 /// Decodes over `local` positions and what a store answers.
@@ -255,7 +269,7 @@ fn attended(
     local: impl Fn(usize) -> [Range<usize>; 2],
 ) -> Result<Attended> {
     let (index, index_reason) = remote.index();
-    let (mut times, mut waits, mut reports) = (Vec::new(), Vec::new(), Vec::<Report>::new());
+    let (mut times, mut waits, mut reports, mut hints) = (Vec::new(), Vec::new(), Vec::<Report>::new(), 0);
     let mut next = 0;
     for step in 0..WARM + DECODED {
         let position = context + step;
@@ -268,11 +282,12 @@ fn attended(
         )?;
         next = largest(&logits);
         let time = 1e3 * begun.elapsed().as_secs_f64();
-        let (waited, some) = remote.take();
+        let since = remote.take();
         if step >= WARM {
             times.push(time);
-            waits.push(1e3 * waited.as_secs_f64());
-            reports.extend(some);
+            waits.push(1e3 * since.waited.as_secs_f64());
+            reports.extend(since.reports);
+            hints += since.hints;
         }
     }
     let shape = forward.shape();
@@ -286,14 +301,19 @@ fn attended(
         .iter()
         .flat_map(|report| report.mass_covered.iter().map(|&mass| f64::from(mass)))
         .collect();
-    let searched: f64 = reports.iter().map(|report| 1e3 * report.search.as_secs_f64()).sum();
+    let per_token =
+        |time: fn(&Report) -> Duration| 1e3 * reports.iter().map(time).sum::<Duration>().as_secs_f64() / DECODED as f64;
     Ok(Attended {
         steps: steps(&times, forward.pool_bytes()),
         index,
         index_reason,
+        hint_from_layer: remote.hint_from(),
+        hints,
+        hints_used: reports.iter().map(|report| u64::from(report.hinted)).sum(),
         put_seconds,
         waited_milliseconds: median(waits),
-        searched_milliseconds: searched / DECODED as f64,
+        searched_milliseconds: per_token(|report| report.search),
+        hidden_milliseconds: per_token(|report| report.hidden),
         // Attended keys are counted by query head.
         keys_attended: attended as f64 / (total.max(1) * shape.group() as u64) as f64,
         keys_scored: scored as f64 / total.max(1) as f64,
@@ -320,15 +340,7 @@ fn show(report: &MadeUpReport) {
         "{} with noise for weights ({:.1} GiB) on {}; a context of {} tokens has {:.1} GiB",
         report.shape, report.weights_gib, report.gpu, report.context, report.context_gib
     ));
-    for row in &report.prefill {
-        say(format_args!(
-            "prefill {:6}: {:.3} s, pushed {:.3} s ({:+.1} %)",
-            row.tokens,
-            row.seconds,
-            row.pushed_seconds,
-            100.0 * row.push_cost
-        ));
-    }
+    report.prefill.iter().for_each(push::show);
     say(format_args!(
         "prefill {:6}: {:.1} s",
         report.context, report.prefill_context_seconds
@@ -339,12 +351,14 @@ fn show(report: &MadeUpReport) {
     ));
     for attended in &report.decode_attend {
         say(format_args!(
-            "decode, the context at a store ({:.2} GiB on the GPU): {:.1} ms a token, {:.1} ms of it waiting; index {}, {:.2} % of the keys \
-         attended, {:.2} % scored, mass covered {:.3} (least {:.3})",
+            "decode, the context at a store ({:.2} GiB on the GPU): {:.1} ms a token, {:.1} ms of it waiting; index {}, {} of {} hints of \
+             use, {:.2} % of the keys attended, {:.2} % scored, mass covered {:.3} (least {:.3})",
             attended.steps.kv_on_gpu_gib,
             attended.steps.milliseconds_per_token,
             attended.waited_milliseconds,
             attended.index,
+            attended.hints_used,
+            attended.hints,
             100.0 * attended.keys_attended,
             100.0 * attended.keys_scored,
             attended.mass_covered_mean,

@@ -71,8 +71,18 @@ pub(super) struct Asking {
     pub(super) form: Form,
     /// Positions that the worker holds itself.
     pub(super) excluded: Vec<Range<u32>>,
-    /// First layer whose search is begun ahead.
-    pub(super) hint_from: usize,
+    /// First layer whose search is begun ahead; none for no such.
+    pub(super) hint_from: Option<usize>,
+}
+
+/// What happened since the last [`Remote::take`].
+#[derive(Debug, Default)]
+pub(super) struct Since {
+    /// Time that steps waited for partials.
+    pub(super) waited: Duration,
+    pub(super) reports: Vec<Report>,
+    /// Hints that were sent.
+    pub(super) hints: u64,
 }
 
 /// The hooks of a step whose context lies at the store; what they waited for and what they were told.
@@ -82,9 +92,7 @@ pub(super) struct Remote<'a> {
     asking: Asking,
     sequence: u64,
     layer: usize,
-    /// Since the last [`Remote::take`].
-    waited: Duration,
-    reports: Vec<Report>,
+    since: Since,
     /// All that were asked, by layer.
     queries: Vec<Vec<f32>>,
 }
@@ -114,8 +122,7 @@ impl<'a> Remote<'a> {
             asking,
             sequence: 0,
             layer: 0,
-            waited: Duration::ZERO,
-            reports: Vec::new(),
+            since: Since::default(),
             queries: vec![Vec::new(); forward.shape().layers],
         })
     }
@@ -131,9 +138,14 @@ impl<'a> Remote<'a> {
         &self.queries
     }
 
-    /// Time that steps have waited for partials since this was asked last, and the store's reports.
-    pub(super) fn take(&mut self) -> (Duration, Vec<Report>) {
-        (std::mem::take(&mut self.waited), std::mem::take(&mut self.reports))
+    /// First layer whose search is begun ahead.
+    pub(super) fn hint_from(&self) -> Option<usize> {
+        self.asking.hint_from
+    }
+
+    /// What happened since this was asked last.
+    pub(super) fn take(&mut self) -> Since {
+        std::mem::take(&mut self.since)
     }
 }
 
@@ -162,7 +174,7 @@ impl StepHooks for Remote<'_> {
     }
 
     fn wants_predicted(&self, _: usize) -> bool {
-        self.layer + 1 >= self.asking.hint_from
+        self.asking.hint_from.is_some_and(|from| self.layer + 1 >= from)
     }
 
     fn predicted(&mut self, layer: usize, _: usize, q: &[f32]) -> Result<(), StepAborted> {
@@ -171,14 +183,15 @@ impl StepHooks for Remote<'_> {
             q: q.to_vec(),
             local_lse: Vec::new(),
         };
+        self.since.hints += 1;
         self.runtime.block_on(self.stream.hint(hint)).map_err(aborted)
     }
 
     fn remote_finish(&mut self, _: usize, _: usize) -> Result<Option<Partial>, StepAborted> {
         let begun = Instant::now();
         let reply = self.runtime.block_on(self.stream.receive()).map_err(aborted)?;
-        self.waited += begun.elapsed();
-        self.reports.push(reply.report);
+        self.since.waited += begun.elapsed();
+        self.since.reports.push(reply.report);
         match reply.found {
             Found::Attend { o, lse } => Ok(Some(Partial { o, lse })),
             Found::Rows(_) => Err(StepAborted(

@@ -91,7 +91,7 @@ pub(super) fn compare_sparse(
     let room = prompt.len() + count;
     let mut on_cpu = Forward::load(file, &cpu, BLOCK_TOKENS, room, 1)?;
     let mut on_gpu = Forward::load(file, device, BLOCK_TOKENS, room, 2)?;
-    let dense = on_gpu.prompt(0, prompt, STEP_TOKENS, false)?;
+    let dense = on_gpu.prompt(0, prompt, STEP_TOKENS)?;
     let mut out = Vec::new();
     for (texts, is_narrow) in NARROW
         .map(|texts| (texts, true))
@@ -100,7 +100,7 @@ pub(super) fn compare_sparse(
     {
         let patterns = patterns(file, texts)?;
         on_gpu = on_gpu.sparse(patterns.clone(), TileRows::Rows128)?;
-        let found = on_gpu.prompt(0, prompt, STEP_TOKENS, false)?;
+        let found = on_gpu.prompt(0, prompt, STEP_TOKENS)?;
         let apart: f32 = found.iter().zip(&dense).map(|(a, b)| (a - b).abs()).sum();
         let same = || found.iter().zip(&dense).all(|(a, b)| a.to_bits() == b.to_bits());
         let mut row = SparseAgreement {
