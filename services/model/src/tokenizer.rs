@@ -6,6 +6,7 @@
 mod bytes;
 mod decoder;
 mod pieces;
+mod segments;
 mod special;
 
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use tokenizers::{
 use self::{
     bytes::TokenBytes,
     pieces::Pieces,
+    segments::Segments,
     special::{Kind, Piece, Specials},
 };
 use crate::{LoadError, gguf::Metadata};
@@ -72,7 +74,7 @@ pub struct Tokenizer {
 /// What makes tokens of a text without special ones.
 enum Merges {
     /// Over bytes, in the order of a list.
-    Bytes(Box<tokenizers::Tokenizer>),
+    Bytes(Box<tokenizers::Tokenizer>, Segments),
     /// Over characters, by score.
     Pieces(Pieces),
 }
@@ -86,7 +88,7 @@ impl Tokenizer {
         let (texts, merges) = match metadata.text(model_key)? {
             Some("gpt2") => {
                 let texts = texts.ok_or_else(needed)?;
-                let merges = Merges::Bytes(Box::new(byte_level(metadata, &texts)?));
+                let merges = Merges::Bytes(Box::new(byte_level(metadata, &texts)?), Segments::default());
                 (texts, merges)
             }
             Some("llama") => {
@@ -121,7 +123,7 @@ impl Tokenizer {
             ));
         }
         let tokens = match merges {
-            Merges::Bytes(_) => TokenBytes::new(&texts, &kinds),
+            Merges::Bytes(..) => TokenBytes::new(&texts, &kinds),
             Merges::Pieces(_) => TokenBytes::of_pieces(&texts, &kinds),
         };
         Ok(Self {
@@ -156,11 +158,12 @@ impl Tokenizer {
                 Piece::Token(id) if self.add_bos && Some(id) == self.bos && index == 0 => {}
                 Piece::Token(id) => ids.push(id),
                 Piece::Text(text) => match &self.merges {
-                    Merges::Bytes(bpe) => {
+                    Merges::Bytes(bpe, segments) => segments.encode(text, &mut ids, |text, ids| {
                         let encoded = bpe.encode_fast(text, false);
                         let encoded = encoded.map_err(|error| TokenizeError(error.to_string()))?;
                         ids.extend_from_slice(encoded.get_ids());
-                    }
+                        Ok(())
+                    })?,
                     Merges::Pieces(pieces) => pieces.encode(text, &mut ids),
                 },
             }
@@ -244,22 +247,31 @@ fn byte_level(metadata: &Metadata, texts: &[&str]) -> Result<tokenizers::Tokeniz
 fn pre_tokenizer(metadata: &Metadata) -> Result<(PreTokenizerWrapper, bool), LoadError> {
     let key = "tokenizer.ggml.pre";
     let supported = "use a model with pre-tokenizer smollm, gpt-2 or llama-bpe";
+    let Some(name) = metadata.text(key)? else {
+        return Err(metadata.error(key, format!("is missing; {supported}")));
+    };
+    named_pre_tokenizer(name)
+        .map_err(|error| metadata.error(key, format!("cannot be built: {error}")))?
+        .ok_or_else(|| metadata.unsupported(format!("pre-tokenizer {name:?}"), supported))
+}
+
+/// The same by its name; `None` for one that is not supported. [`segments`] must be right for all that are.
+fn named_pre_tokenizer(name: &str) -> tokenizers::Result<Option<(PreTokenizerWrapper, bool)>> {
     let byte_level = |use_regex| ByteLevel::new(false, true, use_regex);
-    match metadata.text(key)? {
-        Some("smollm") => {
+    Ok(match name {
+        "smollm" => {
             let steps = vec![Digits::new(true).into(), byte_level(true).into()];
-            Ok((Sequence::new(steps).into(), false))
+            Some((Sequence::new(steps).into(), false))
         }
-        Some("gpt-2") => Ok((byte_level(true).into(), false)),
-        Some("llama-bpe" | "llama3" | "llama-v3") => {
+        "gpt-2" => Some((byte_level(true).into(), false)),
+        "llama-bpe" | "llama3" | "llama-v3" => {
             let pattern = SplitPattern::Regex(LLAMA_BPE.to_owned());
-            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
-                .map_err(|error| metadata.error(key, format!("cannot be built: {error}")))?;
-            Ok((Sequence::new(vec![split.into(), byte_level(false).into()]).into(), true))
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
+            let steps = vec![split.into(), byte_level(false).into()];
+            Some((Sequence::new(steps).into(), true))
         }
-        Some(other) => Err(metadata.unsupported(format!("pre-tokenizer {other:?}"), supported)),
-        None => Err(metadata.error(key, format!("is missing; {supported}"))),
-    }
+        _ => None,
+    })
 }
 
 /// Per token whether it is special, from GGUF's token types.
@@ -277,4 +289,43 @@ fn kinds(metadata: &Metadata, vocab: usize) -> Result<Vec<Option<Kind>>, LoadErr
         _ => None,
     });
     Ok(kinds.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+    use super::*;
+
+    /// The words that a pre-tokenizer cuts a text into.
+    fn words(pre_tokenizer: &PreTokenizerWrapper, text: &str) -> Vec<String> {
+        let mut cut = PreTokenizedString::from(text);
+        pre_tokenizer.pre_tokenize(&mut cut).expect("any text");
+        let splits = cut.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        splits.into_iter().map(|(word, ..)| word.to_owned()).collect()
+    }
+
+    #[test]
+    fn segments_are_cut_into_words_as_the_whole_text_is() {
+        const PARTS: [&str; 34] = [
+            " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u{a0}", "\u{3000}", "\u{2028}", "a", "Word", "x9", "12",
+            "1234", "'s", "'LL", "'", ".", ",", "!?", "-", "_", "...", "\"", "é", "ß", "日本", "٣", "½", "Ⅷ",
+            "e\u{301}", "😀", "\u{0}",
+        ];
+        let mut rng = StdRng::seed_from_u64(3);
+        for name in ["smollm", "gpt-2", "llama-bpe"] {
+            let (pre_tokenizer, _) = named_pre_tokenizer(name)
+                .expect("a sound pattern")
+                .expect("is supported");
+            for case in 0..4000 {
+                let parts = rng.random_range(0..24);
+                let text: String = (0..parts).map(|_| PARTS[rng.random_range(0..PARTS.len())]).collect();
+                let found: Vec<String> = segments::cut(&text)
+                    .flat_map(|segment| words(&pre_tokenizer, segment))
+                    .collect();
+                assert_eq!(found, words(&pre_tokenizer, &text), "{name}, case {case}: {text:?}");
+            }
+        }
+    }
 }

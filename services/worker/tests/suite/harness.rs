@@ -43,6 +43,12 @@ fn model_path() -> PathBuf {
     cache.join("kvasir/models/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
+/// The real model.
+pub(crate) fn model_file() -> ModelFile {
+    let path = model_path();
+    ModelFile::open(&path).unwrap_or_else(|error| panic!("{}: {error}; run `make model`", path.display()))
+}
+
 /// A prompt of so many tokens, another for each seed.
 pub(crate) fn prompt(tokens: usize, seed: u32) -> Vec<u32> {
     let mut state = seed.wrapping_mul(2_654_435_761) | 1;
@@ -74,10 +80,7 @@ impl Running {
 
     /// The same with the store at `store_url`.
     pub(crate) async fn with_store(config: WorkerConfig, store_url: String) -> Self {
-        let path = model_path();
-        let file =
-            ModelFile::open(&path).unwrap_or_else(|error| panic!("{}: {error}; run `make model`", path.display()));
-        let file = Arc::new(file);
+        let file = Arc::new(model_file());
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let config = WorkerConfig {
             listen: any,
@@ -102,8 +105,7 @@ impl Running {
             admin_listen: any,
             ..config
         };
-        let file = ModelFile::open(&model_path()).expect("the model; run `make model`");
-        let error = Worker::start(&config, Arc::new(file), &Runtime::new()).await;
+        let error = Worker::start(&config, Arc::new(model_file()), &Runtime::new()).await;
         format!("{:#}", error.expect_err("a worker that does not start"))
     }
 

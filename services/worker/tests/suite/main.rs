@@ -4,5 +4,6 @@ mod faults;
 mod generate;
 mod harness;
 mod peer;
+mod push;
 mod samples;
 mod sparse;
