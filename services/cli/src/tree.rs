@@ -120,9 +120,26 @@ impl Configuration {
             loaded.tree.worker.gpu.kernels_dir = loaded.tree.up.data_dir.join("kernels");
             derived.push(("worker.gpu.kernels_dir", "up.data_dir"));
         }
-        if loaded.tree.worker.device == DeviceKind::Gpu && loaded.source("worker.step_tokens_max") == Source::Default {
-            loaded.tree.worker.step_tokens_max = loaded.tree.worker.device.step_tokens();
-            derived.push(("worker.step_tokens_max", "worker.device"));
+        if loaded.tree.worker.device == DeviceKind::Gpu {
+            let [step_tokens, streams, queue] = [
+                "worker.step_tokens_max",
+                "worker.offload_streams",
+                "worker.offload_queue_bytes_max",
+            ]
+            .map(|key| loaded.source(key) == Source::Default);
+            let worker = &mut loaded.tree.worker;
+            if step_tokens {
+                worker.step_tokens_max = worker.device.step_tokens();
+                derived.push(("worker.step_tokens_max", "worker.device"));
+            }
+            if streams {
+                worker.offload_streams = worker.device.offload_streams();
+                derived.push(("worker.offload_streams", "worker.device"));
+            }
+            if queue {
+                worker.offload_queue_bytes_max = worker.gpu.queue_bytes();
+                derived.push(("worker.offload_queue_bytes_max", "worker.gpu.pinned_bytes"));
+            }
         }
         if loaded.source("router.block_tokens") == Source::Default {
             loaded.tree.router.block_tokens = loaded.tree.worker.block_tokens;
@@ -228,5 +245,28 @@ mod tests {
         let router = told.router(addr(9), addr(8));
         assert_eq!(router.store_url, "http://10.0.0.1:2");
         assert_eq!(router.workers, ["http://10.0.0.1:3"]);
+    }
+    #[test]
+    fn a_gpu_has_defaults_of_its_own() {
+        let of = |configuration: &Configuration| {
+            let worker = &configuration.tree().worker;
+            let queue = worker.offload_queue_bytes_max;
+            (worker.step_tokens_max, worker.offload_streams, queue.as_u64() >> 20)
+        };
+        assert_eq!(of(&load(&[])), (256, 1, 256));
+        assert_eq!(of(&load(&["worker.device=gpu"])), (2048, 4, 1536));
+        let small = load(&["worker.device=gpu", "worker.gpu.pinned_bytes=512MiB"]);
+        assert_eq!(of(&small), (2048, 4, 384), "what is queued lies in page-locked memory");
+        assert_eq!(
+            small.derived_from("worker.offload_queue_bytes_max"),
+            Some("worker.gpu.pinned_bytes")
+        );
+        small.tree().worker.validate().expect("fits together");
+        let told = load(&[
+            "worker.device=gpu",
+            "worker.offload_queue_bytes_max=1GiB",
+            "worker.offload_streams=2",
+        ]);
+        assert_eq!(of(&told), (2048, 2, 1024));
     }
 }

@@ -48,9 +48,8 @@ pub struct GpuOptions {
 }
 
 impl GpuOptions {
-    /// What a worker's queue to the store takes by default, and as much again for what is on the wire and for a layer that lands while
-    /// an earlier one is read.
-    pub const LANDING_BYTES: usize = 512 << 20;
+    /// What a worker's queue to the store takes by default on a GPU, and a third more for what is on the wire and lands.
+    pub const LANDING_BYTES: usize = 2 << 30;
 }
 
 impl Default for GpuOptions {

@@ -51,9 +51,11 @@ pub struct WorkerConfig {
     pub waiting_max: usize,
     /// New tokens of a request that does not say how many it wants.
     pub max_tokens: u32,
-    /// Most bytes of layer blocks that wait to be pushed; beyond it blocks are dropped and counted.
+    /// Most bytes of layer blocks that wait to be pushed; beyond it blocks are dropped and counted. 256 MiB on a CPU; `kvasir` takes
+    /// three quarters of `worker.gpu.pinned_bytes` on a GPU.
     pub offload_queue_bytes_max: ByteSize,
-    /// Streams over which they are pushed at a time, each with a connection of its own.
+    /// Streams over which they are pushed at a time, each with a connection of its own. One on a CPU; `kvasir` takes 4 where
+    /// `worker.device` is a GPU.
     pub offload_streams: usize,
     /// Longest wait for an answer to a prefix match, and for each next layer block while loading; after it the rest is
     /// computed.
@@ -98,7 +100,7 @@ impl Default for WorkerConfig {
             waiting_max: 128,
             max_tokens: 256,
             offload_queue_bytes_max: ByteSize::mib(256),
-            offload_streams: 1,
+            offload_streams: DeviceKind::Cpu.offload_streams(),
             onboard_timeout: HumanDuration::secs(2),
             context_timeout: HumanDuration::secs(10),
             retrieval_timeout: HumanDuration::millis(500),
@@ -184,7 +186,7 @@ impl WorkerConfig {
         let (pinned, queue) = (self.gpu.pinned_bytes, self.offload_queue_bytes_max);
         if self.device == DeviceKind::Gpu && !url.is_empty() && pinned < queue {
             let problem = format!(
-                "{pinned} is less than worker.offload_queue_bytes_max = {queue}: what waits to be pushed lies there, so take twice that"
+                "{pinned} is less than worker.offload_queue_bytes_max = {queue}: what waits to be pushed lies there, so take a quarter more than that"
             );
             return Err(InvalidConfig::new("worker.gpu.pinned_bytes", problem));
         }
@@ -251,7 +253,7 @@ mod tests {
             (
                 with(|c| {
                     c.device = DeviceKind::Gpu;
-                    c.offload_queue_bytes_max = ByteSize::gib(1);
+                    c.offload_queue_bytes_max = ByteSize::gib(3);
                 }),
                 "worker.gpu.pinned_bytes",
             ),

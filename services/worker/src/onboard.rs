@@ -1,6 +1,6 @@
 //! Match and get path: blocks on their way from the store into pages.
 //!
-//! A task reads the stream and hands each layer block over through a bounded channel; only the compute thread fills
+//! A task reads the stream and hands layer blocks over through a bounded channel, some at a time; only the compute thread fills
 //! pages. Blocks come layer after layer, inside a layer in the order of the chain, so one number says how far a load
 //! is. A block that does not come cuts the hit: blocks before it are still of use once all their layers are there,
 //! blocks from it on are computed.
@@ -19,8 +19,11 @@ use crate::{
     store_session::{Lease, StoreSession},
 };
 
-/// Layer blocks between the task and the compute thread: 64 of 48 KiB are 3 MiB.
-pub(crate) const ARRIVALS_MAX: usize = 64;
+/// Batches between the task and the compute thread.
+pub(crate) const ARRIVALS_MAX: usize = 4;
+/// Bytes after which a batch is handed over: few enough to fill pages while the next ones come, and enough that waking the other
+/// thread, which takes as long as copying 48 KiB, does not count. A layer's end hands over too, since nobody can go on before.
+const BATCH_BYTES: usize = 1 << 20;
 
 /// What the store holds of a chain.
 #[derive(Debug)]
@@ -70,8 +73,8 @@ pub(crate) async fn match_prefix(
 /// One step of a load.
 #[derive(Debug)]
 pub(crate) enum Arrival {
-    /// The next layer block in order; `None` when it is missing, corrupt, shed or late.
-    Block(Option<Bytes>),
+    /// The next layer blocks in order; `None` for one that is missing, corrupt, shed or late.
+    Blocks(Vec<Option<Bytes>>),
     /// The stream ended early.
     Failed(String),
 }
@@ -94,17 +97,25 @@ pub(crate) async fn load(
     arrivals: mpsc::Sender<Arrival>,
     compute: ComputeHandle,
 ) {
-    if let Err(error) = read(&wanted, &arrivals, &compute).await {
+    let mut batch = Vec::new();
+    if let Err(error) = read(&wanted, &arrivals, &compute, &mut batch).await {
         tracing::warn!(%error, "loading blocks failed, computing the rest");
         session.lost(&error);
         // The receiver may have left; then nobody needs to know.
+        let _left = arrivals.send(Arrival::Blocks(batch)).await;
         let _left = arrivals.send(Arrival::Failed(error.to_string())).await;
     }
     drop(arrivals);
     compute.wake().await;
 }
 
-async fn read(wanted: &Wanted, arrivals: &mpsc::Sender<Arrival>, compute: &ComputeHandle) -> Result<(), ClientError> {
+/// On an error `batch` has what came before it and was not handed over.
+async fn read(
+    wanted: &Wanted,
+    arrivals: &mpsc::Sender<Arrival>,
+    compute: &ComputeHandle,
+    batch: &mut Vec<Option<Bytes>>,
+) -> Result<(), ClientError> {
     let late = |_| ClientError {
         kind: ErrorKind::TimedOut,
         message: format!("no layer block came for {:?}", wanted.timeout),
@@ -115,7 +126,7 @@ async fn read(wanted: &Wanted, arrivals: &mpsc::Sender<Arrival>, compute: &Compu
         .client
         .get_blocks(&wanted.namespace, &wanted.chain, 0..layers, lease, None);
     let mut stream = tokio::time::timeout(wanted.timeout, opening).await.map_err(late)??;
-    let blocks = wanted.chain.len();
+    let (blocks, mut bytes, mut first) = (wanted.chain.len(), 0, true);
     for place in 0..usize::from(layers) * blocks {
         let turn = (place / blocks, wanted.chain[place % blocks]);
         let next = tokio::time::timeout(wanted.timeout, stream.next())
@@ -131,10 +142,16 @@ async fn read(wanted: &Wanted, arrivals: &mpsc::Sender<Arrival>, compute: &Compu
             )));
         }
         let payload = block.payload.filter(|_| block.outcome == GetOutcome::Hit);
-        if arrivals.send(Arrival::Block(payload)).await.is_err() {
+        bytes += payload.as_ref().map_or(0, Bytes::len);
+        batch.push(payload);
+        if bytes < BATCH_BYTES && !(place + 1).is_multiple_of(blocks) {
+            continue;
+        }
+        bytes = 0;
+        if arrivals.send(Arrival::Blocks(std::mem::take(batch))).await.is_err() {
             return Ok(());
         }
-        if place == 0 {
+        if std::mem::take(&mut first) {
             compute.wake().await;
         }
     }
@@ -256,10 +273,13 @@ impl Onboard {
     }
 
     fn take(&mut self, arrival: Arrival, pool: &mut PagePool) {
-        let payload = match arrival {
-            Arrival::Block(payload) => payload,
-            Arrival::Failed(why) => return self.fail(why),
-        };
+        match arrival {
+            Arrival::Blocks(payloads) => payloads.into_iter().for_each(|payload| self.fill(payload, pool)),
+            Arrival::Failed(why) => self.fail(why),
+        }
+    }
+
+    fn fill(&mut self, payload: Option<Bytes>, pool: &mut PagePool) {
         let (layer, index) = (self.taken / self.pages.len(), self.taken % self.pages.len());
         self.taken += 1;
         if index >= self.whole {

@@ -7,6 +7,9 @@ use cudarc::driver::{CudaEvent, CudaStream, sys};
 use super::{event, new_stream, wait};
 use crate::{Buffer, Gpu, GpuError, PinnedBuffer, Plain, gpu::Shared};
 
+/// Places that become free together: recording an event takes the driver about as long as a copy.
+const GROUP: usize = 8;
+
 /// Bytes on their way to the device: a ring of page-locked places.
 #[derive(Debug)]
 pub struct Inbound {
@@ -14,7 +17,8 @@ pub struct Inbound {
     stream: Arc<CudaStream>,
     ring: PinnedBuffer,
     place_bytes: usize,
-    /// When each place may be written again.
+    places: usize,
+    /// When each [`GROUP`] of places may be written again.
     free: Vec<Option<CudaEvent>>,
     next: usize,
     pending: bool,
@@ -37,7 +41,8 @@ impl Inbound {
             ring: gpu.pinned(bytes)?,
             shared: Arc::clone(&gpu.shared),
             place_bytes,
-            free: (0..places).map(|_| None).collect(),
+            places,
+            free: (0..places.div_ceil(GROUP)).map(|_| None).collect(),
             next: 0,
             pending: false,
         })
@@ -60,11 +65,13 @@ impl Inbound {
         }
         self.shared.bind("sending to the device")?;
         let place = self.next;
-        if let Some(free) = self.free[place].take() {
+        if place.is_multiple_of(GROUP)
+            && let Some(free) = self.free[place / GROUP].take()
+        {
             free.synchronize()
                 .map_err(GpuError::driver("waiting for a copy to the device"))?;
         }
-        // SAFETY: the place is inside the ring, its last copy is over, and the target was checked; ring and buffer wait for all
+        // SAFETY: the place is inside the ring, its last copy is over as its group's are, and the target was checked; ring and buffer wait for all
         // streams before they are released.
         unsafe {
             let from = self.ring.pointer.add(place * self.place_bytes);
@@ -78,8 +85,10 @@ impl Inbound {
         }
         .result()
         .map_err(GpuError::driver("sending to the device"))?;
-        self.free[place] = Some(event(&self.stream)?);
-        self.next = (place + 1) % self.free.len();
+        self.next = (place + 1) % self.places;
+        if self.next.is_multiple_of(GROUP) || self.next == 0 {
+            self.free[place / GROUP] = Some(event(&self.stream)?);
+        }
         self.pending = true;
         Ok(())
     }

@@ -44,6 +44,8 @@ pub(super) struct Kvasir {
     pub(super) rows: u64,
     pub(super) rows_kept: u64,
     pub(super) retrieved_bytes: u64,
+    pub(super) queue_ms: f64,
+    pub(super) prefill_ms: f64,
     pub(super) decode_ms: f64,
 }
 

@@ -65,6 +65,10 @@ impl Asked {
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Measured {
     pub(super) ttft_ms: f64,
+    /// Of that, at the worker: from its arrival there to its place in the batch, matching at the store included; and from there to its
+    /// first token, loading included. The rest is the router (template, tokens, hashes) and the way there and back.
+    pub(super) queue_ms: f64,
+    pub(super) prefill_ms: f64,
     pub(super) prompt_tokens: u64,
     pub(super) completion_tokens: u64,
     pub(super) cached_tokens: u64,
@@ -95,6 +99,8 @@ impl From<&Answer> for Measured {
         let steps = answer.completion_tokens.saturating_sub(1) as f64;
         Self {
             ttft_ms: answer.ttft_ms,
+            queue_ms: kvasir.queue_ms,
+            prefill_ms: kvasir.prefill_ms,
             prompt_tokens: answer.prompt_tokens,
             completion_tokens: answer.completion_tokens,
             cached_tokens: kvasir.cached_tokens,

@@ -28,6 +28,14 @@ impl DeviceKind {
         }
     }
 
+    /// Streams over which blocks are pushed: the default of `worker.offload_streams`. One takes what a CPU makes.
+    pub const fn offload_streams(self) -> usize {
+        match self {
+            Self::Cpu => 1,
+            Self::Gpu => 4,
+        }
+    }
+
     /// Height of the row blocks that masks of sparse prefill are planned for.
     pub const fn tile_rows(self) -> TileRows {
         match self {
@@ -49,8 +57,12 @@ pub struct GpuConfig {
     /// fills it ahead.
     pub kernels_dir: PathBuf,
     /// Page-locked memory of the host for blocks on their way to the store, made at start. What is queued lies in it
-    /// (`worker.offload_queue_bytes_max`), and so do what is on the wire and a layer that lands while an earlier one is read: twice
-    /// the queue is enough. Blocks that find no room are dropped and counted.
+    /// (`worker.offload_queue_bytes_max`, by default three quarters of it), and so does what is on the wire and what lands. Blocks that
+    /// find no room are dropped and counted.
+    ///
+    /// 2 GiB, because an H100 makes keys and values of Llama-3-8B's shape at 4.6 GB/s in a prompt of 8K tokens, 3.1 in one of 32K
+    /// and 1.4 in one of 128K, and a store on its host takes 1.8 to 2.5 (`kvasir bench gpu --made-up`): no prompt is ever more than
+    /// about 1.3 GB ahead of the store.
     pub pinned_bytes: ByteSize,
     /// With `worker.sparse_prefill`: tokens at positions below this attend densely, whatever the file of patterns says; 0 leaves
     /// it to the file. Up to there making the lists costs what they save. A part of the KV's namespace, as the patterns are.
@@ -58,6 +70,11 @@ pub struct GpuConfig {
 }
 
 impl GpuConfig {
+    /// What of the page-locked memory queued blocks may take: the default of `worker.offload_queue_bytes_max` on a GPU.
+    pub fn queue_bytes(&self) -> ByteSize {
+        ByteSize::bytes(self.pinned_bytes.as_u64() / 4 * 3)
+    }
+
     /// The default of `dense_up_to`: from there on each step of `kvasir bench gpu --made-up --sparse` was faster with Vertical-Slash
     /// (1000, 6096) in blocks of 1,024 tokens, on an NVIDIA H100; with an A-shape, the best blocks, or blocks of 4,096 it pays
     /// earlier.

@@ -10,18 +10,29 @@ const LAYOUT: LayerBlockLayout = LayerBlockLayout {
     dtype: Dtype::F16,
 };
 
-/// Arrivals of a load of `blocks` blocks: `.` is a good layer block, `-` a missing one, `!` a failure, `|` only structure.
+/// Arrivals of a load of `blocks` blocks: `.` is a good layer block, `-` a missing one, `!` a failure, `|` only structure. However many
+/// come at a time, `whole` of them are whole in the end.
 fn check(blocks: usize, arrivals: &str, whole: usize, over: bool) {
+    for batch in [1, 2, 4, 64] {
+        check_batches(blocks, arrivals, batch, whole, over);
+    }
+}
+
+fn check_batches(blocks: usize, arrivals: &str, batch: usize, whole: usize, over: bool) {
     let mut pool = PagePool::new(LAYOUT, LAYERS, blocks).expect("a small pool");
     let (sender, receiver) = mpsc::channel(64);
     let pages = (0..blocks as u32).map(PageId).collect();
     let mut onboard = Onboard::new(5, pages, LAYERS, receiver);
-    for (place, mark) in arrivals.chars().filter(|mark| *mark != '|').enumerate() {
-        let arrival = match mark {
-            '.' => Arrival::Block(Some(vec![place as u8 + 1; LAYOUT.bytes()].into())),
-            '-' => Arrival::Block(None),
-            _ => Arrival::Failed("gone".to_owned()),
-        };
+    let marks: Vec<(usize, char)> = arrivals.chars().filter(|mark| *mark != '|').enumerate().collect();
+    let (came, failed): (Vec<_>, Vec<_>) = marks.into_iter().partition(|(_, mark)| *mark != '!');
+    for some in came.chunks(batch) {
+        let payload =
+            |(place, mark): &(usize, char)| (*mark == '.').then(|| vec![*place as u8 + 1; LAYOUT.bytes()].into());
+        let arrival = Arrival::Blocks(some.iter().map(payload).collect());
+        sender.try_send(arrival).expect("there is room");
+    }
+    for _ in failed {
+        let arrival = Arrival::Failed("gone".to_owned());
         sender.try_send(arrival).expect("there is room");
     }
     onboard.pump(&mut pool);
@@ -68,7 +79,7 @@ fn a_wrong_length_cuts_like_a_missing_block() {
     let mut onboard = Onboard::new(0, vec![PageId(0), PageId(1)], LAYERS, receiver);
     for bytes in [LAYOUT.bytes(), LAYOUT.bytes() - 1] {
         sender
-            .try_send(Arrival::Block(Some(vec![1; bytes].into())))
+            .try_send(Arrival::Blocks(vec![Some(vec![1; bytes].into())]))
             .expect("there is room");
     }
     onboard.pump(&mut pool);
@@ -87,7 +98,7 @@ fn waiting_ends_with_the_layer_with_a_cut_or_with_the_time() {
     let mut pool = PagePool::new(LAYOUT, LAYERS, 2).expect("a small pool");
     let (sender, receiver) = mpsc::channel(64);
     let mut onboard = Onboard::new(0, vec![PageId(0), PageId(1)], LAYERS, receiver);
-    let good = || Arrival::Block(Some(vec![1; LAYOUT.bytes()].into()));
+    let good = || Arrival::Blocks(vec![Some(vec![1; LAYOUT.bytes()].into())]);
     for _ in 0..3 {
         sender.try_send(good()).expect("there is room");
     }
