@@ -152,6 +152,21 @@ impl Model {
         }
     }
 
+    /// Computes nothing, and hands out the wanted pages of all layers as a step does: [`StepHooks::wanted_pages`],
+    /// [`StepHooks::after_layer`]. On a GPU they come over the bus as fast as it goes, which reading them one by one does not.
+    ///
+    /// # Errors
+    /// [`StepError::Gpu`] if the GPU failed; hooks were told of every layer all the same.
+    pub fn send_pages(&self, pool: &mut PagePool, hooks: &mut dyn StepHooks) -> Result<(), StepError> {
+        match &self.0 {
+            Backend::Cpu(model) => {
+                (0..model.shape().layers).for_each(|layer| hooks.after_layer(layer, pool));
+                Ok(())
+            }
+            Backend::Gpu(model) => model.send_pages(pool, hooks),
+        }
+    }
+
     /// Whether the KV of a token that logits were asked for ([`crate::Logits::Last`]) has the same bits as that of any other.
     /// Where it has not, a block with such a token must get no name: on a GPU these tokens go through kernels of their own,
     /// which sum in another order. All other tokens' KV, and all logits, have the same bits in any batch and any chunking.

@@ -51,5 +51,6 @@ mod worker;
 pub use config::{
     AttentionConfig, AttentionMode, Certificate, DeviceKind, GpuConfig, IndexWanted, InvalidConfig, WorkerConfig,
 };
-pub use pusher::{PushStep, Pushed, Pusher};
+pub use offload::PushStep;
+pub use pusher::{Pushed, Pusher};
 pub use worker::Worker;

@@ -7,6 +7,7 @@
 
 mod drain;
 mod known;
+mod step;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -25,6 +26,7 @@ use self::known::Known;
 use crate::metrics::OffloadMetrics;
 
 pub(crate) use drain::drain;
+pub use step::PushStep;
 
 /// Names remembered as held by the store: 64 Ki blocks are 4 Mi tokens, and about 6 MB.
 const KNOWN_BLOCKS_MAX: usize = 64 << 10;

@@ -5,16 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use kvasir_block::{BlockHash, KvSchema};
-use kvasir_model::{PageId, PagePool, StepHooks};
+use kvasir_model::PageId;
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{
-    compute::Store,
-    config::WorkerConfig,
-    offload::{Offer, Offload},
-    worker::connect,
-};
+use crate::{compute::Store, config::WorkerConfig, offload::PushStep, worker::connect};
 
 /// Longest wait for the store, until it is there, and until it has what it was given.
 const WAIT_MAX: Duration = Duration::from_secs(60);
@@ -25,17 +20,6 @@ pub struct Pusher {
     store: Store,
     tasks: TaskTracker,
     stop: CancellationToken,
-}
-
-/// The hooks of a step whose whole blocks are pushed, exactly as a worker's are: [`Pusher::step`].
-#[derive(Debug)]
-pub struct PushStep<'a> {
-    offload: &'a Offload,
-    /// What was accepted, and its pages.
-    blocks: Vec<BlockHash>,
-    pages: Vec<PageId>,
-    dropped: usize,
-    waited: Duration,
 }
 
 /// What became of what was pushed.
@@ -66,23 +50,9 @@ impl Pusher {
 
     /// Offers the blocks that a step completes; those that the queue has room for are pushed layer by layer.
     pub fn step(&self, completed: impl IntoIterator<Item = (BlockHash, PageId)>) -> PushStep<'_> {
-        let offload = &*self.store.offload;
-        let mut step = PushStep {
-            offload,
-            blocks: Vec::new(),
-            pages: Vec::new(),
-            dropped: 0,
-            waited: Duration::ZERO,
-        };
+        let mut step = PushStep::new(&self.store.offload);
         for (hash, page) in completed {
-            match offload.offer(hash) {
-                Offer::Accepted => {
-                    step.blocks.push(hash);
-                    step.pages.push(page);
-                }
-                Offer::Needless => {}
-                Offer::Dropped => step.dropped += 1,
-            }
+            step.offer(hash, page);
         }
         step
     }
@@ -112,33 +82,5 @@ impl Pusher {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
-    }
-}
-
-impl PushStep<'_> {
-    /// Blocks that the queue had no room for.
-    pub fn dropped(&self) -> usize {
-        self.dropped
-    }
-
-    /// How long the step waited for page-locked memory.
-    pub fn waited(&self) -> Duration {
-        self.waited
-    }
-}
-
-impl StepHooks for PushStep<'_> {
-    fn wanted_pages(&self) -> &[PageId] {
-        &self.pages
-    }
-
-    fn waited_for_room(&mut self, time: Duration) {
-        self.waited += time;
-    }
-
-    fn after_layer(&mut self, layer: usize, pool: &PagePool) {
-        for (hash, page) in self.blocks.iter().zip(&self.pages) {
-            self.offload.push_page(pool, layer, *hash, *page);
-        }
     }
 }

@@ -23,6 +23,8 @@ use crate::{PagePool, StepError, StepHooks, StepOutput, StepSequence, forward::P
 const ROWS_MIN: usize = 256;
 const TABLES_MIN: usize = 32;
 
+const ELSEWHERE: &str = "the pool lies in the host's memory, and the model on a GPU: make it with Model::pool";
+
 impl GpuModel {
     pub(crate) fn step(
         &mut self,
@@ -35,8 +37,7 @@ impl GpuModel {
         let layout = RowLayout::new(batch, &plan, pool.layout().block_tokens)?;
         let vocab = self.shape.vocab;
         if pool.device_mut().is_none() {
-            let problem = "the pool lies in the host's memory, and the model on a GPU: make it with Model::pool";
-            return Err(StepError::Invalid(problem.to_owned()));
+            return Err(StepError::Invalid(ELSEWHERE.to_owned()));
         }
         if layout.rows.is_empty() {
             return Ok(StepOutput::empty(vocab, batch.len()));
@@ -55,6 +56,27 @@ impl GpuModel {
             pages.end_sending();
         }
         output
+    }
+
+    /// Sends the wanted pages as they are, and tells hooks of each layer.
+    pub(crate) fn send_pages(&self, pool: &mut PagePool, hooks: &mut dyn StepHooks) -> Result<(), StepError> {
+        let Some(pages) = pool.device_mut() else {
+            return Err(StepError::Invalid(ELSEWHERE.to_owned()));
+        };
+        let mut sending = Sending::new(pages.begin_sending(hooks.wanted_pages()).map_err(step_error)?);
+        let layers = self.weights.layers.len();
+        let sent = (0..layers).try_for_each(|layer| {
+            let mut wanted = Wanted { pool, hooks };
+            sending.send(layer, &mut wanted)?;
+            sending.tell_landed(layer + 1, &mut wanted);
+            Ok(())
+        });
+        // Also where the device failed: who was not told of a layer waits for it.
+        sending.tell_all(layers, &mut Wanted { pool, hooks });
+        if let Some(pages) = pool.device_mut() {
+            pages.end_sending();
+        }
+        sent
     }
 
     /// Buffers with room for the step; a step that needs more than any before gets new ones.

@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 
 use super::{Compute, SequenceId, Settings, Store};
 use crate::{
-    offload::Offer,
+    offload::{Offer, PushStep},
     onboard::Onboard,
     retrieval::{Link, QuerySamples},
     scheduler::{Candidate, Share, Stage, plan},
@@ -232,18 +232,19 @@ impl Compute {
             return;
         };
         let sequence = &mut self.running[at];
+        let mut step = PushStep::new(&store.offload);
         for index in blocks {
             let hash = sequence.chain.hashes().get(*index).copied();
             let page = sequence.pages.get(*index).copied().flatten();
             let (Some(hash), Some(page)) = (hash, page) else {
                 continue;
             };
-            if store.offload.offer(hash) == Offer::Accepted {
+            if step.offer(hash, page) == Offer::Accepted {
                 sequence.bytes_pushed += store.offload.block_bytes() as u64;
-                for layer in 0..self.model.shape().layers {
-                    store.offload.push_page(&self.pool, layer, hash, page);
-                }
             }
+        }
+        if let Err(error) = self.model.send_pages(&mut self.pool, &mut step) {
+            tracing::error!(%error, "pages could not be sent, their blocks are not pushed");
         }
     }
 }
