@@ -60,9 +60,9 @@ pub struct GpuConfig {
     /// (`worker.offload_queue_bytes_max`, by default three quarters of it), and so does what is on the wire and what lands. Blocks that
     /// find no room are dropped and counted.
     ///
-    /// 2 GiB, because an H100 makes keys and values of Llama-3-8B's shape at 4.6 GB/s in a prompt of 8K tokens, 3.1 in one of 32K
-    /// and 1.4 in one of 128K, and a store on its host takes 1.8 to 2.5 (`kvasir bench gpu --made-up`): no prompt is ever more than
-    /// about 1.3 GB ahead of the store.
+    /// 2 GiB, which a start takes a second to make: an H100 makes keys and values of Llama-3-8B's shape at 4.6 GB/s in a prompt of
+    /// 8K tokens, 3.1 in one of 32K and 1.4 in one of 128K, and a store on its host takes 1.8 to 2.5 (`kvasir bench gpu --made-up`),
+    /// so no prompt is ever more than about 1.3 GB ahead of the store.
     pub pinned_bytes: ByteSize,
     /// With `worker.sparse_prefill`: tokens at positions below this attend densely, whatever the file of patterns says; 0 leaves
     /// it to the file. Up to there making the lists costs what they save. A part of the KV's namespace, as the patterns are.

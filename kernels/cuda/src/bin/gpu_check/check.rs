@@ -78,7 +78,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
     type Checked<'a> = &'a dyn Fn(&Gpu, &mut StdRng, usize, &mut Tally) -> Result<(), GpuError>;
     let attended: Checked<'_> = &|gpu, rng, cases, tally| crate::prefill::delayed(gpu, slow, rng, cases, tally);
     let multiplied: Checked<'_> = &|gpu, rng, cases, tally| crate::linear::delayed(gpu, slow, rng, cases, tally);
-    let checks: [(&str, Check); 16] = [
+    let checks: [(&str, Check); 17] = [
         ("decode", decode),
         ("decode in a graph", recorded),
         ("merge", merged),
@@ -94,6 +94,7 @@ pub(crate) fn run(gpu: &Gpu, slow: Slow<'_>, seed: u64, cases: usize, only: Opti
         ("sample", crate::sample::sampled),
         ("noise", crate::transfer::noises),
         ("pages sent", crate::transfer::sent),
+        ("pages received", crate::transfer::received),
         ("refusals", refused),
     ];
     let (mut passed, mut failed) = (0, 0);

@@ -1,6 +1,6 @@
-//! Noise, and pages on their way to the host.
+//! Noise, and pages on their way to the host and back.
 
-use kvasir_cuda::{Dtype, Gpu, GpuError, Landed, Outbound, noise, reference};
+use kvasir_cuda::{Dtype, Gpu, GpuError, Inbound, Landed, Outbound, noise, reference};
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 
 use crate::check::Tally;
@@ -95,6 +95,38 @@ pub(crate) fn sent(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally)
         if rng.random_bool(0.2) {
             kept.clear();
         }
+    }
+    Ok(())
+}
+
+/// What is sent to the device is there once the main stream has been joined, in however small a ring; what does not fit is refused.
+pub(crate) fn received(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tally) -> Result<(), GpuError> {
+    for case in 0..cases {
+        let (places, place_bytes) = (rng.random_range(1..40usize), rng.random_range(1..20_000usize));
+        let mut inbound = Inbound::new(gpu, places, place_bytes)?;
+        let pages = rng.random_range(1..60usize);
+        let mut expected = vec![0u8; pages * place_bytes];
+        let mut buffer = gpu.upload(&expected)?;
+        // Some rounds, so that places are used again while their last bytes may be on their way.
+        for _ in 0..rng.random_range(1..5) {
+            for _ in 0..rng.random_range(0..3 * places) {
+                let len = rng.random_range(1..=place_bytes);
+                let bytes: Vec<u8> = (0..len).map(|_| rng.random()).collect();
+                let at = rng.random_range(0..pages) * place_bytes;
+                inbound.send(&mut buffer, at, &bytes)?;
+                expected[at..at + len].copy_from_slice(&bytes);
+            }
+            inbound.join()?;
+            let wrong = f64::from(u8::from(buffer.download()? != expected));
+            tally.count(wrong, 0.0, || {
+                format!("{pages} pages through {places} places of {place_bytes} bytes, case {case}")
+            });
+        }
+        let long = inbound.send(&mut buffer, 0, &vec![1; place_bytes + 1]).is_err();
+        let outside = inbound.send(&mut buffer, pages * place_bytes, &[1]).is_err();
+        tally.count(f64::from(u8::from(!long || !outside)), 0.0, || {
+            format!("what does not fit, case {case}")
+        });
     }
     Ok(())
 }
