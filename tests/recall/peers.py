@@ -1,6 +1,6 @@
 """faiss and hnswlib on the arrays of a dump, counted and judged as `kvasir bench index` judges its own.
 
-    python peers.py DUMP --setting ours.json --out peers.json
+    python peers.py DUMP --setting ours.json --index faiss-ivf >faiss-ivf.json
 
 Keys go in as f16 (faiss) or f32 (hnswlib, which has nothing else), so that a row costs what the library reads for it. What a library
 counts itself is taken from it (`indexIVF_stats`, `hnsw_stats`); hnswlib counts nothing, so neither keys nor bytes are said of it.
@@ -14,7 +14,7 @@ import time
 
 from arrays import Dump, Setting, Truth
 
-SCHEMA = 1
+SCHEMA = 2
 NEIGHBOURS = 32
 BUILD_WIDTH = 200
 MASS = 0.95
@@ -266,34 +266,32 @@ def run(args):
         for number, (q, k, v) in enumerate(dump.heads(layer)):
             truth = Truth(q, k, v, setting)
             keys = numpy.ascontiguousarray(truth.keys)
-            group = groups.setdefault(group_of(layer, kind), {})
-            for name in args.indexes:
-                faiss.omp_set_num_threads(threads)
-                begun = time.perf_counter()
-                index = INDEXES[name](keys, threads)
-                seconds = time.perf_counter() - begun
-                faiss.omp_set_num_threads(1)
-                if name == Flat.name:
-                    check(index, truth)
-                one = group.setdefault(name, {"build": [], "bytes": [], "curve": {}, "mass": [], "steps": 0})
-                one["build"].append(seconds)
-                one["bytes"].append(index.bytes / index.n)
-                for width in index.widths():
-                    judge(index, truth, width, one["curve"].setdefault(width, Sums()))
-                if name != Flat.name:
-                    reached = bytes_for_mass(index, truth, MASS)
-                    one["mass"] = None if reached is None else one["mass"] + reached
-                    one["steps"] += len(truth.steps)
-                one["key_bytes"] = index.n * index.d * 2
-                print(f"recall: layer {layer}, KV head {number}: {name}, built in {seconds:.1f} s", file=sys.stderr)
+            faiss.omp_set_num_threads(threads)
+            begun = time.perf_counter()
+            index = INDEXES[args.index](keys, threads)
+            seconds = time.perf_counter() - begun
+            faiss.omp_set_num_threads(1)
+            print(f"recall: layer {layer}, KV head {number}: {args.index}, built in {seconds:.1f} s", file=sys.stderr)
+            empty = {"build": [], "bytes": [], "curve": {}, "mass": [], "steps": 0}
+            one = groups.setdefault(group_of(layer, kind), empty)
+            one["build"].append(seconds)
+            one["bytes"].append(index.bytes / index.n)
+            one["key_bytes"] = index.n * index.d * 2
+            for width in index.widths():
+                judge(index, truth, width, one["curve"].setdefault(width, Sums()))
+            if args.index == Flat.name:
+                check(index, truth)
+            else:
+                reached = bytes_for_mass(index, truth, MASS)
+                one["mass"] = None if reached is None else one["mass"] + reached
+                one["steps"] += len(truth.steps)
     return {
         "schema": SCHEMA,
-        "versions": {"faiss": faiss.__version__, "hnswlib": "0.8.0", "numpy": numpy.__version__},
+        "peers": {"faiss": faiss.__version__, "hnswlib": "0.8.0", "numpy": numpy.__version__},
         "load": os.getloadavg()[0],
-        "groups": [
-            {"name": name, "indexes": [figures(index, one) for index, one in group.items()]}
-            for name, group in groups.items()
-        ],
+        "source": ours["source"],
+        "setting": ours["setting"],
+        "groups": [{"name": name, "indexes": [figures(args.index, one)]} for name, one in groups.items()],
     }
 
 
@@ -320,19 +318,10 @@ def arguments(line):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dump", help="folder with meta.json")
     parser.add_argument("--setting", required=True, help="what `kvasir bench index --json` said of the same dump")
-    parser.add_argument("--out", required=True, help="file to write")
-    parser.add_argument("--indexes", default=",".join(INDEXES), help=f"some of {', '.join(INDEXES)}")
+    parser.add_argument("--index", required=True, choices=INDEXES)
     parser.add_argument("--threads", type=int, default=0, help="for builds; 0 takes one per core")
-    args = parser.parse_args(line)
-    args.indexes = args.indexes.split(",")
-    for name in args.indexes:
-        if name not in INDEXES:
-            parser.error(f"there is no index {name}: {', '.join(INDEXES)}")
-    return args
+    return parser.parse_args(line)
 
 
 if __name__ == "__main__":
-    ARGS = arguments(sys.argv[1:])
-    RESULT = run(ARGS)
-    with open(ARGS.out, "w", encoding="utf-8") as FILE:
-        json.dump(RESULT, FILE, indent=1)
+    json.dump(run(arguments(sys.argv[1:])), sys.stdout, indent=1)
