@@ -7,6 +7,7 @@ counts itself is taken from it (`indexIVF_stats`, `hnsw_stats`); hnswlib counts 
 """
 
 import argparse
+import bisect
 import json
 import os
 import sys
@@ -17,6 +18,8 @@ from arrays import Dump, Setting, Truth
 SCHEMA = 2
 NEIGHBOURS = 32
 BUILD_WIDTH = 200
+# Widest search of a graph, of which each key of width scores about eight.
+WIDTH_MOST = 8192
 MASS = 0.95
 
 
@@ -158,7 +161,7 @@ class Hnsw(Index):
         self.stats = faiss.cvar.hnsw_stats
 
     def widths(self):
-        return widths(self.n // 4)
+        return widths(min(self.n // 4, WIDTH_MOST))
 
     def search(self, q, width, k):
         self.index.hnsw.efSearch = width
@@ -184,7 +187,7 @@ class Hnswlib(Index):
         self.bytes = self.n * (self.d * 4 + 2 * NEIGHBOURS * 4 + 16)
 
     def widths(self):
-        return widths(self.n // 4)
+        return widths(min(self.n // 4, WIDTH_MOST))
 
     def search(self, q, width, k):
         self.index.set_ef(width)
@@ -200,42 +203,46 @@ def judge(index, truth, width, sums):
     for at in range(len(truth.steps)):
         q = np.ascontiguousarray(truth.queries(at))
         begun = time.perf_counter()
-        found = index.search(q, width, 100)
+        attended = index.search(q, width, max(100, index.kept(width)))
         sums.micros.append((time.perf_counter() - begun) * 1e6)
         cost = index.cost(q, width)
-        attended = index.search(q, width, max(100, index.kept(width)))
         if cost is not None:
             sums.keys += int(cost[0])
             sums.bytes += int(cost[1])
         sums.searched += len(q) * index.n
         sums.key_bytes += index.n * index.d * 2
         sums.groups += 1
-        for head, (row, all_rows) in enumerate(zip(found, attended, strict=True)):
+        for head, row in enumerate(attended):
             row = row[row >= 0]
             for k in (10, 100):
-                sums.found[k] += len(np.intersect1d(truth.best[at][head][:k], row))
+                sums.found[k] += len(np.intersect1d(truth.best[at][head][:k], row[:100]))
             sums.queries += 1
-            row = all_rows[all_rows >= 0]
             sums.mass.append(float(truth.weights[at][head][row].sum()))
             sums.error.append(truth.error(at, head, row))
 
 
 def bytes_for_mass(index, truth, share):
-    """Per step the bytes that the group reads at the smallest width whose keys found hold `share` for every head."""
+    """Per step the bytes that the group reads at the smallest width whose keys found hold `share` for every head, by bisection: more
+    width never finds much less."""
     import numpy as np
 
     reached = []
     for at in range(len(truth.steps)):
         q = np.ascontiguousarray(truth.queries(at))
-        for width in index.widths():
+        costs = {}
+
+        def holds(width, at=at, q=q, costs=costs):
             found = index.search(q, width, index.n)
+            costs[width] = index.cost(q, width)
             rows = [row[row >= 0] for row in found]
-            cost = index.cost(q, width)
-            if cost is None:
-                return None
-            if all(truth.weights[at][head][row].sum() >= share for head, row in enumerate(rows)):
-                reached.append(int(cost[1]))
-                break
+            return all(truth.weights[at][head][row].sum() >= share for head, row in enumerate(rows))
+
+        tried = index.widths()
+        if index.cost(q, tried[0]) is None:
+            return None
+        least = bisect.bisect_left(tried, True, key=holds)
+        if least < len(tried):
+            reached.append(int(costs[tried[least]][1]))
     return reached
 
 
