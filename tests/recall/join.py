@@ -49,25 +49,19 @@ def curve(index, x, y):
 
 
 def joined(results):
-    """One run per source: a result of ours, whose groups have the indexes of all."""
+    """One run per source, layers and setting: a result of ours, whose groups have the indexes of all."""
     runs = {}
     for result in results:
         theirs = "peers" in result
         schema, whose = (PEER_SCHEMA, "peers.py") if theirs else (OUR_SCHEMA, "kvasir bench index")
         if result.get("schema") != schema:
             raise ValueError(f"{whose} recorded schema {result.get('schema')}; this reads {schema}")
-        name = json.dumps(result["source"], sort_keys=True)
-        run = runs.get(name)
-        if run is None:
-            if theirs:
-                raise ValueError(f"a result of ours comes first, and none is there of {name}")
-            runs[name] = result
-            continue
-        if run["setting"] != result["setting"]:
-            raise ValueError(f"{name}: measured with {run['setting']} and {result['setting']}, which do not go together")
-        groups = {group["name"]: group for group in run["groups"]}
-        for group in result["groups"]:
-            into = groups[group["name"]]
+        layers = [group["layers"] for group in result["groups"]]
+        name = json.dumps([result["source"], layers, result["setting"]], sort_keys=True)
+        if name not in runs and theirs:
+            raise ValueError(f"a result of ours comes first, and none is there of {name}")
+        run = runs.setdefault(name, result)
+        for into, group in zip(run["groups"], result["groups"], strict=True):
             have = {index["name"] for index in into["indexes"]}
             into["indexes"] += [index for index in group["indexes"] if index["name"] not in have]
             into["served"] = into["served"] or group.get("served", [])
@@ -82,7 +76,7 @@ def title(run, group):
     source = run["source"]
     if source["kind"] == "synthetic":
         return f"made up, {source['tokens']:,} tokens, d {group['head_dim']}, {group['heads']} query heads, seed {source['seed']}"
-    return f"{source['model']}, {source['tokens']:,} tokens, {group['name']}"
+    return f"{source['model']}, {source['tokens']:,} tokens, layers {', '.join(str(layer) for layer in group['layers'])}"
 
 
 def cell(value, form):
@@ -148,7 +142,8 @@ def markdown(runs):
             out += [
                 f"### {title(run, group)}",
                 "",
-                f"{group['recordings']} KV heads, {group['searched_keys']:,} keys searched. Recall@100 by keys scored per query head, and "
+                f"{group['recordings']} KV heads, {group['searched_keys']:,} keys searched, by each {run['setting']['stride']}th of the last "
+                f"{run['setting']['decode']} tokens. Recall@100 by keys scored per query head, and "
                 f"recall@10 at one of them; then the keys for a recall@100 of {WANTED}; the bytes that the group reads for .95 of the searched mass of every "
                 "query head; microseconds of a search (all query heads of the group) at the first effort with that recall.",
                 "",

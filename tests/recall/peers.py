@@ -298,7 +298,10 @@ def run(args):
         "load": os.getloadavg()[0],
         "source": ours["source"],
         "setting": ours["setting"],
-        "groups": [{"name": name, "indexes": [figures(args.index, one)]} for name, one in groups.items()],
+        "groups": [
+            {"name": group["name"], "layers": group["layers"], "indexes": [figures(args.index, groups[group["name"]])]}
+            for group in ours["groups"]
+        ],
     }
 
 

@@ -89,7 +89,7 @@ def ours(*indexes):
 
 
 def theirs(*indexes):
-    groups = [{"name": "layers from 3 on", "indexes": list(indexes)}]
+    groups = [{"name": "layers from 3 on", "layers": [4], "indexes": list(indexes)}]
     return {"schema": 2, "peers": {"faiss": "1"}, "source": SOURCE, "setting": SETTING, "groups": groups}
 
 
@@ -131,16 +131,17 @@ class Joining(unittest.TestCase):
         text = self.table(ours(index("roar", (0.01, 0.5))), ours(index("roar", (0.01, 0.6))))
         self.assertEqual([line[:14] for line in text.splitlines() if line.startswith("| roar")], ["| roar | 0.500"])
 
-    def test_other_sources_have_tables_of_their_own(self):
-        other = ours(index("roar", (0.01, 0.5))) | {"source": SOURCE | {"model": "N"}}
-        self.assertEqual(self.table(ours(index("roar", (0.01, 0.5))), other).count("| roar |"), 2)
+    def test_other_sources_and_settings_have_tables_of_their_own(self):
+        for other in ({"source": SOURCE | {"model": "N"}}, {"setting": SETTING | {"stride": 32}}):
+            one, two = ours(index("roar", (0.01, 0.5))), ours(index("roar", (0.01, 0.5)))
+            self.assertEqual(self.table(one, two | other).count("| roar |"), 2)
 
     def test_what_did_not_reach_the_mass_is_not_said(self):
         text = self.table(ours(index("roar", (0.01, 0.5), reached=0.9)))
         self.assertIn("| roar | 0.500 | - | - | - | - | - | - | - | - | - | 1.5 |", text)
 
     def test_what_does_not_go_together_is_refused(self):
-        sparser = ours() | {"setting": SETTING | {"stride": 32}}
+        sparser = theirs() | {"setting": SETTING | {"stride": 32}}
         for results in ([ours() | {"schema": 2}], [ours(), theirs() | {"schema": 1}], [theirs()], [ours(), sparser]):
             with self.assertRaises(ValueError):
                 self.table(*results)
