@@ -80,6 +80,7 @@ impl Data {
             keys: KeyRows::new(blocks, BLOCK, self.head_dim),
             k,
             effort,
+            mass: 1.0,
             excluded,
         }
     }
