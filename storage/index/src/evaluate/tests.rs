@@ -174,7 +174,7 @@ fn an_index_that_stops_by_mass_is_asked_for_masses() {
     // The efforts are for others: with this one alone they would read every key.
     let some = bytes_for_mass(&sketch, &exact, 0.8, &[1.0]).expect("figures");
     assert_eq!(some.reached, 1.0, "a mass of 1 always does");
-    assert!(some.bytes_share.mean < 0.9, "{some:?}");
+    assert!(some.bytes_share.mean < 1.0, "keys and codes are 1.25: {some:?}");
     let more = bytes_for_mass(&sketch, &exact, 0.95, &[1.0]).expect("figures");
     assert!(
         some.bytes.mean < more.bytes.mean && some.effort.mean < more.effort.mean,
