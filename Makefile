@@ -57,9 +57,10 @@ bench: build model peers ## prefill and decode speed beside llama.cpp, same mode
 peers-bench: build stores ## our store beside Mooncake, LMCache and Redis, the same requests in turns (installs 6 GB)
 	tests/peers/run.sh
 
-# QUICK=1 measures three layers and 32K made-up tokens instead of nine and 128K; Gemma 3 is measured where `make gemma` was run.
+# QUICK=1 measures three layers and 32K made-up tokens instead of nine and 128K; CONTINUE=1 keeps the results that are there. Gemma 3 is
+# measured where `make gemma` was run.
 recall: build model ## every attention index beside faiss and hnswlib on the same arrays: tables and a page of plots (hours)
-	tests/recall/run.sh $(if $(QUICK),--quick)
+	tests/recall/run.sh $(if $(QUICK),--quick) $(if $(CONTINUE),--continue)
 
 calibrate: build model ## the basis that the model's keys are sketched in, learnt from two windows of text (minutes)
 	$(KVASIR) calibrate

@@ -88,7 +88,7 @@ missing_packages() {
     compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || compgen -G '/usr/lib/*/libclang*.so*' >/dev/null ||
         echo libclang-dev
     have pkg-config || echo pkg-config
-    have cmake || echo cmake # llama.cpp
+    have cmake || echo cmake # llama.cpp, faiss
     have curl || echo curl   # rustup
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
     have git || echo git
@@ -221,12 +221,15 @@ install_recall() {
     install_venv recall "faiss-cpu==$faiss_version" "hnswlib==$hnswlib_version" "numpy==$numpy_version"
 }
 
-# The crate brings faiss' source and builds it (minutes, once); what it links to is the system's.
+# The crate brings faiss' source and builds it with cmake (five minutes of a core, once); what it links to is the system's.
 install_faiss() {
-    local packages=()
+    local packages=() wanted=3.24 have_version
     # OpenMP comes with the C++ compiler.
     { compgen -G '/usr/lib*/*/libblas.so' && compgen -G '/usr/lib*/*/liblapack.so'; } >/dev/null || packages+=(libopenblas-dev)
     install_system
+    have_version="$(cmake --version | awk 'NR == 1 { print $3 }')"
+    [ "$(printf '%s\n%s\n' "$wanted" "$have_version" | sort -V | head -1)" = "$wanted" ] ||
+        die "cmake is $have_version and faiss needs $wanted: put a newer one first in PATH"
     if [ "${#packages[@]}" -gt 0 ]; then
         have apt-get || die "this system has no apt-get; install the equivalents of these packages yourself: ${packages[*]}"
         say "installing system packages with apt-get: ${packages[*]} (faiss is built on them)"

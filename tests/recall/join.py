@@ -1,9 +1,10 @@
 """Joins what Kvasir and the peers measured on the same arrays into one table and one page of plots.
 
-    python3 join.py OURS.json PEERS.json [OURS.json PEERS.json ..] --out FOLDER
+    python3 join.py RESULT.json.. --out FOLDER
 
-Needs nothing but Python. A recall at a share of keys between two points of a curve is read off the line between them, over the
-logarithm of the share; outside of a curve nothing is said.
+Each result is what `kvasir bench index --json` or `peers.py` said of some indexes on one source; those of a source become one table,
+with indexes in the order in which they were given. Needs nothing but Python. A recall at a share of keys between two points of a
+curve is read off the line between them, over the logarithm of the share; outside of a curve nothing is said.
 """
 
 import argparse
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import svg
 
-OUR_SCHEMA = PEER_SCHEMA = 1
+OUR_SCHEMA, PEER_SCHEMA = 1, 2
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 WANTED = 0.95
+# Share of the keys at which recall@10 is said: 10 of 8K are as sparse as 100 of 80K.
+TEN_AT = 0.02
 # Scan everything: what the others are judged by.
 EXACT = ("flat", "faiss-flat")
 
@@ -45,24 +48,35 @@ def curve(index, x, y):
     return [(at[x], y(at)) for at in index["curve"] if at[x] is not None]
 
 
-def joined(ours, peers):
-    """Our groups, each with the peers' indexes of the same name behind its own."""
-    for recorded, schema, whose in ((ours, OUR_SCHEMA, "kvasir bench index"), (peers, PEER_SCHEMA, "peers.py")):
-        if recorded is not None and recorded.get("schema") != schema:
-            raise ValueError(f"{whose} recorded schema {recorded.get('schema')}; this reads {schema}")
-    theirs = {group["name"]: group["indexes"] for group in peers["groups"]} if peers else {}
-    return [{**group, "indexes": group["indexes"] + theirs.get(group["name"], [])} for group in ours["groups"]]
+def joined(results):
+    """One run per source, layers and setting: a result of ours, whose groups have the indexes of all."""
+    runs = {}
+    for result in results:
+        theirs = "peers" in result
+        schema, whose = (PEER_SCHEMA, "peers.py") if theirs else (OUR_SCHEMA, "kvasir bench index")
+        if result.get("schema") != schema:
+            raise ValueError(f"{whose} recorded schema {result.get('schema')}; this reads {schema}")
+        layers = [group["layers"] for group in result["groups"]]
+        name = json.dumps([result["source"], layers, result["setting"]], sort_keys=True)
+        if name not in runs and theirs:
+            raise ValueError(f"a result of ours comes first, and none is there of {name}")
+        run = runs.setdefault(name, result)
+        for into, group in zip(run["groups"], result["groups"], strict=True):
+            have = {index["name"] for index in into["indexes"]}
+            into["indexes"] += [index for index in group["indexes"] if index["name"] not in have]
+            into["served"] = into["served"] or group.get("served", [])
+    return list(runs.values())
 
 
 def counted(index):
     return any(at["keys_share"] is not None for at in index["curve"])
 
 
-def title(ours, group):
-    source = ours["source"]
+def title(run, group):
+    source = run["source"]
     if source["kind"] == "synthetic":
         return f"made up, {source['tokens']:,} tokens, d {group['head_dim']}, {group['heads']} query heads, seed {source['seed']}"
-    return f"{source['model']}, {source['tokens']:,} tokens, {group['name']}"
+    return f"{source['model']}, {source['tokens']:,} tokens, layers {', '.join(str(layer) for layer in group['layers'])}"
 
 
 def cell(value, form):
@@ -75,19 +89,21 @@ def share(value):
 
 def table(group):
     """One line per index."""
-    head = ["index", *(f"{100 * at:g} %" for at in SHARES), f"keys for {WANTED}", "bytes for .95 of the mass", "of all keys'",
+    head = ["index", *(f"{100 * at:g} %" for at in SHARES), f"@10: {100 * TEN_AT:g} %", f"keys for {WANTED}", "bytes for .95 of the mass", "of all keys'",
             "build s", "bytes per token", "us"]  # fmt: skip
     rows = [head, ["---"] * len(head)]
     for index in group["indexes"]:
         if index["name"] in EXACT:
             continue
         recall = curve(index, "keys_share", lambda at: at["recall_100"])
+        ten = curve(index, "keys_share", lambda at: at["recall_10"])
         mass = index["for_mass"]
         near = [at for at in index["curve"] if at["recall_100"] >= WANTED]
         rows.append(
             [
                 index["name"],
                 *(cell(between(recall, at), ".3f") for at in SHARES),
+                cell(between(ten, TEN_AT), ".3f"),
                 share(first_above(recall, WANTED)),
                 f"{mass['bytes']['mean'] / 1024:,.0f} KiB" if mass and mass["reached"] == 1 else "-",
                 share(mass["bytes_share"]["mean"]) if mass and mass["reached"] == 1 else "-",
@@ -121,13 +137,14 @@ def served_table(group):
 
 def markdown(runs):
     out = []
-    for ours, peers in runs:
-        for group in joined(ours, peers):
+    for run in runs:
+        for group in run["groups"]:
             out += [
-                f"### {title(ours, group)}",
+                f"### {title(run, group)}",
                 "",
-                f"{group['recordings']} KV heads, {group['searched_keys']:,} keys searched. Recall@100 by keys scored per query head; "
-                f"then the keys for a recall@100 of {WANTED}; the bytes that the group reads for .95 of the searched mass of every "
+                f"{group['recordings']} KV heads, {group['searched_keys']:,} keys searched, by each {run['setting']['stride']}th of the last "
+                f"{run['setting']['decode']} tokens. Recall@100 by keys scored per query head, and "
+                f"recall@10 at one of them; then the keys for a recall@100 of {WANTED}; the bytes that the group reads for .95 of the searched mass of every "
                 "query head; microseconds of a search (all query heads of the group) at the first effort with that recall.",
                 "",
                 table(group),
@@ -170,39 +187,33 @@ def panels(group):
 
 def arguments(line):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", help="ours and the peers' in turn; - where there is none of the peers")
+    parser.add_argument("results", nargs="+", help="files with results, ours of a source before the peers'")
     parser.add_argument("--out", required=True, help="folder for recall.md and recall.svg")
-    args = parser.parse_args(line)
-    if len(args.results) % 2:
-        parser.error("results come in pairs: ours, then the peers' or -")
-    return args
+    return parser.parse_args(line)
 
 
 def read(path):
-    if path == "-":
-        return None
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
 
 def main(line):
     args = arguments(line)
-    paths = iter(args.results)
-    runs = [(read(ours), read(peers)) for ours, peers in zip(paths, paths, strict=True)]
+    runs = joined(read(path) for path in args.results)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "recall.md").write_text(markdown(runs), encoding="utf-8")
-    first = runs[0][0]
+    first = runs[0]
     notes = [
         f"kvasir {first['kvasir']} ({first['profile']}), {first['machine']['cpu']}, {first['machine']['cores']} cores. "
         "Counts and bytes are the same on any machine.",
         "A group is the query heads of one KV head; the sink and the window that a worker keeps are not searched. Dashed: faiss. What "
         "does not count its work (hnswlib, hnsw-faiss) has no line.",
     ]
-    groups = [(ours, group) for ours, peers in runs for group in joined(ours, peers)]
+    groups = [(run, group) for run in runs for group in run["groups"]]
     shown = {index["name"] for _, group in groups for index in group["indexes"] if index["name"] not in EXACT and counted(index)}
     names = [name for name in svg.COLOURS if name in shown | {"exact"}]
-    rows = [(title(ours, group), panels(group)) for ours, group in groups]
+    rows = [(title(run, group), panels(group)) for run, group in groups]
     (out / "recall.svg").write_text(svg.page("Attention indexes on the same keys and queries", notes, names, rows), encoding="utf-8")
     print(f"{out / 'recall.md'}\n{out / 'recall.svg'}")
 

@@ -1,12 +1,13 @@
 """faiss and hnswlib on the arrays of a dump, counted and judged as `kvasir bench index` judges its own.
 
-    python peers.py DUMP --setting ours.json --out peers.json
+    python peers.py DUMP --setting ours.json --index faiss-ivf >faiss-ivf.json
 
 Keys go in as f16 (faiss) or f32 (hnswlib, which has nothing else), so that a row costs what the library reads for it. What a library
 counts itself is taken from it (`indexIVF_stats`, `hnsw_stats`); hnswlib counts nothing, so neither keys nor bytes are said of it.
 """
 
 import argparse
+import bisect
 import json
 import os
 import sys
@@ -14,9 +15,11 @@ import time
 
 from arrays import Dump, Setting, Truth
 
-SCHEMA = 1
+SCHEMA = 2
 NEIGHBOURS = 32
 BUILD_WIDTH = 200
+# Widest search of a graph, of which each key of width scores about eight.
+WIDTH_MOST = 8192
 MASS = 0.95
 
 
@@ -158,7 +161,7 @@ class Hnsw(Index):
         self.stats = faiss.cvar.hnsw_stats
 
     def widths(self):
-        return widths(self.n // 4)
+        return widths(min(self.n // 4, WIDTH_MOST))
 
     def search(self, q, width, k):
         self.index.hnsw.efSearch = width
@@ -184,7 +187,7 @@ class Hnswlib(Index):
         self.bytes = self.n * (self.d * 4 + 2 * NEIGHBOURS * 4 + 16)
 
     def widths(self):
-        return widths(self.n // 4)
+        return widths(min(self.n // 4, WIDTH_MOST))
 
     def search(self, q, width, k):
         self.index.set_ef(width)
@@ -200,42 +203,46 @@ def judge(index, truth, width, sums):
     for at in range(len(truth.steps)):
         q = np.ascontiguousarray(truth.queries(at))
         begun = time.perf_counter()
-        found = index.search(q, width, 100)
+        attended = index.search(q, width, max(100, index.kept(width)))
         sums.micros.append((time.perf_counter() - begun) * 1e6)
         cost = index.cost(q, width)
-        attended = index.search(q, width, max(100, index.kept(width)))
         if cost is not None:
             sums.keys += int(cost[0])
             sums.bytes += int(cost[1])
         sums.searched += len(q) * index.n
         sums.key_bytes += index.n * index.d * 2
         sums.groups += 1
-        for head, (row, all_rows) in enumerate(zip(found, attended, strict=True)):
+        for head, row in enumerate(attended):
             row = row[row >= 0]
             for k in (10, 100):
-                sums.found[k] += len(np.intersect1d(truth.best[at][head][:k], row))
+                sums.found[k] += len(np.intersect1d(truth.best[at][head][:k], row[:100]))
             sums.queries += 1
-            row = all_rows[all_rows >= 0]
             sums.mass.append(float(truth.weights[at][head][row].sum()))
             sums.error.append(truth.error(at, head, row))
 
 
 def bytes_for_mass(index, truth, share):
-    """Per step the bytes that the group reads at the smallest width whose keys found hold `share` for every head."""
+    """Per step the bytes that the group reads at the smallest width whose keys found hold `share` for every head, by bisection: more
+    width never finds much less."""
     import numpy as np
 
     reached = []
     for at in range(len(truth.steps)):
         q = np.ascontiguousarray(truth.queries(at))
-        for width in index.widths():
+        costs = {}
+
+        def holds(width, at=at, q=q, costs=costs):
             found = index.search(q, width, index.n)
+            costs[width] = index.cost(q, width)
             rows = [row[row >= 0] for row in found]
-            cost = index.cost(q, width)
-            if cost is None:
-                return None
-            if all(truth.weights[at][head][row].sum() >= share for head, row in enumerate(rows)):
-                reached.append(int(cost[1]))
-                break
+            return all(truth.weights[at][head][row].sum() >= share for head, row in enumerate(rows))
+
+        tried = index.widths()
+        if index.cost(q, tried[0]) is None:
+            return None
+        least = bisect.bisect_left(tried, True, key=holds)
+        if least < len(tried):
+            reached.append(int(costs[tried[least]][1]))
     return reached
 
 
@@ -266,33 +273,34 @@ def run(args):
         for number, (q, k, v) in enumerate(dump.heads(layer)):
             truth = Truth(q, k, v, setting)
             keys = numpy.ascontiguousarray(truth.keys)
-            group = groups.setdefault(group_of(layer, kind), {})
-            for name in args.indexes:
-                faiss.omp_set_num_threads(threads)
-                begun = time.perf_counter()
-                index = INDEXES[name](keys, threads)
-                seconds = time.perf_counter() - begun
-                faiss.omp_set_num_threads(1)
-                if name == Flat.name:
-                    check(index, truth)
-                one = group.setdefault(name, {"build": [], "bytes": [], "curve": {}, "mass": [], "steps": 0})
-                one["build"].append(seconds)
-                one["bytes"].append(index.bytes / index.n)
-                for width in index.widths():
-                    judge(index, truth, width, one["curve"].setdefault(width, Sums()))
-                if name != Flat.name:
-                    reached = bytes_for_mass(index, truth, MASS)
-                    one["mass"] = None if reached is None else one["mass"] + reached
-                    one["steps"] += len(truth.steps)
-                one["key_bytes"] = index.n * index.d * 2
-                print(f"recall: layer {layer}, KV head {number}: {name}, built in {seconds:.1f} s", file=sys.stderr)
+            faiss.omp_set_num_threads(threads)
+            begun = time.perf_counter()
+            index = INDEXES[args.index](keys, threads)
+            seconds = time.perf_counter() - begun
+            faiss.omp_set_num_threads(1)
+            print(f"recall: layer {layer}, KV head {number}: {args.index}, built in {seconds:.1f} s", file=sys.stderr)
+            empty = {"build": [], "bytes": [], "curve": {}, "mass": [], "steps": 0}
+            one = groups.setdefault(group_of(layer, kind), empty)
+            one["build"].append(seconds)
+            one["bytes"].append(index.bytes / index.n)
+            one["key_bytes"] = index.n * index.d * 2
+            for width in index.widths():
+                judge(index, truth, width, one["curve"].setdefault(width, Sums()))
+            if args.index == Flat.name:
+                check(index, truth)
+            else:
+                reached = bytes_for_mass(index, truth, MASS)
+                one["mass"] = None if reached is None else one["mass"] + reached
+                one["steps"] += len(truth.steps)
     return {
         "schema": SCHEMA,
-        "versions": {"faiss": faiss.__version__, "hnswlib": "0.8.0", "numpy": numpy.__version__},
+        "peers": {"faiss": faiss.__version__, "hnswlib": "0.8.0", "numpy": numpy.__version__},
         "load": os.getloadavg()[0],
+        "source": ours["source"],
+        "setting": ours["setting"],
         "groups": [
-            {"name": name, "indexes": [figures(index, one) for index, one in group.items()]}
-            for name, group in groups.items()
+            {"name": group["name"], "layers": group["layers"], "indexes": [figures(args.index, groups[group["name"]])]}
+            for group in ours["groups"]
         ],
     }
 
@@ -320,19 +328,10 @@ def arguments(line):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dump", help="folder with meta.json")
     parser.add_argument("--setting", required=True, help="what `kvasir bench index --json` said of the same dump")
-    parser.add_argument("--out", required=True, help="file to write")
-    parser.add_argument("--indexes", default=",".join(INDEXES), help=f"some of {', '.join(INDEXES)}")
+    parser.add_argument("--index", required=True, choices=INDEXES)
     parser.add_argument("--threads", type=int, default=0, help="for builds; 0 takes one per core")
-    args = parser.parse_args(line)
-    args.indexes = args.indexes.split(",")
-    for name in args.indexes:
-        if name not in INDEXES:
-            parser.error(f"there is no index {name}: {', '.join(INDEXES)}")
-    return args
+    return parser.parse_args(line)
 
 
 if __name__ == "__main__":
-    ARGS = arguments(sys.argv[1:])
-    RESULT = run(ARGS)
-    with open(ARGS.out, "w", encoding="utf-8") as FILE:
-        json.dump(RESULT, FILE, indent=1)
+    json.dump(run(arguments(sys.argv[1:])), sys.stdout, indent=1)

@@ -18,6 +18,10 @@ import peers  # noqa: E402
 import svg  # noqa: E402
 
 
+SOURCE = {"kind": "dump", "model": "M", "tokens": 8192, "text": "t"}
+SETTING = {"decode": 256, "stride": 16, "sink": 4, "window": 64}
+
+
 def summary(mean):
     return {"mean": mean, "p10": mean / 2, "p50": mean, "p90": 2 * mean, "p99": 3 * mean}
 
@@ -75,7 +79,8 @@ def ours(*indexes):
     }
     return {
         "schema": 1,
-        "source": {"kind": "dump", "model": "M", "tokens": 8192, "text": "t"},
+        "source": SOURCE,
+        "setting": SETTING,
         "kvasir": "0",
         "profile": "dev",
         "machine": {"cpu": "C", "cores": 2},
@@ -84,7 +89,8 @@ def ours(*indexes):
 
 
 def theirs(*indexes):
-    return {"schema": 1, "groups": [{"name": "layers from 3 on", "indexes": list(indexes)}]}
+    groups = [{"name": "layers from 3 on", "layers": [4], "indexes": list(indexes)}]
+    return {"schema": 2, "peers": {"faiss": "1"}, "source": SOURCE, "setting": SETTING, "groups": groups}
 
 
 class Curves(unittest.TestCase):
@@ -102,34 +108,50 @@ class Curves(unittest.TestCase):
 
 
 class Joining(unittest.TestCase):
-    def test_one_table_of_both(self):
-        recorded = ours(index("roar", (0.01, 0.5), (0.04, 1.0)), index("flat", (0.01, 1.0)))
-        text = join.markdown([(recorded, theirs(index("hnswlib", (0.01, 0.9), counted=False)))])
+    def table(self, *results):
+        return join.markdown(join.joined(results))
+
+    def test_one_table_of_all(self):
+        text = self.table(
+            ours(index("flat", (0.01, 1.0))),
+            ours(index("roar", (0.01, 0.5), (0.04, 1.0))),
+            theirs(index("hnswlib", (0.01, 0.9), counted=False)),
+        )
         line = next(line for line in text.splitlines() if line.startswith("| roar"))
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         self.assertEqual(cells[:5], ["roar", "0.500", "0.750", "0.896", "-"])
         # 0.95 lies nine tenths of the way, over the logarithm.
-        self.assertEqual(cells[7:11], ["3.5 %", "2 KiB", "25.0 %", "1.5"])
-        self.assertIn("| hnswlib | - | - | - | - | - | - | - | - | - | 1.5 | 16 | - |", text)
+        self.assertEqual(cells[7:12], ["0.750", "3.5 %", "2 KiB", "25.0 %", "1.5"])
+        self.assertIn("| hnswlib | - | - | - | - | - | - | - | - | - | - | 1.5 | 16 | - |", text)
         self.assertNotIn("| flat", text)
         self.assertIn("The exact best keys alone err by 0.100 with 1 % of the rows.", text)
-        self.assertIn("| 2.00 % | 10.0 % | 0.900 | 0.0100 |", text)
+        self.assertEqual(text.count("| 2.00 % | 10.0 % | 0.900 | 0.0100 |"), 1)
+
+    def test_of_an_index_measured_twice_the_first_counts(self):
+        text = self.table(ours(index("roar", (0.01, 0.5))), ours(index("roar", (0.01, 0.6))))
+        self.assertEqual([line[:14] for line in text.splitlines() if line.startswith("| roar")], ["| roar | 0.500"])
+
+    def test_other_sources_and_settings_have_tables_of_their_own(self):
+        for other in ({"source": SOURCE | {"model": "N"}}, {"setting": SETTING | {"stride": 32}}):
+            one, two = ours(index("roar", (0.01, 0.5))), ours(index("roar", (0.01, 0.5)))
+            self.assertEqual(self.table(one, two | other).count("| roar |"), 2)
 
     def test_what_did_not_reach_the_mass_is_not_said(self):
-        text = join.markdown([(ours(index("roar", (0.01, 0.5), reached=0.9)), None)])
-        self.assertIn("| roar | 0.500 | - | - | - | - | - | - | - | - | 1.5 |", text)
+        text = self.table(ours(index("roar", (0.01, 0.5), reached=0.9)))
+        self.assertIn("| roar | 0.500 | - | - | - | - | - | - | - | - | - | 1.5 |", text)
 
-    def test_another_schema_is_refused(self):
-        for recorded, peer in ((ours() | {"schema": 2}, None), (ours(), theirs() | {"schema": 2})):
+    def test_what_does_not_go_together_is_refused(self):
+        sparser = theirs() | {"setting": SETTING | {"stride": 32}}
+        for results in ([ours() | {"schema": 2}], [ours(), theirs() | {"schema": 1}], [theirs()], [ours(), sparser]):
             with self.assertRaises(ValueError):
-                join.markdown([(recorded, peer)])
+                self.table(*results)
 
     def test_files(self):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "ours.json"
             path.write_text(json.dumps(ours(index("sketch", (0.01, 0.5), (0.1, 1.0)))), encoding="utf-8")
             with redirect_stdout(io.StringIO()):
-                join.main([str(path), "-", "--out", folder])
+                join.main([str(path), "--out", folder])
             page = xml.parse(Path(folder) / "recall.svg").getroot()
             lines = page.iter("{http://www.w3.org/2000/svg}polyline")
             # Three curves of the index, and one of what is served.
@@ -137,7 +159,7 @@ class Joining(unittest.TestCase):
             self.assertTrue((Path(folder) / "recall.md").read_text(encoding="utf-8").startswith("### M, 8,192 tokens"))
 
     def test_mistakes_are_refused(self):
-        for line in (["one.json", "--out", "x"], []):
+        for line in (["one.json"], ["--out", "x"], []):
             with self.assertRaises(SystemExit), redirect_stderr(io.StringIO()):
                 join.arguments(line)
 
@@ -174,7 +196,7 @@ class Peers(unittest.TestCase):
             self.assertEqual(peers.group_of(layer, kind), expected)
 
     def test_mistakes_are_refused(self):
-        for line in ([], ["d", "--setting", "s", "--out", "o", "--indexes", "nobody"]):
+        for line in ([], ["d", "--setting", "s", "--index", "nobody"]):
             with self.assertRaises(SystemExit), redirect_stderr(io.StringIO()):
                 peers.arguments(line)
 

@@ -12,6 +12,9 @@
 //! to key [`SLOTS`]`[s]`, which is the order that 256-bit horizontal adds undo. Byte `i` of a slot of line `j` holds digit
 //! `4j + i` in its low half and digit `nibbles/2 + 4j + i` in its high half.
 //!
+//! **Leading lines.** A query of fewer digits, 8 a line, is scored by the first lines of each group, and the others are not read:
+//! half of its digits are a key's first ones, the others those from `nibbles/2` on.
+//!
 //! **Scores** are whole numbers of 1/128 of a power of two: [`Level`] says what they mean. They are the upper halves of f32
 //! bit patterns as well, so that reading them as f32 gives `2^score` within 3 % or so (Schraudolph 1999), with the error
 //! centred: sums of weights cost two adds per sixteen keys.
@@ -103,12 +106,12 @@ struct Weights {
 }
 
 impl CodedQueries {
-    /// Starts anew for keys of `nibbles` digits.
+    /// Starts anew for keys of `nibbles` digits, or for the leading lines of keys of more.
     ///
     /// # Panics
-    /// If `nibbles` is neither 32 nor 64.
+    /// If `nibbles` is not 8, 16, 32 or 64.
     pub fn begin(&mut self, nibbles: usize) {
-        assert!(nibbles == 32 || nibbles == 64, "coded: 32 or 64 digits a key");
+        assert!(matches!(nibbles, 8 | 16 | 32 | 64), "coded: 8 to 64 digits a query");
         self.nibbles = nibbles;
         self.lanes.clear();
         self.heads.clear();
@@ -211,7 +214,10 @@ pub const fn room_for(groups: usize) -> usize {
 #[derive(Clone, Copy)]
 struct Call<'a> {
     keys: CodedKeys<'a>,
+    /// Lines of a group that are read.
     lines: usize,
+    /// Lines of a group.
+    stride: usize,
     lanes: &'a [Lane],
     heads: &'a [Weights],
     /// Index of the first key.
@@ -251,8 +257,8 @@ impl Map {
 /// `l + 4`, `l + 2`, `l + 1`.
 ///
 /// # Panics
-/// If codes are not whole groups, steps and masks are not one per group, keys do not lie in one unit, or the room for what is
-/// found is too small ([`room_for`]).
+/// If codes are not whole groups of as many digits as queries have, steps and masks are not one per group, keys do not lie in one
+/// unit, or the room for what is found is too small ([`room_for`]).
 pub fn coded_scan(
     queries: &CodedQueries,
     heads: std::ops::Range<usize>,
@@ -271,8 +277,12 @@ fn coded_scan_on(
     first: usize,
     out: &mut Found<'_>,
 ) {
-    let groups = check(queries, &keys);
+    let (groups, lines) = check(queries, &keys);
     let count = heads.len();
+    assert!(
+        lines * 8 == queries.nibbles && lines >= 4,
+        "coded: a scan reads whole keys"
+    );
     assert!(
         first % UNIT + groups * GROUP <= UNIT,
         "coded: keys of one unit of {UNIT}"
@@ -316,7 +326,8 @@ fn coded_scan_on(
     }
 }
 
-/// Levels of keys for the queries `heads`, `[heads][stride]`: 0 for keys that are not searched.
+/// Levels of keys for the queries `heads`, `[heads][stride]`: 0 for keys that are not searched. Queries may be of
+/// the keys' leading lines.
 ///
 /// # Panics
 /// If codes are not whole groups, steps and masks are not one per group, or there is not room for the levels.
@@ -338,7 +349,7 @@ fn coded_levels_on(
     levels: &mut [u16],
     stride: usize,
 ) {
-    let groups = check(queries, &keys);
+    let (groups, _) = check(queries, &keys);
     assert!(
         heads.is_empty() || (groups * GROUP <= stride && levels.len() >= heads.len() * stride),
         "coded: room for the levels of each head"
@@ -363,6 +374,7 @@ impl<'a> Call<'a> {
         Self {
             keys,
             lines: queries.nibbles / 8,
+            stride: lines_of(queries, &keys),
             lanes: &queries.lanes[heads.start * lanes..heads.end * lanes],
             heads: &queries.heads[heads],
             first,
@@ -370,19 +382,27 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Groups of the keys, whose shape is right.
-fn check(queries: &CodedQueries, keys: &CodedKeys<'_>) -> usize {
-    let lines = queries.nibbles / 8;
+/// Lines of a group of keys.
+fn lines_of(queries: &CodedQueries, keys: &CodedKeys<'_>) -> usize {
+    keys.codes
+        .len()
+        .checked_div(keys.masks.len())
+        .unwrap_or(queries.nibbles / 8)
+}
+
+/// Groups of the keys, whose shape is right, and lines of each.
+fn check(queries: &CodedQueries, keys: &CodedKeys<'_>) -> (usize, usize) {
+    let groups = keys.masks.len();
     assert!(
-        lines > 0 && keys.codes.len().is_multiple_of(lines),
-        "coded: codes are whole groups"
-    );
-    let groups = keys.codes.len() / lines;
-    assert!(
-        keys.steps.len() == groups && keys.masks.len() == groups,
+        keys.steps.len() == groups,
         "coded: a step and a word of the mask per group"
     );
-    groups
+    let (read, lines) = (queries.nibbles / 8, lines_of(queries, keys));
+    assert!(
+        read > 0 && lines.is_multiple_of(read) && keys.codes.len() == groups * lines,
+        "coded: codes are whole groups"
+    );
+    (groups, lines)
 }
 
 #[cfg(test)]

@@ -63,7 +63,7 @@ async fn serve_on_threads(which: Which, configuration: Configuration, ready_file
         Some(Ok(())) => {
             let ready = parts.ready();
             // Said before the ready file is there: who waits for the file finds everything said.
-            announce(&ready, &configuration);
+            announce(&ready, &configuration, parts.chats());
             let file = ready_file.map(|path| ReadyFile::write(path, &ready)).transpose();
             if file.is_ok() {
                 stop.cancelled().await;
@@ -81,7 +81,7 @@ pub(crate) struct Parts {
     store: Option<Store>,
     worker: Option<Worker>,
     router: Option<Router>,
-    model: Option<String>,
+    model: Option<Arc<ModelFile>>,
 }
 
 impl Parts {
@@ -94,7 +94,7 @@ impl Parts {
             true => Some(open_model(&tree.model.path).await?),
             false => None,
         };
-        self.model = file.as_ref().map(|file| file.name().to_owned());
+        self.model.clone_from(&file);
         if which.runs(Which::Store) {
             let begun = Instant::now();
             self.store = Some(
@@ -134,7 +134,7 @@ impl Parts {
         Ready {
             version: VERSION.to_owned(),
             pid: std::process::id(),
-            model: self.model.clone(),
+            model: self.model.as_ref().map(|file| file.name().to_owned()),
             store: self
                 .store
                 .as_ref()
@@ -145,6 +145,11 @@ impl Parts {
                 .map(|worker| Part::new(worker.grpc_addr(), worker.admin_addr())),
             router: self.router.as_ref().map(|router| url(router.http_addr())),
         }
+    }
+
+    /// Whether the model has a template to chat by; base models have none.
+    fn chats(&self) -> bool {
+        self.model.as_ref().is_some_and(|file| file.template().is_some())
     }
 
     /// Router, worker, store: each finishes while what it needs still runs. A failure does not keep the rest from stopping.
@@ -218,7 +223,7 @@ fn name_the_key(error: anyhow::Error, tree: &Tree) -> anyhow::Error {
 }
 
 /// Says on standard output what can be done now.
-fn announce(ready: &Ready, configuration: &Configuration) {
+fn announce(ready: &Ready, configuration: &Configuration, chats: bool) {
     if let Some(router) = &ready.router {
         print(format_args!(
             "router  {router}  OpenAI API; /metrics, /healthz, /readyz"
@@ -235,9 +240,15 @@ fn announce(ready: &Ready, configuration: &Configuration) {
         ));
     }
     if let (Some(router), Some(model)) = (&ready.router, &ready.model) {
+        let (path, prompt) = match chats {
+            true => (
+                "chat/completions",
+                r#""messages": [{"role": "user", "content": "Name three uses of a key-value cache."}]"#,
+            ),
+            false => ("completions", r#""prompt": "Three uses of a key-value cache are""#),
+        };
         print(format_args!(
-            "\ntry it:\n  curl -s {router}/v1/chat/completions -H 'content-type: application/json' -d '{{\"model\": \
-             \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Name three uses of a key-value cache.\"}}], \
+            "\ntry it:\n  curl -s {router}/v1/{path} -H 'content-type: application/json' -d '{{\"model\": \"{model}\", {prompt}, \
              \"max_tokens\": 48}}'\n"
         ));
     }

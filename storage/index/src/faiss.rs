@@ -28,6 +28,8 @@ const ITERATIONS: u32 = 10;
 const NEIGHBOURS: usize = 32;
 /// Width of the search that inserts, as elsewhere here; faiss' default is 40.
 const BUILD_WIDTH: f64 = 200.0;
+/// Keys that the graph takes at once. Of more faiss has several threads insert, and the graph is another one each time.
+const ADDED_AT_ONCE: usize = 100;
 /// Keys scored per key of search width, about: the width is chosen from the effort by it.
 const SCORED_PER_WIDTH: usize = 8;
 
@@ -344,10 +346,9 @@ impl KeyIndex for FaissHnsw {
 
     fn append(&mut self, keys: &[f16]) -> Result<(), IndexError> {
         let rows = self.rows.take(keys)?;
-        if rows.is_empty() {
-            return Ok(());
-        }
-        self.index.get_mut().add(&rows).map_err(failed)
+        let index = self.index.get_mut();
+        let mut parts = rows.chunks(ADDED_AT_ONCE * self.rows.head_dim);
+        parts.try_for_each(|part| index.add(part).map_err(failed))
     }
 
     /// The effort chooses the width of the search: an eighth of the keys it allows, all at an effort of 1. It finds no more keys

@@ -84,6 +84,9 @@ pub struct Search<'a> {
     /// Share of the keys that may be scored exactly, (0, 1]: the one knob that all indexes turn (beam width, lists probed,
     /// candidates re-scored).
     pub effort: f32,
+    /// Share of each head's searched softmax mass, (0, 1], that is enough: an index that knows about what it has not read stops
+    /// where the keys found hold it, by its own estimate, and says so in [`Hits::covered`]. Others go by effort alone.
+    pub mass: f32,
     /// Positions that are not searched.
     pub excluded: &'a Excluded,
 }
@@ -93,6 +96,9 @@ pub struct Search<'a> {
 pub struct Hits {
     /// Per query head: position and exact base-2 score, best first, at most `k`; ties go to the lower position.
     pub heads: Vec<Vec<(u32, f32)>>,
+    /// Per query head, the share of the searched mass that the keys scored hold, as the index estimates it; empty where it went by
+    /// effort alone.
+    pub covered: Vec<f32>,
     /// Work done.
     pub cost: Cost,
 }

@@ -105,6 +105,9 @@ pub(crate) fn check(search: &Search<'_>, head_dim: usize, keys: usize) -> Result
     if !(search.effort > 0.0 && search.effort <= 1.0) {
         return invalid("effort", format!("{} is not above 0 and at most 1", search.effort));
     }
+    if !(search.mass > 0.0 && search.mass <= 1.0) {
+        return invalid("mass", format!("{} is not above 0 and at most 1", search.mass));
+    }
     Ok(search.q.len() / head_dim)
 }
 
@@ -228,6 +231,7 @@ pub(crate) fn scan_tail(search: &Search<'_>, from: usize, cost: &mut Cost, best:
 pub(crate) fn hits(best: Vec<Best>, cost: Cost) -> Hits {
     Hits {
         heads: best.into_iter().map(Best::into_sorted).collect(),
+        covered: Vec::new(),
         cost,
     }
 }

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, RUN_GROUPS};
 
 /// # Safety
-/// The processor has AVX2, FMA and F16C. There are `lines` lines of codes per group, as many groups as masks and steps, room
+/// The processor has AVX2, FMA and F16C. There are `stride` lines of codes per group, at least `lines`, as many groups as masks and steps, room
 /// for what may be found of each head of the call, and `lines * 2` lanes per head.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn scan(call: Call<'_>, out: &mut Found<'_>) {
@@ -34,6 +34,8 @@ pub(super) unsafe fn levels(call: Call<'_>, out: &mut [u16]) {
     // SAFETY: this function's own contract.
     unsafe {
         match call.lines {
+            1 => levels_of::<1>(call, out),
+            2 => levels_of::<2>(call, out),
             4 => levels_of::<4>(call, out),
             _ => levels_of::<8>(call, out),
         }
@@ -80,9 +82,9 @@ pub(super) unsafe fn group<const H: usize, const LINES: usize>(
     }
     for line in 0..LINES {
         for half in 0..2 {
-            // SAFETY: each group has LINES lines of 64 bytes and each head 2 * LINES lanes of 32, by this function's contract.
+            // SAFETY: each group has at least LINES lines of 64 bytes and each head 2 * LINES lanes of 32, by this function's contract.
             unsafe {
-                let codes = call.keys.codes.as_ptr().add(at * LINES + line).cast::<__m256i>();
+                let codes = call.keys.codes.as_ptr().add(at * call.stride + line).cast::<__m256i>();
                 let lanes = call.lanes.as_ptr().cast::<__m256i>();
                 let raw = _mm256_load_si256(codes.add(half));
                 let low = _mm256_and_si256(raw, nibble);

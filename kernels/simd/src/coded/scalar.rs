@@ -6,7 +6,7 @@ use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, RUN_GROUPS, SLOTS};
 fn group(call: &Call<'_>, head: usize, group: usize) -> [u16; GROUP] {
     let map = Map::new(call.heads[head], call.keys.steps[group]);
     let lanes = &call.lanes[head * call.lines * 2..][..call.lines * 2];
-    let codes = &call.keys.codes[group * call.lines..][..call.lines];
+    let codes = &call.keys.codes[group * call.stride..][..call.lines];
     let mut levels = [0; GROUP];
     for (slot, key) in SLOTS.into_iter().enumerate() {
         let mut product = call.heads[head].start as i16;

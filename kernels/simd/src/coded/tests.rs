@@ -126,6 +126,45 @@ proptest! {
     }
 }
 
+/// Leading lines are scored as keys are whose other digits weigh nothing, on every path.
+#[test]
+fn leading_lines_are_whole_keys_of_less() {
+    for (nibbles, read) in [(32, 8), (32, 16), (64, 16), (64, 32)] {
+        let (groups, half) = (7, nibbles / 2);
+        let raw = bytes(5, groups * GROUP * nibbles / 2);
+        let (codes, weights) = (lines(&raw), values(6, read));
+        let keys = CodedKeys {
+            codes: &codes,
+            steps: &[0.1, 0.1, 0.2, 0.2, 0.3, 0.1, 0.1],
+            masks: &[u16::MAX, 0x0ff0, u16::MAX, 1, u16::MAX, u16::MAX, 0],
+        };
+        let (mut queries, mut whole) = (CodedQueries::default(), vec![0.0; nibbles]);
+        for (part, weights) in weights.chunks(read / 2).enumerate() {
+            whole[part * half..][..read / 2].copy_from_slice(weights);
+        }
+        queries.begin(read);
+        queries.push(&weights);
+        let mut truth = vec![0; groups * GROUP];
+        coded_levels_on(Isa::Scalar, &queries, 0..1, keys, &mut truth, groups * GROUP);
+        for isa in Isa::available() {
+            let mut levels = vec![0; groups * GROUP];
+            coded_levels_on(isa, &queries, 0..1, keys, &mut levels, groups * GROUP);
+            assert_eq!(levels, truth, "{isa:?}");
+        }
+        for (key, level) in truth.iter().enumerate() {
+            let digit = |at: usize| f32::from(digit(&raw, nibbles, key, at)) - 7.5;
+            let score: f32 = whole.iter().enumerate().map(|(at, weight)| weight * digit(at)).sum();
+            let searched = (keys.masks[key / GROUP] >> (key % GROUP)) & 1 == 1;
+            assert_eq!(*level > 0, searched);
+            let found = Level(*level).above_average();
+            assert!(
+                !searched || (found - score * keys.steps[key / GROUP]).abs() < 0.3,
+                "{found} {score}"
+            );
+        }
+    }
+}
+
 /// A digit that moves the score by many powers of two: levels are as right as the query's eight bits, up to the ends.
 #[test]
 fn steep_queries_keep_their_order() {

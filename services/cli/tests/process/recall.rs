@@ -106,7 +106,7 @@ async fn counts_and_recalls_do_not_drift_unseen() {
     std::fs::write(&json, &said.out).expect("written");
     let join = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/recall/join.py");
     let mut command = Command::new("python3");
-    command.arg(join).arg(&json).args(["-", "--out"]).arg(folder.path());
+    command.arg(join).arg(&json).arg("--out").arg(folder.path());
     let done = command.env("PYTHONDONTWRITEBYTECODE", "1").output();
     let done = done.expect("python3 is there: `deploy/bootstrap.sh system` installs it");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));

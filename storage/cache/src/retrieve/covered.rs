@@ -122,6 +122,8 @@ impl Covered<'_> {
             keys: self.keys,
             k: k.max(1),
             effort,
+            // What is covered is judged here, with the tail, and in turns.
+            mass: 1.0,
             excluded: self.excluded,
         }
     }

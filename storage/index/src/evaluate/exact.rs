@@ -168,6 +168,7 @@ impl<'a> Exact<'a> {
             keys: rows(&self.keys, self.recording.head_dim),
             k,
             effort,
+            mass: 1.0,
             excluded: &self.excluded,
         }
     }

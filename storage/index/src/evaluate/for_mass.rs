@@ -4,7 +4,10 @@ use super::{
     Summary,
     exact::{Exact, Question},
 };
-use crate::{Hits, IndexError, KeyIndex};
+use crate::{Hits, IndexError, KeyIndex, Search};
+
+/// Of the masses that are tried the first.
+const LEAST_MASS: f32 = 0.5;
 
 /// Bytes that must be read until the keys scored hold a share of the searched softmax mass.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -15,11 +18,12 @@ pub struct BytesForMass {
     pub bytes: Summary,
     /// The same as shares of the bytes of the searched keys.
     pub bytes_share: Summary,
-    /// That effort.
+    /// That effort; of an index that stops by mass, the mass that it was asked for.
     pub effort: Summary,
 }
 
-/// Tries rising `efforts` at each decode step until the keys scored hold `share` of the mass for every query head.
+/// Tries rising `efforts` at each decode step until the keys scored hold `share` of the mass for every query head; of an index that
+/// [stops by mass](crate::Search::mass), rising masses.
 ///
 /// # Errors
 /// What the index answers.
@@ -65,15 +69,26 @@ impl MassTally {
     /// What the index answers.
     pub fn add(&mut self, index: &dyn KeyIndex, exact: &Exact<'_>) -> Result<(), IndexError> {
         let all = exact.searched() as f64 * exact.head_dim() as f64 * 2.0;
+        let mut trials = None;
         exact.each(|question| {
             self.steps += 1;
-            for &effort in &self.efforts {
+            let search = |effort: f32, mass| {
                 let k = (f64::from(effort) * index.keys() as f64).ceil().max(1.0) as usize;
-                let hits = index.search(&exact.search(question, k, effort))?;
+                let search = exact.search(question, k, effort);
+                index.search(&Search { mass, ..search })
+            };
+            if trials.is_none() {
+                let least = self.efforts.first().copied().unwrap_or(1.0);
+                let stops = !search(least, LEAST_MASS)?.covered.is_empty();
+                let by_effort = self.efforts.iter().map(|effort| (*effort, 1.0));
+                trials = Some(if stops { by_mass() } else { by_effort.collect() });
+            }
+            for &(effort, mass) in trials.iter().flatten() {
+                let hits = search(effort, mass)?;
                 if question.is_covered(&hits, self.share) {
                     self.bytes.push(hits.cost.bytes_read as f64);
                     self.shares.push(hits.cost.bytes_read as f64 / all);
-                    self.taken.push(f64::from(effort));
+                    self.taken.push(f64::from(if mass < 1.0 { mass } else { effort }));
                     break;
                 }
             }
@@ -90,6 +105,14 @@ impl MassTally {
             effort: Summary::of(&mut self.taken.clone()),
         }
     }
+}
+
+/// Efforts and masses that are tried of an index that stops by mass: of the mass that may be missed each a fifth less than the one
+/// before, at last none.
+fn by_mass() -> Vec<(f32, f32)> {
+    let missed = std::iter::successors(Some(1.0 - LEAST_MASS), |missed| Some(missed * 0.8));
+    let masses = missed.take_while(|missed| *missed > 1e-5).map(|missed| 1.0 - missed);
+    masses.chain([1.0]).map(|mass| (1.0, mass)).collect()
 }
 
 impl Question {

@@ -2,8 +2,8 @@ use kvasir_simd::Pool;
 
 use super::*;
 use crate::{
-    Attend, Cost, HeadBasis, Hits, KeyIndex, Moments, Origin, Quest, Search, Segment, SketchAttended, SketchFormat,
-    SketchScan, Wave, WaveParams, encode_block, suite::Data,
+    Attend, HeadBasis, Hits, KeyIndex, Moments, Origin, Quest, Search, Segment, Sketch, SketchAttended, SketchFormat,
+    SketchScan, Wave, WaveParams, Width, encode_block, suite::Data,
 };
 
 /// A recording of 3 query heads over 900 tokens and its truth in f64.
@@ -43,6 +43,13 @@ impl Case {
 
     fn prefill(&self) -> &[f16] {
         &self.data.keys[..860 * 32]
+    }
+
+    fn basis(&self) -> HeadBasis {
+        let mut moments = Moments::new(32);
+        moments.add_queries(&self.data.samples);
+        moments.add_keys(self.prefill());
+        moments.basis(32).expect("directions").basis
     }
 
     fn quest(&self) -> Quest {
@@ -159,6 +166,23 @@ fn bytes_for_a_mass_are_those_of_the_least_effort() {
 }
 
 #[test]
+fn an_index_that_stops_by_mass_is_asked_for_masses() {
+    let case = Case::new();
+    let exact = Exact::of(case.recording(), &case.setting, 10, &Pool::new(1)).expect("a recording");
+    let mut sketch = Sketch::new(32, Width::Four, case.basis(), Origin::default()).expect("a basis");
+    sketch.append(case.prefill()).expect("keys");
+    // The efforts are for others: with this one alone they would read every key.
+    let some = bytes_for_mass(&sketch, &exact, 0.8, &[1.0]).expect("figures");
+    assert_eq!(some.reached, 1.0, "a mass of 1 always does");
+    assert!(some.bytes_share.mean < 1.0, "keys and codes are 1.25: {some:?}");
+    let more = bytes_for_mass(&sketch, &exact, 0.95, &[1.0]).expect("figures");
+    assert!(
+        some.bytes.mean < more.bytes.mean && some.effort.mean < more.effort.mean,
+        "{more:?}"
+    );
+}
+
+#[test]
 fn recordings_add_up() {
     let case = Case::new();
     let exact = Exact::of(case.recording(), &case.setting, 100, &Pool::new(1)).expect("a recording");
@@ -223,10 +247,7 @@ fn served(case: &Case, basis: &HeadBasis, how: Attend) -> AttendJudgement {
 #[test]
 fn finished_attention_is_judged_by_the_truth() {
     let case = Case::new();
-    let mut moments = Moments::new(32);
-    moments.add_queries(&case.data.samples);
-    moments.add_keys(case.prefill());
-    let basis = moments.basis(32).expect("directions").basis;
+    let basis = case.basis();
     let all = Attend {
         target_mass: 1.0,
         effort: 1.0,
@@ -286,7 +307,7 @@ impl KeyIndex for Nothing {
     fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError> {
         Ok(Hits {
             heads: vec![Vec::new(); search.q.len() / 32],
-            cost: Cost::default(),
+            ..Hits::default()
         })
     }
     fn encode(&self) -> Vec<u8> {

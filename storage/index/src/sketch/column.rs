@@ -17,7 +17,7 @@ use crate::{Excluded, HeadBasis, IndexError};
 const LEARN_EVERY: usize = 4;
 
 /// Sketches of consecutive blocks of one KV head. All blocks but the last have the same number of keys.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Column {
     format: SketchFormat,
     /// Keys of each block but the last, which may have fewer; 0 while there is none.
@@ -164,6 +164,36 @@ impl Column {
         Ok(())
     }
 
+    /// Takes the last block off, which lies in runs of its own and has no values.
+    pub(super) fn pop(&mut self) {
+        debug_assert!(!self.format.values && (self.blocks == 1 || self.block_groups().is_multiple_of(RUN_GROUPS)));
+        self.keys -= self.last_keys();
+        self.blocks -= 1;
+        let groups = self.blocks * self.block_groups();
+        self.codes.truncate(groups * self.lines());
+        self.steps.truncate(groups);
+        self.masks.truncate(groups);
+        self.run_keys.truncate(groups.div_ceil(RUN_GROUPS));
+        self.step_max = self.steps.iter().copied().fold(0.0, f32::max);
+        if self.blocks == 0 {
+            self.block_keys = 0;
+        }
+    }
+
+    /// Appends the sketch of block `at`, of a column without values, to `out`.
+    pub(super) fn write(&self, at: usize, out: &mut Vec<u8>) {
+        let keys = if at + 1 < self.blocks {
+            self.block_keys
+        } else {
+            self.last_keys()
+        };
+        let first = at * self.block_groups();
+        let groups = first..first + keys.div_ceil(GROUP);
+        let codes = &self.codes[groups.start * self.lines()..groups.end * self.lines()];
+        self.format
+            .write(keys, self.steps[first], &self.masks[groups], codes, out);
+    }
+
     /// Whether block `at` is one of `keys`.
     fn check(&self, at: usize, keys: usize) -> Result<(), IndexError> {
         let expected = if at + 1 < self.blocks {
@@ -221,7 +251,7 @@ impl Column {
     }
 
     /// Lines of codes per group.
-    fn lines(&self) -> usize {
+    pub(super) fn lines(&self) -> usize {
         self.format.nibbles() / 8
     }
 

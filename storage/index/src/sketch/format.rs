@@ -1,7 +1,7 @@
 //! Bytes of a block's sketch.
 
 use half::f16;
-use kvasir_simd::{GROUP, SLOTS, cast_f16, project, weigh_rows};
+use kvasir_simd::{GROUP, Line, SLOTS, cast_f16, project, weigh_rows};
 
 use crate::{HeadBasis, IndexError};
 
@@ -17,7 +17,7 @@ const KEYS_MAX: usize = 256;
 /// Keys of a block mostly.
 const BLOCK_USUAL: usize = 64;
 const HEADER: usize = 8;
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 /// Step of a uniform quantiser of 16 levels for a normal variable of unit variance.
 const STEP: f32 = 0.335;
 
@@ -66,16 +66,38 @@ impl SketchFormat {
         }
     }
 
-    /// What the digits of a key are multiplied with for `along`, a query's weights per direction: upper digits, then lower ones,
-    /// of whichever directions have them.
-    pub(super) fn weigh_digits(self, along: &[f32], digits: &mut Vec<f32>) {
-        let wide = |direction: usize| if direction < LEADING { 2.0 } else { 1.0 };
-        let upper = along.iter().enumerate().map(|(at, weight)| weight * wide(at));
-        digits.clear();
-        digits.extend(upper);
-        for at in 0..self.nibbles() - self.directions() {
-            digits.push(digits[at] / 16.0);
+    /// Direction of digit `at` of a key, and whether it is the direction's second digit.
+    ///
+    /// Of 32 digits those of the first lines, eight a line, matter most: each [leading line](kvasir_simd::CodedQueries::begin) makes
+    /// scores better. Of 64 they are upper digits, then lower ones.
+    fn digit(self, at: usize) -> (usize, bool) {
+        /// Digits before the second ones of the leading directions: those are the last of the first line.
+        const FIRST: usize = 8 - LEADING;
+        if self.width == Width::Eight {
+            return (at % RANK, at >= RANK);
         }
+        let (half, at) = (at / (RANK / 2), at % (RANK / 2));
+        match at / 4 * 8 + half * 4 + at % 4 {
+            rank @ 0..FIRST => (rank, false),
+            rank @ FIRST..8 => (rank - FIRST, true),
+            rank => (rank - LEADING, false),
+        }
+    }
+
+    /// What the digits of a key are multiplied with for `along`, a query's weights per direction.
+    pub(super) fn weigh_digits(self, along: &[f32], digits: &mut Vec<f32>) {
+        digits.clear();
+        digits.extend((0..self.nibbles()).map(|at| {
+            let (direction, second) = self.digit(at);
+            let wide = if direction < LEADING { 2.0 } else { 1.0 };
+            along[direction] * wide / if second { 16.0 } else { 1.0 }
+        }));
+    }
+
+    /// Of such weights those of the leading lines.
+    pub(super) fn leading_digits(self, digits: &[f32], lines: usize) -> Vec<f32> {
+        let (low, high) = digits.split_at(self.nibbles() / 2);
+        [&low[..4 * lines], &high[..4 * lines]].concat()
     }
 
     /// Bytes of the sketch of a block of `keys` keys.
@@ -103,6 +125,14 @@ impl SketchFormat {
 
     fn means_at(self, keys: usize) -> usize {
         Self::codes_at(keys) + keys.div_ceil(GROUP) * GROUP * self.nibbles() / 2
+    }
+
+    /// Appends the sketch of a block without values.
+    pub(super) fn write(self, keys: usize, step: f32, masks: &[u16], codes: &[Line], out: &mut Vec<u8>) {
+        let start = out.len();
+        out.resize(start + Self::codes_at(keys), 0);
+        put_header(keys, step, masks, &mut out[start..]);
+        codes.iter().for_each(|line| out.extend_from_slice(&line.0));
     }
 
     /// Whether `basis` is one for keys of this shape.
@@ -211,12 +241,7 @@ fn encode(format: SketchFormat, basis: &HeadBasis, keys: &[f16], z: &mut [[f32; 
     }
     let rms = (square / count.max(1) as f32).sqrt();
     let step = if rms.is_finite() { rms * STEP } else { 1.0 };
-    block[..2].copy_from_slice(&VERSION.to_le_bytes());
-    block[2..4].copy_from_slice(&(n as u16).to_le_bytes());
-    block[4..8].copy_from_slice(&step.to_le_bytes());
-    for (bytes, word) in block[HEADER..].chunks_exact_mut(2).zip(&mask[..n.div_ceil(GROUP)]) {
-        bytes.copy_from_slice(&word.to_le_bytes());
-    }
+    put_header(n, step, &mask[..n.div_ceil(GROUP)], block);
     let codes = &mut block[SketchFormat::codes_at(n)..format.means_at(n)];
     let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
     for (z, codes) in z
@@ -227,22 +252,31 @@ fn encode(format: SketchFormat, basis: &HeadBasis, keys: &[f16], z: &mut [[f32; 
     }
 }
 
+/// Header and mask of a block of `keys` keys.
+fn put_header(keys: usize, step: f32, masks: &[u16], block: &mut [u8]) {
+    block[..2].copy_from_slice(&VERSION.to_le_bytes());
+    block[2..4].copy_from_slice(&(keys as u16).to_le_bytes());
+    block[4..8].copy_from_slice(&step.to_le_bytes());
+    for (bytes, word) in block[HEADER..].chunks_exact_mut(2).zip(masks) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+}
+
 /// Digits of a group of sixteen keys from their coordinates `z[direction][key]`.
 fn quantise(format: SketchFormat, z: &[[f32; GROUP]], inverse: f32, codes: &mut [u8]) {
     let mut digits = [[0_u8; GROUP]; 2 * RANK];
-    let directions = format.directions();
-    let two = format.nibbles() - directions;
-    for (direction, row) in z.iter().enumerate() {
+    let two = format.nibbles() - format.directions();
+    for (at, digits) in digits.iter_mut().enumerate().take(format.nibbles()) {
+        let (direction, second) = format.digit(at);
         let inverse = if direction < LEADING { 0.5 * inverse } else { inverse };
-        for (key, &z) in row.iter().enumerate() {
+        for (digit, &z) in digits.iter_mut().zip(&z[direction]) {
             // A cast of a float saturates, and takes NaN to 0.
-            if direction < two {
+            *digit = if direction < two {
                 let code = (z * inverse * 16.0 + 128.0).clamp(0.0, 255.0) as u8;
-                digits[direction][key] = code >> 4;
-                digits[directions + direction][key] = code & 15;
+                if second { code & 15 } else { code >> 4 }
             } else {
-                digits[direction][key] = (z * inverse + 8.0).clamp(0.0, 15.0) as u8;
-            }
+                (z * inverse + 8.0).clamp(0.0, 15.0) as u8
+            };
         }
     }
     let half = codes.len() / GROUP;

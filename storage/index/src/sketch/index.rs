@@ -1,11 +1,13 @@
 //! [`Sketch`] as a [`KeyIndex`]: keys only, in blocks of its own.
 
+mod by_mass;
+
 use half::f16;
 use kvasir_simd::{score_rows, top_k};
 
 use super::{
     column::Column,
-    format::{SketchFormat, View, Width, encode_block, invalid},
+    format::{SketchFormat, Width, encode_block, invalid},
     search::{Candidates, Kind, Masks, Room, Table},
 };
 use crate::{
@@ -17,7 +19,7 @@ use crate::{
 /// Keys of a block.
 const BLOCK: usize = 64;
 /// Of the payload.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// Sketches of the keys of one KV head.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,8 +29,8 @@ pub struct Sketch {
     /// Names keys and basis in files.
     origin: Origin,
     keys: usize,
-    /// Whole blocks, then the sketch of the open one.
-    blocks: Vec<u8>,
+    /// Whole blocks, then the open one.
+    column: Column,
     /// Keys of the open block.
     open: Vec<f16>,
 }
@@ -50,7 +52,7 @@ impl Sketch {
             basis,
             origin,
             keys: 0,
-            blocks: Vec::new(),
+            column: Column::new(format),
             open: Vec::new(),
         })
     }
@@ -73,23 +75,18 @@ impl Sketch {
         index.keys = keys;
         let tail = keys % BLOCK;
         index.open = fields.halves(tail * head_dim)?;
-        index.blocks = fields.rest().to_vec();
+        let blocks = fields.rest();
         let open = if tail > 0 { index.format.bytes(tail) } else { 0 };
-        if index.blocks.len() != keys / BLOCK * index.format.bytes(BLOCK) + open {
+        if blocks.len() != keys / BLOCK * index.format.bytes(BLOCK) + open {
             return Err(unusable("not as many blocks as keys"));
         }
-        for at in 0..keys.div_ceil(BLOCK) {
-            if index.view(at)?.keys != BLOCK.min(keys - at * BLOCK) {
-                return Err(unusable("a block of another length"));
-            }
+        for (at, block) in blocks.chunks(index.format.bytes(BLOCK)).enumerate() {
+            index.column.push_missing(BLOCK.min(keys - at * BLOCK))?;
+            // Of another number of keys it is none of this block.
+            let other = |_| unusable("a block that is not one");
+            index.column.set(at, block).map_err(other)?;
         }
         Ok(index)
-    }
-
-    fn view(&self, block: usize) -> Result<View<'_>, IndexError> {
-        let each = self.format.bytes(BLOCK);
-        let end = ((block + 1) * each).min(self.blocks.len());
-        View::new(self.format, &self.blocks[block * each..end])
     }
 }
 
@@ -103,7 +100,7 @@ impl KeyIndex for Sketch {
     }
 
     fn bytes(&self) -> usize {
-        self.blocks.len() + self.open.len() * 2
+        self.column.bytes() + self.open.len() * 2
     }
 
     fn append(&mut self, keys: &[f16]) -> Result<(), IndexError> {
@@ -117,11 +114,16 @@ impl KeyIndex for Sketch {
         if keys.is_empty() {
             return Ok(());
         }
-        self.blocks.truncate(self.keys / BLOCK * self.format.bytes(BLOCK));
+        if !self.open.is_empty() {
+            self.column.pop();
+        }
         self.open.extend_from_slice(keys);
         self.keys += keys.len() / d;
+        let mut sketch = Vec::with_capacity(self.format.bytes(BLOCK));
         for block in self.open.chunks(BLOCK * d) {
-            encode_block(self.format, &self.basis, block, &[], &mut self.blocks)?;
+            sketch.clear();
+            encode_block(self.format, &self.basis, block, &[], &mut sketch)?;
+            self.column.push(&sketch)?;
         }
         self.open.drain(..self.open.len() / (BLOCK * d) * BLOCK * d);
         Ok(())
@@ -130,17 +132,16 @@ impl KeyIndex for Sketch {
     fn search(&self, search: &Search<'_>) -> Result<Hits, IndexError> {
         let d = self.format.head_dim;
         check(search, d, self.keys)?;
-        let mut column = Column::new(self.format);
-        let each = self.format.bytes(BLOCK);
-        for block in self.blocks.chunks(each) {
-            column.push(block)?;
-        }
+        let column = &self.column;
         let (mut table, mut masks, mut room) = (Table::default(), Masks::default(), Room::default());
         table.begin(self.format, search.q, &self.basis, search.scale, room.weights());
         let mut words = Vec::new();
         let searched = column.searched(0, search.excluded, |block| (block * BLOCK) as u32, &mut words);
         masks.words.push(words);
         masks.searched.push(searched);
+        if search.mass < 1.0 && searched > 0 {
+            return Ok(by_mass::search(search, &table, column, &masks));
+        }
         let mut cost = Cost {
             bytes_read: column.coded_bytes() as u64,
             ..Cost::default()
@@ -151,7 +152,7 @@ impl KeyIndex for Sketch {
         };
         let mut candidates = Candidates::default();
         if searched > 0 {
-            table.find(&column, &masks, &mut room, &wanted, &mut candidates);
+            table.find(column, &masks, &mut room, &wanted, &mut candidates);
         } else {
             candidates.ends.resize(table.heads(), 0);
         }
@@ -191,7 +192,7 @@ impl KeyIndex for Sketch {
         let mut payload = Vec::with_capacity(4 + self.bytes());
         file::put_u32s(&mut payload, &[bits]);
         file::put_halves(&mut payload, &self.open);
-        payload.extend_from_slice(&self.blocks);
+        (0..self.column.blocks()).for_each(|at| self.column.write(at, &mut payload));
         let head_dim = self.format.head_dim;
         file::seal(file::Kind::Sketch, VERSION, head_dim, self.keys, self.origin, &payload)
     }

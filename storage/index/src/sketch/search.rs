@@ -147,10 +147,34 @@ impl Table {
         &self.left[head * self.runs..][..self.runs]
     }
 
-    /// Bytes that grow with keys.
+    /// The queries for the leading lines of keys.
+    pub(super) fn leading(&self, format: SketchFormat, lines: usize) -> CodedQueries {
+        let (mut queries, mut digits) = (CodedQueries::default(), Vec::new());
+        queries.begin(8 * lines);
+        for head in 0..self.heads() {
+            format.weigh_digits(self.along(head), &mut digits);
+            queries.push(&format.leading_digits(&digits, lines));
+        }
+        queries
+    }
+
+    /// Whether levels of a column's keys are right for a head.
+    pub(super) fn fits(&self, head: usize, column: &Column) -> bool {
+        self.coded.fits(head, column.step_max())
+    }
+
+    /// Whether a head whose best key has this level cannot tell keys apart, since they lie at an end of the scale.
+    pub(super) fn is_at_an_end(best: u16) -> bool {
+        /// At or below it a best key is 36 powers of two below the calibration's average key: too near the scale's end for the
+        /// others to be told apart.
+        const DEEP: u16 = 31 * 128;
+        best >= Level::HIGHEST.0 || best <= DEEP
+    }
+
     /// Bytes of a head beside those of its runs, at most.
     pub(super) const BYTES_OF_HEAD: usize = RANK * 4 + size_of::<Lean>();
 
+    /// Bytes that grow with keys.
     pub(super) fn bytes(&self) -> usize {
         (self.left.len() + self.along.len()) * 4 + self.leans.len() * size_of::<Lean>()
     }
@@ -187,7 +211,7 @@ impl Table {
         self.total.resize(heads, 0.0);
         room.prepare(heads, column.groups());
         for head in 0..heads {
-            if self.kinds[head] == Kind::Sketched && !self.coded.fits(head, column.step_max()) {
+            if self.kinds[head] == Kind::Sketched && !self.fits(head, column) {
                 self.kinds[head] = Kind::Exact;
             }
         }

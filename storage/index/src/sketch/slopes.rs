@@ -13,7 +13,7 @@ use super::format::finite;
 const RUN: usize = GROUP * RUN_GROUPS;
 
 /// Sums over the keys of a column.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Slopes {
     keys: usize,
     /// Of coordinates, less their run's mean, times values: `[directions, head_dim]`.

@@ -190,6 +190,7 @@ fn indexes_append_search_and_persist() {
         keys: KeyRows::new(&blocks, 50, 64),
         k,
         effort,
+        mass: 1.0,
         excluded: &excluded,
     };
     let mut whole = new("flat");
@@ -223,6 +224,14 @@ fn indexes_append_search_and_persist() {
                 ..ask(1, 1.0)
             },
             Search {
+                mass: 0.0,
+                ..ask(1, 1.0)
+            },
+            Search {
+                mass: f32::NAN,
+                ..ask(1, 1.0)
+            },
+            Search {
                 keys: KeyRows::new(&blocks[..2], 50, 64),
                 ..ask(1, 1.0)
             },
@@ -252,4 +261,91 @@ fn indexes_append_search_and_persist() {
     let mut parts = Sketch::new(64, Width::Four, case.basis.clone(), id).unwrap();
     case.keys.chunks(64).for_each(|key| parts.append(key).unwrap());
     assert!(again == parts, "appended at once or key by key");
+}
+
+/// What is found holds about the mass that was asked for, of every head, and costs what it must; a search is a function of its keys.
+#[test]
+fn a_search_stops_where_the_mass_is() {
+    let case = Case::new(23, 64, 3, 64, 2000);
+    let excluded = Excluded::new(&[0..4, 900..1000]);
+    let blocks: Vec<&[f16]> = case.keys.chunks(64 * 64).collect();
+    let ask = |mass, effort| Search {
+        q: &case.q,
+        scale: case.scale(),
+        keys: KeyRows::new(&blocks, 64, 64),
+        k: 2000,
+        effort,
+        mass,
+        excluded: &excluded,
+    };
+    let mut flat = Flat::new(64, Origin([1; 32])).unwrap();
+    flat.append(&case.keys).unwrap();
+    let truth = flat.search(&ask(1.0, 1.0)).unwrap();
+    assert!(truth.covered.is_empty());
+    for width in [Width::Four, Width::Eight] {
+        let mut index = Sketch::new(64, width, case.basis.clone(), Origin([1; 32])).unwrap();
+        index.append(&case.keys).unwrap();
+        let mut before = 0;
+        for mass in [0.3, 0.8, 0.95, 0.999] {
+            let found = index.search(&ask(mass, 1.0)).unwrap();
+            assert!(found.cost.bytes_read > before, "more mass costs more");
+            before = found.cost.bytes_read;
+            for ((hits, all), covered) in found.heads.iter().zip(&truth.heads).zip(&found.covered) {
+                let high = all[0].1;
+                let sum = |hits: &[(u32, f32)]| hits.iter().map(|(_, score)| (score - high).exp2()).sum::<f32>();
+                let held = sum(hits) / sum(all);
+                assert!(
+                    *covered >= mass && held > mass - 0.1 * (1.0 - mass) - 0.02,
+                    "{width:?} {mass}: {covered} {held}"
+                );
+                assert!(hits.windows(2).all(|pair| pair[0].1 >= pair[1].1));
+                assert!(
+                    hits.iter().all(|hit| all.contains(hit)),
+                    "exact scores of searched keys"
+                );
+            }
+            assert_eq!(index.search(&ask(mass, 1.0)).unwrap(), found);
+        }
+        let whole = index.search(&ask(1.0, 1.0)).unwrap();
+        assert_eq!(whole.heads, truth.heads);
+        assert!(before < whole.cost.bytes_read, "{before} of {}", whole.cost.bytes_read);
+        let little = index.search(&ask(0.999, 0.01)).unwrap();
+        assert!(
+            little.heads.iter().all(|hits| hits.len() <= 3 * 19),
+            "19 of 1,896 for each head"
+        );
+        let mut parts = Sketch::new(64, width, case.basis.clone(), Origin([1; 32])).unwrap();
+        case.keys.chunks(77 * 64).for_each(|keys| parts.append(keys).unwrap());
+        assert_eq!(parts.search(&ask(0.8, 1.0)), index.search(&ask(0.8, 1.0)));
+        let none = Excluded::new(&[0..1000, 1000..2000]);
+        let nothing = index
+            .search(&Search {
+                excluded: &none,
+                ..ask(0.8, 1.0)
+            })
+            .unwrap();
+        assert!(nothing.heads.iter().all(Vec::is_empty) && nothing.heads.len() == 3);
+    }
+}
+
+/// Levels that cannot tell keys apart stop nothing: every key is read.
+#[test]
+fn a_search_by_mass_believes_no_levels_at_their_end() {
+    let mut case = Case::new(29, 64, 2, 64, 300);
+    case.q[..64].iter_mut().for_each(|q| *q *= 4000.0);
+    let blocks: Vec<&[f16]> = case.keys.chunks(64 * 64).collect();
+    let mut index = Sketch::new(64, Width::Four, case.basis.clone(), Origin([1; 32])).unwrap();
+    index.append(&case.keys).unwrap();
+    let search = Search {
+        q: &case.q,
+        scale: case.scale(),
+        keys: KeyRows::new(&blocks, 64, 64),
+        k: 300,
+        effort: 1.0,
+        mass: 0.5,
+        excluded: &Excluded::none(),
+    };
+    let found = index.search(&search).unwrap();
+    assert_eq!((found.heads[0].len(), found.heads[1].len()), (300, 300));
+    assert_eq!(found.covered, [1.0, 1.0]);
 }

@@ -5,10 +5,6 @@ use kvasir_simd::{GROUP, Level, RUN_GROUPS, UNIT};
 use super::{BUCKET, Candidates, Kind, Masks, Room, Table, sum};
 use crate::sketch::column::Column;
 
-/// A best key at or below this level is 36 powers of two below the calibration's average key: too near the scale's end for
-/// the others to be told apart.
-const DEEP: u16 = 31 * 128;
-
 /// What was kept by a scan and did not stay: the sum of its weights, and of weights times scores above the average key's.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Passed {
@@ -48,7 +44,7 @@ impl Table {
             self.scan(column, masks, head..head + 1, room);
         }
         let mut highest = room.highest(head);
-        if self.kinds[head] == Kind::Sketched && (highest >= Level::HIGHEST.0 || highest <= DEEP) {
+        if self.kinds[head] == Kind::Sketched && Self::is_at_an_end(highest) {
             self.kinds[head] = Kind::Exact;
             room.floors[head] = Level::LOWEST;
             self.scan(column, masks, head..head + 1, room);
