@@ -88,5 +88,14 @@ pub fn check_table(table: &[u8], checksum: Checksum) -> Result<(), BulkError> {
     }
 }
 
+/// Whether `message` has the checksum that a head announced.
+fn check_message(message: &[u8], announced: u64) -> Result<(), BulkError> {
+    if u64::from(Checksum::of(message).to_u32()) == announced {
+        Ok(())
+    } else {
+        Err(BulkError::Damaged { what: "the message" })
+    }
+}
+
 #[cfg(test)]
 mod tests;

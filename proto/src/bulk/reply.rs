@@ -5,7 +5,7 @@ use std::ops::Range;
 use kvasir_block::Checksum;
 
 use super::{
-    BulkError, Op, ROWS_MAX, TEXT_BYTES_MAX,
+    BulkError, Op, ROWS_MAX, TEXT_BYTES_MAX, check_message,
     wire::{Reader, Writer, u32_at, u64_at},
 };
 use crate::{GetOutcome, PutOutcome, convert::Tier};
@@ -79,7 +79,7 @@ pub struct ReplyHead {
     pub host_blocks: u32,
     /// Those of the others whose layers are all in memory or on disk; what is left needs the object tier.
     pub disk_blocks: u32,
-    /// Of a match: the lease, 0 for none.
+    /// Of a match: the lease, 0 for none. Of a decode: the checksum of its message.
     pub lease: u64,
     /// Of a match: milliseconds that the lease lasts.
     pub lease_ms: u32,
@@ -120,6 +120,22 @@ impl ReplyHead {
         self.table_bytes = table.len() as u32;
         self.table = Checksum::of(table);
         self
+    }
+
+    /// Announces the message of a decode.
+    #[must_use]
+    pub fn with_message(mut self, message: &[u8]) -> Self {
+        self.payload_bytes = message.len() as u64;
+        self.lease = Checksum::of(message).to_u32().into();
+        self
+    }
+
+    /// Whether `message` is the one that was announced.
+    ///
+    /// # Errors
+    /// [`BulkError::Damaged`] when not.
+    pub fn check_message(&self, message: &[u8]) -> Result<(), BulkError> {
+        check_message(message, self.lease)
     }
 
     /// A refusal in words, cut to [`TEXT_BYTES_MAX`]; the text follows the head.
@@ -196,7 +212,7 @@ impl ReplyHead {
         let expected = match (head.status, op) {
             (Status::Ok, Op::Get | Op::GetChain) => head.rows as usize * GetRow::bytes(head.placed),
             (Status::Ok, Op::Put | Op::Exists) => head.rows as usize,
-            (Status::Ok, Op::Match | Op::Return | Op::Suspect) => 0,
+            (Status::Ok, Op::Match | Op::Return | Op::Suspect | Op::Decode) => 0,
             _ => (head.table_bytes as usize).min(TEXT_BYTES_MAX),
         };
         if head.table_bytes as usize != expected {

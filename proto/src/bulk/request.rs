@@ -5,7 +5,7 @@ use std::{ops::Range, time::Duration};
 use kvasir_block::{BlockHash, Checksum, NamespaceId};
 
 use super::{
-    BulkError, ROWS_MAX, check_table,
+    BulkError, ROWS_MAX, check_message, check_table,
     wire::{KEY_ROW_BYTES, Reader, Writer, hash_at, u32_at},
 };
 
@@ -29,10 +29,13 @@ pub enum Op {
     /// Layer blocks whose bytes came wrong to a client that verifies: the store looks at its own and drops what is bad. A row is
     /// a key. Not answered.
     Suspect,
+    /// A message of a decode stream, as payload: a `DecodeRequest`, answered with a `DecodeReply`, or not at all where it is a hint. A
+    /// connection has one stream at a time; a refusal ends it.
+    Decode,
 }
 
 impl Op {
-    const ALL: [(u8, Self); 7] = [
+    const ALL: [(u8, Self); 8] = [
         (1, Self::Get),
         (2, Self::GetChain),
         (3, Self::Put),
@@ -40,6 +43,7 @@ impl Op {
         (5, Self::Match),
         (6, Self::Return),
         (7, Self::Suspect),
+        (8, Self::Decode),
     ];
 
     pub(super) fn code(self) -> u8 {
@@ -62,6 +66,8 @@ impl Op {
             Self::GetChain | Self::Exists | Self::Match => BlockHash::BYTES,
             Self::Put => PutRow::BYTES,
             Self::Return => 8,
+            // It has no table.
+            Self::Decode => 1,
         }
     }
 
@@ -74,6 +80,7 @@ impl Op {
             Self::Match => "bulk_match",
             Self::Return => "bulk_return",
             Self::Suspect => "bulk_suspect",
+            Self::Decode => "bulk_decode",
         }
     }
 }
@@ -93,7 +100,8 @@ pub struct RequestHead {
     pub layers: Range<u16>,
     /// How long the client waits: what has not been read by then is too late. Zero or more microseconds.
     pub deadline: Option<Duration>,
-    /// For a get, the lease that covers the blocks; 0 for none. For a match, the lease that is wished for in milliseconds.
+    /// For a get, the lease that covers the blocks; 0 for none. For a match, the lease that is wished for in milliseconds. For a decode,
+    /// the checksum of its message.
     pub lease: u64,
     /// For a get, how long computing a block, all of its layers, takes the client: what would take longer to read is too late at
     /// once. Whole microseconds, at least one; `None` where it is not known.
@@ -134,6 +142,22 @@ impl RequestHead {
         self.rows = (table.len() / self.op.row_bytes()) as u32;
         self.table = Checksum::of(table);
         self
+    }
+
+    /// Announces the message of a decode.
+    #[must_use]
+    pub fn with_message(mut self, message: &[u8]) -> Self {
+        self.payload_bytes = message.len() as u64;
+        self.lease = Checksum::of(message).to_u32().into();
+        self
+    }
+
+    /// Whether `message` is the one that was announced.
+    ///
+    /// # Errors
+    /// [`BulkError::Damaged`] when not.
+    pub fn check_message(&self, message: &[u8]) -> Result<(), BulkError> {
+        check_message(message, self.lease)
     }
 
     /// As bytes.
@@ -185,11 +209,14 @@ impl RequestHead {
         let table = Checksum::from_u32(reader.u32());
         let namespace = NamespaceId::from_bytes(reader.array());
         let recompute = reader.u64();
-        if payload_bytes != 0 && op != Op::Put {
+        if payload_bytes != 0 && !matches!(op, Op::Put | Op::Decode) {
             return Err(BulkError::field(
                 "payload_bytes",
-                format!("{payload_bytes}: only a put carries payloads"),
+                format!("{payload_bytes}: only a put or a decode carries payloads"),
             ));
+        }
+        if rows != 0 && op == Op::Decode {
+            return Err(BulkError::field("rows", format!("{rows}: a decode has none")));
         }
         Ok(Self {
             op,

@@ -76,6 +76,28 @@ fn heads_round_trip() {
 }
 
 #[test]
+fn messages_of_a_decode_round_trip() {
+    let message = b"a query";
+    let request = RequestHead::new(Op::Decode, 4, NAMESPACE).with_message(message);
+    let read = RequestHead::decode(&request.encode()).expect("a request");
+    assert_eq!((&read, read.payload_bytes), (&request, 7));
+    assert_eq!(read.check_message(message), Ok(()));
+    let damaged = Err(BulkError::Damaged { what: "the message" });
+    assert_eq!(read.check_message(b"a quarry"), damaged);
+    let reply = ReplyHead::new(Op::Decode, 4).with_message(message);
+    let read = ReplyHead::decode(&reply.encode()).expect("a reply");
+    assert_eq!((&read, read.check_message(message)), (&reply, Ok(())));
+    assert_eq!(read.check_message(b""), damaged);
+    // It has no table, and nothing but a put and a decode has a payload.
+    let with_rows = RequestHead { rows: 1, ..request };
+    let error = RequestHead::decode(&with_rows.encode()).unwrap_err().to_string();
+    assert_eq!(error, "rows: 1: a decode has none");
+    let of_a_get = RequestHead::new(Op::Get, 4, NAMESPACE).with_message(message);
+    let error = RequestHead::decode(&of_a_get.encode()).unwrap_err().to_string();
+    assert_eq!(error, "payload_bytes: 7: only a put or a decode carries payloads");
+}
+
+#[test]
 fn tables_round_trip() {
     let hashes = [hash(1), hash(2)];
     assert_eq!(hash_rows(&hash_table(&hashes)).collect::<Vec<_>>(), hashes);
@@ -163,7 +185,7 @@ fn what_cannot_be_is_named() {
                 payload_bytes: 1,
                 ..right.clone()
             },
-            "payload_bytes: 1: only a put carries payloads",
+            "payload_bytes: 1: only a put or a decode carries payloads",
         ),
     ];
     for (head, expected) in table {

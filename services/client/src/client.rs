@@ -2,6 +2,8 @@
 
 mod transport;
 
+pub(crate) use transport::REPLY_BYTES_MAX;
+
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -11,8 +13,8 @@ use kvasir_runtime::request_id::RequestId;
 use tonic::transport::Channel;
 
 use crate::{
-    BulkOffer, ClientConfig, ClientError, DecodeStream, ErrorKind, EventStream, GetStream, Namespace, OpenContext,
-    PrefixMatch, PutStream, bulk::pool::Pool, error::CallName, retry::Backoff,
+    BulkDecode, BulkOffer, ClientConfig, ClientError, DecodeStream, ErrorKind, EventStream, GetStream, Namespace,
+    OpenContext, PrefixMatch, PutStream, bulk::pool::Pool, error::CallName, retry::Backoff,
 };
 
 /// A store, seen from outside. Cheap to clone; connects lazily and reconnects by itself.
@@ -225,6 +227,14 @@ impl StoreClient {
     /// call.
     pub async fn decode(&self, namespace: &Namespace, open: OpenContext) -> Result<DecodeStream, ClientError> {
         DecodeStream::open(self, namespace, open).await
+    }
+
+    /// As [`StoreClient::decode`], over a bulk connection of its own, on a thread that may block and then uses the stream.
+    ///
+    /// # Errors
+    /// As [`StoreClient::decode`]; `Invalid` when the store offers no such path, `Exhausted` when it has too many connections.
+    pub fn decode_by_bulk(&self, namespace: &Namespace, open: &OpenContext) -> Result<BulkDecode, ClientError> {
+        BulkDecode::open(namespace, self.config(), open)
     }
 
     /// Watches which blocks are available, a snapshot first. `None` watches all namespaces.

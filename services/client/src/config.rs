@@ -43,13 +43,16 @@ pub struct ClientConfig {
     pub batch_bytes: usize,
     /// Most bulk connections at a time, one per open stream; streams beyond it go by gRPC.
     pub bulk_connections_max: usize,
+    /// How long a thread that waits for the reply to a query over a bulk connection ([`crate::BulkDecode`]) looks for it before it sleeps;
+    /// zero is to sleep at once. At most half as many threads of a process look at a time as there are processors.
+    pub decode_poll: Duration,
     /// Seed of the jitter of pauses between tries; clients with different seeds do not return in step.
     pub jitter_seed: u64,
 }
 
 impl ClientConfig {
     /// Defaults for a store on this machine or beside it: 1 s to connect, 5 s per call, 3 tries, 16 MiB in flight in
-    /// batches of 1 MiB, the fastest path, up to 8 bulk connections.
+    /// batches of 1 MiB, the fastest path, up to 8 bulk connections, and 200 us to look for a reply.
     pub fn to(url: impl Into<String>) -> Self {
         Self {
             url: url.into(),
@@ -62,6 +65,7 @@ impl ClientConfig {
             in_flight_bytes_max: 16 << 20,
             batch_bytes: 1 << 20,
             bulk_connections_max: 8,
+            decode_poll: Duration::from_micros(200),
             jitter_seed: u64::from(std::process::id()),
         }
     }

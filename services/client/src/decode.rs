@@ -1,12 +1,15 @@
-//! Retrieval: queries out, found keys or finished partial attention back.
+//! Retrieval: queries out, found keys or finished partial attention back, over gRPC ([`DecodeStream`]) or, for a thread of its own, over
+//! a bulk connection ([`BulkDecode`]).
 
+mod blocking;
 mod reply;
+mod talk;
 
-use std::{collections::VecDeque, ops::Range, time::Duration};
+use std::{ops::Range, time::Duration};
 
 use bytes::Bytes;
 use kvasir_block::BlockHash;
-use kvasir_proto::{convert, v1};
+use kvasir_proto::v1;
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout},
@@ -14,13 +17,9 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::{ClientError, Namespace, StoreClient, client::millis, error::CallName, observe};
-
-/// Queries sent and not answered; the store works on one at a time, so more would only wait there.
-const OUTSTANDING_MAX: usize = 64;
-
-/// How long past its deadline a query's reply may take to arrive: it then says that it fell short.
-const GRACE: Duration = Duration::from_millis(250);
+pub use self::blocking::BulkDecode;
+use self::talk::{OUTSTANDING_MAX, Talk};
+use crate::{ClientError, Namespace, StoreClient};
 
 /// What a retrieval stream works on.
 #[derive(Clone, Debug)]
@@ -233,25 +232,9 @@ pub enum Shortfall {
 /// An open context. Dropping it closes the context in the store.
 #[derive(Debug)]
 pub struct DecodeStream {
-    name: CallName,
-    namespace: Namespace,
-    q_heads: usize,
-    opened: Opened,
+    talk: Talk,
     requests: mpsc::Sender<v1::DecodeRequest>,
     replies: Streaming<v1::DecodeReply>,
-    outstanding: VecDeque<Outstanding>,
-    call_timeout: Duration,
-    failed: Option<ClientError>,
-}
-
-/// A query whose reply has not come.
-#[derive(Clone, Copy, Debug)]
-struct Outstanding {
-    sequence: u64,
-    layer: u16,
-    form: Form,
-    /// When to give up, and how long that is in all.
-    until: Option<(Instant, Duration)>,
 }
 
 impl DecodeStream {
@@ -261,34 +244,11 @@ impl DecodeStream {
         open: OpenContext,
     ) -> Result<Self, ClientError> {
         let name = client.name("decode");
-        if open.chain.len() > namespace.hashes_max {
-            let (asked, max) = (open.chain.len(), namespace.hashes_max);
-            let what = format!("a context of {asked} blocks, the store takes {max}: raise its hashes_max");
-            return Err(observe::failed(name.call, name.invalid(what)));
-        }
+        let request = talk::opening(&name, namespace, &open)?;
         let (requests, queued) = mpsc::channel(OUTSTANDING_MAX);
-        let request = v1::OpenContext {
-            namespace: convert::namespace_bytes(namespace.id),
-            hashes: convert::hash_bytes(&open.chain),
-            q_heads: u32::try_from(open.q_heads).unwrap_or(u32::MAX),
-            softmax_scale: open.softmax_scale,
-            index: match open.index {
-                IndexChoice::Best => "",
-                IndexChoice::Flat => "flat",
-                IndexChoice::Sketch => "sketch",
-                IndexChoice::Roar => "roar",
-                IndexChoice::Wave => "wave",
-            }
-            .to_owned(),
-            row_cache_rows: open.row_cache_rows,
-        };
-        let request = v1::DecodeRequest {
-            request: Some(v1::decode_request::Request::Open(request)),
-        };
         // The channel is new and empty: it takes this one.
         let _ = requests.try_send(request);
         let mut stub = client.retrieval();
-        let call_timeout = client.config().call_timeout;
         let opening = async {
             let request = client.request(ReceiverStream::new(queued), None);
             let mut replies = stub.decode(request).await?.into_inner();
@@ -296,40 +256,21 @@ impl DecodeStream {
             Ok::<_, Status>((replies, first))
         };
         let (replies, first) = client.opening(&name, opening).await?;
-        let opened = match first.and_then(|reply| reply.result) {
-            Some(v1::decode_reply::Result::Opened(opened)) => opened,
-            _ => {
-                return Err(observe::failed(
-                    name.call,
-                    name.broken("the first reply does not open the context"),
-                ));
-            }
-        };
         Ok(Self {
-            name,
-            namespace: namespace.clone(),
-            q_heads: open.q_heads,
-            opened: Opened {
-                tokens: opened.tokens,
-                index: opened.index,
-                index_reason: opened.index_reason,
-            },
+            talk: Talk::begin(name, namespace, open.q_heads, client.config().call_timeout, first)?,
             requests,
             replies,
-            outstanding: VecDeque::new(),
-            call_timeout,
-            failed: None,
         })
     }
 
     /// What serves the context.
     pub fn opened(&self) -> &Opened {
-        &self.opened
+        self.talk.opened()
     }
 
     /// Queries sent and not answered.
     pub fn outstanding(&self) -> usize {
-        self.outstanding.len()
+        self.talk.outstanding()
     }
 
     /// Sends a query.
@@ -338,52 +279,9 @@ impl DecodeStream {
     /// `Invalid` for a query of the wrong shape or when too many are unanswered (the stream lives on); else the stream
     /// broke.
     pub async fn send(&mut self, query: Query) -> Result<(), ClientError> {
-        self.check_alive()?;
-        self.check_query(query.layer, query.q.len(), query.local_lse.len())?;
-        if self.outstanding.len() >= OUTSTANDING_MAX {
-            let problem = format!("{OUTSTANDING_MAX} queries are unanswered: receive before sending more");
-            return Err(observe::failed(self.name.call, self.name.invalid(problem)));
-        }
-        let form = match query.form {
-            Form::Rows { k } => v1::query::Form::Rows(v1::Rows { k }),
-            Form::Attend {
-                target_mass,
-                k_max,
-                options,
-            } => v1::query::Form::Attend(v1::Attend {
-                target_mass,
-                k_max,
-                tail: options.tail,
-                certificate: match options.certificate {
-                    Certificate::None => v1::Certificate::None,
-                    Certificate::Statistical => v1::Certificate::Statistical,
-                    Certificate::Deterministic => v1::Certificate::Deterministic,
-                }
-                .into(),
-                missed_mass_max: options.missed_mass_max,
-                unbiased: options.unbiased,
-                effort: options.effort,
-            }),
-        };
-        let request = v1::Query {
-            sequence: query.sequence,
-            layer: query.layer.into(),
-            q: convert::float_bytes(&query.q),
-            excluded: query.excluded.into_iter().map(v1::TokenRange::from).collect(),
-            deadline_ms: query.deadline.map_or(0, millis),
-            local_lse: convert::float_bytes(&query.local_lse),
-            form: Some(form),
-        };
-        let request = v1::DecodeRequest {
-            request: Some(v1::decode_request::Request::Query(request)),
-        };
+        let (request, asked) = self.talk.query(query)?;
         self.put(request).await?;
-        self.outstanding.push_back(Outstanding {
-            sequence: query.sequence,
-            layer: query.layer,
-            form: query.form,
-            until: query.deadline.map(|wait| (Instant::now() + wait + GRACE, wait + GRACE)),
-        });
+        self.talk.asked(asked);
         Ok(())
     }
 
@@ -392,48 +290,24 @@ impl DecodeStream {
     /// # Errors
     /// As for [`DecodeStream::send`].
     pub async fn hint(&mut self, hint: Hint) -> Result<(), ClientError> {
-        self.check_alive()?;
-        self.check_query(hint.layer, hint.q.len(), hint.local_lse.len())?;
-        let hint = v1::Hint {
-            layer: hint.layer.into(),
-            q: convert::float_bytes(&hint.q),
-            local_lse: convert::float_bytes(&hint.local_lse),
-        };
-        self.put(v1::DecodeRequest {
-            request: Some(v1::decode_request::Request::Hint(hint)),
-        })
-        .await
-    }
-
-    /// Whether a layer may be asked with so many values, and so many of the local log-sum-exp.
-    fn check_query(&self, layer: u16, values: usize, local: usize) -> Result<(), ClientError> {
-        let head_dim = usize::from(self.namespace.schema.head_dim);
-        let problem = if values != self.q_heads * head_dim {
-            let heads = self.q_heads;
-            format!(
-                "q: {values} values, {heads} heads of {head_dim} are {}",
-                heads * head_dim
-            )
-        } else if local != 0 && local != self.q_heads {
-            format!("local_lse: {local} values for {} heads", self.q_heads)
-        } else if layer >= self.namespace.schema.layers {
-            format!("layer: {layer} of {}", self.namespace.schema.layers)
-        } else {
-            return Ok(());
-        };
-        Err(observe::failed(self.name.call, self.name.invalid(problem)))
+        let request = self.talk.hint(&hint)?;
+        self.put(request).await
     }
 
     async fn put(&mut self, request: v1::DecodeRequest) -> Result<(), ClientError> {
-        match timeout(self.call_timeout, self.requests.send(request)).await {
+        let wait = self.talk.call_timeout();
+        match timeout(wait, self.requests.send(request)).await {
             Ok(Ok(())) => Ok(()),
             // The connection dropped the requests: the store's last words say why.
-            Ok(Err(_)) => match timeout(self.call_timeout, self.replies.message()).await {
-                Ok(Err(status)) => Err(self.fail(self.name.status(&status))),
-                Ok(Ok(_)) => Err(self.fail(self.name.broken("the stream ended while queries were being sent"))),
-                Err(_) => Err(self.fail(self.name.timed_out(self.call_timeout))),
+            Ok(Err(_)) => match timeout(wait, self.replies.message()).await {
+                Ok(Err(status)) => Err(self.talk.fail(|name| name.status(&status))),
+                Ok(Ok(_)) => {
+                    let what = "the stream ended while queries were being sent";
+                    Err(self.talk.fail(|name| name.broken(what)))
+                }
+                Err(_) => Err(self.talk.fail(|name| name.timed_out(wait))),
             },
-            Err(_) => Err(self.fail(self.name.timed_out(self.call_timeout))),
+            Err(_) => Err(self.talk.fail(|name| name.timed_out(wait))),
         }
     }
 
@@ -443,43 +317,13 @@ impl DecodeStream {
     /// `TimedOut` when it did not come by the query's deadline (or the call timeout), and the stream is then of no more
     /// use; `Invalid` when nothing was asked; else the stream broke.
     pub async fn receive(&mut self) -> Result<Reply, ClientError> {
-        self.check_alive()?;
-        let Some(asked) = self.outstanding.front().copied() else {
-            return Err(observe::failed(
-                self.name.call,
-                self.name.invalid("no query is unanswered: send one first"),
-            ));
-        };
-        let (wait, total) = match asked.until {
-            Some((until, total)) => (until.saturating_duration_since(Instant::now()), total),
-            None => (self.call_timeout, self.call_timeout),
-        };
-        let reply = match timeout(wait, self.replies.message()).await {
-            Ok(Ok(Some(reply))) => reply,
-            Ok(Ok(None)) => {
-                let what = format!("the stream ended with {} queries unanswered", self.outstanding.len());
-                return Err(self.fail(self.name.broken(what)));
-            }
-            Ok(Err(status)) => return Err(self.fail(self.name.status(&status))),
-            Err(_) => return Err(self.fail(self.name.timed_out(total))),
-        };
-        self.outstanding.pop_front();
-        match self.checked(&asked, reply) {
-            Ok(reply) => {
-                observe::bytes(self.name.call, reply.wire_bytes);
-                Ok(reply)
-            }
-            Err(error) => Err(self.fail(self.name.broken_field(&error))),
+        let (until, total) = self.talk.awaited()?;
+        let wait = until.saturating_duration_since(Instant::now().into_std());
+        match timeout(wait, self.replies.message()).await {
+            Ok(Ok(Some(reply))) => self.talk.take(reply),
+            Ok(Ok(None)) => Err(self.talk.ended()),
+            Ok(Err(status)) => Err(self.talk.fail(|name| name.status(&status))),
+            Err(_) => Err(self.talk.fail(|name| name.timed_out(total))),
         }
-    }
-
-    fn check_alive(&self) -> Result<(), ClientError> {
-        self.failed.clone().map_or(Ok(()), Err)
-    }
-
-    fn fail(&mut self, error: ClientError) -> ClientError {
-        let error = observe::failed(self.name.call, error);
-        self.failed = Some(error.clone());
-        error
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! It deliberately does not know what the blocks are for, keeps none, and makes no thread or task of its own: what is
 //! dropped is cancelled. Blocks travel over gRPC, the store's bulk path or, on the same machine, its memory, with the same outcomes;
-//! [`BulkConnection`] and [`LocalConnection`] are the second and the third for a thread of its own.
+//! [`BulkConnection`] and [`LocalConnection`] are the second and the third for a thread of its own, and [`BulkDecode`] is retrieval for
+//! one.
 //!
 //! Meet first: [`StoreClient`], [`Namespace`], [`ClientError`].
 //!
@@ -53,8 +54,8 @@ pub use bulk::{BulkConnection, BulkOffer, PutBlock};
 pub use client::StoreClient;
 pub use config::{ClientConfig, DataPath};
 pub use decode::{
-    AttendOptions, Certificate, DecodeStream, Form, Found, HeadRows, Hint, IndexChoice, OpenContext, Opened, Query,
-    Reply, Report, Shortfall,
+    AttendOptions, BulkDecode, Certificate, DecodeStream, Form, Found, HeadRows, Hint, IndexChoice, OpenContext,
+    Opened, Query, Reply, Report, Shortfall,
 };
 pub use error::{ClientError, ErrorKind};
 pub use events::EventStream;

@@ -2,7 +2,10 @@
 //!
 //! They live on what is left over: a thread with nothing to do, while no query waits for one, and memory under a bound over all
 //! streams. A hint that finds none of it is dropped, and its query is searched for as any other. A stream has one at a time; dropping
-//! it ends it.
+//! it ends it. A stream that has a thread of its own searches on that, in the place of an idle one.
+//!
+//! No query waits for what will not serve it: where a forecast turns out too far off, its search is dropped at once. And none waits long
+//! for what will: a search ahead ends by itself at [`ahead_max`].
 
 use std::{
     ops::Range,
@@ -15,7 +18,7 @@ use std::{
 
 use kvasir_cache::{
     BlockCache,
-    retrieve::{Context, Form, ParkedSearch, SearchAhead},
+    retrieve::{Context, Form, ParkedSearch},
 };
 use tokio::sync::oneshot;
 
@@ -30,6 +33,8 @@ use crate::{
 pub(crate) struct Asking {
     pub(crate) form: Form,
     pub(crate) excluded: Vec<Range<u32>>,
+    /// How long the last one's search took in all, once it is known.
+    pub(crate) took: Option<Duration>,
 }
 
 /// About what the queries of a layer will be.
@@ -46,8 +51,15 @@ pub(crate) struct Forecast {
 #[derive(Debug)]
 pub(crate) struct Ahead {
     layer: u16,
+    q: Vec<f32>,
     dropped: Arc<AtomicBool>,
-    parked: oneshot::Receiver<Parked>,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    UnderWay(oneshot::Receiver<Parked>),
+    Done(Parked),
 }
 
 /// What is left of one that is done.
@@ -56,6 +68,8 @@ pub(crate) struct Parked {
     pub(crate) search: ParkedSearch,
     begun: Instant,
     done: Instant,
+    /// Until when the query was not there, as far as is known.
+    unasked: Instant,
     _room: Room,
 }
 
@@ -83,29 +97,40 @@ impl Ahead {
         expected: Asked,
     ) -> Option<Self> {
         let (sender, parked) = oneshot::channel();
-        let (layer, dropped) = (expected.layer, Arc::new(AtomicBool::new(false)));
+        let (layer, q, dropped) = (expected.layer, expected.q.clone(), Arc::new(AtomicBool::new(false)));
         let (helpers, rooms, is_dropped) = (door.clone(), Arc::clone(rooms), Arc::clone(&dropped));
         let started = door.start_if_idle(move || {
-            let begun = Instant::now();
-            let ahead = cache.search_ahead(&context, &expected.query(), &is_dropped);
-            // It was checked; where a forecast gains nothing, the blocks are in memory at least.
-            let Ok(Some(ahead)) = ahead else { return };
-            let Some(mut room) = Room::take(&rooms, ahead.bytes_max()) else {
-                return metrics::hint("no_room");
-            };
-            if let Some(search) = search(&helpers, &context, ahead) {
-                room.give_back_all_but(search.bytes());
-                let done = Instant::now();
+            if let Some(parked) = search(&helpers, &rooms, &cache, &context, &expected, &is_dropped, &|| false) {
                 // Whose stream has ended does not want it.
-                let _ = sender.send(Parked {
-                    search,
-                    begun,
-                    done,
-                    _room: room,
-                });
+                let _ = sender.send(parked);
             }
         });
-        started.then_some(Self { layer, dropped, parked })
+        let state = State::UnderWay(parked);
+        started.then_some(Self {
+            layer,
+            q,
+            dropped,
+            state,
+        })
+    }
+
+    /// Does it on this thread, which has a place among those of `door`. `is_asked` says whether the query is there meanwhile.
+    pub(crate) fn here(
+        door: &Door,
+        rooms: &Arc<Rooms>,
+        cache: &BlockCache,
+        context: &Context,
+        expected: Asked,
+        is_asked: &dyn Fn() -> bool,
+    ) -> Option<Self> {
+        let dropped = Arc::new(AtomicBool::new(false));
+        let parked = search(door, rooms, cache, context, &expected, &dropped, is_asked)?;
+        Some(Self {
+            layer: expected.layer,
+            q: expected.q,
+            dropped,
+            state: State::Done(parked),
+        })
     }
 
     /// What it leaves for a query, waiting for it until the query's deadline; `None` where that is nothing for it.
@@ -114,11 +139,19 @@ impl Ahead {
             metrics::parked("other");
             return None;
         }
-        let parked = match asked.deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline.into(), &mut self.parked).await.ok()?,
-            None => (&mut self.parked).await,
+        if !context.is_near(&self.q, &asked.q) {
+            metrics::parked("too_far");
+            return None;
+        }
+        // What is done is kept to its end by `self`, whose drop ends what is not.
+        let state = std::mem::replace(&mut self.state, State::UnderWay(oneshot::channel().1));
+        let parked = match (state, asked.deadline) {
+            (State::Done(parked), _) => parked,
+            (State::UnderWay(parked), Some(deadline)) => {
+                tokio::time::timeout_at(deadline.into(), parked).await.ok()?.ok()?
+            }
+            (State::UnderWay(parked), None) => parked.await.ok()?,
         };
-        let parked = parked.ok()?;
         let is_for = parked.search.is_for(context, &asked.query());
         metrics::parked(if is_for { "taken" } else { "other" });
         is_for.then_some(parked)
@@ -139,7 +172,8 @@ impl Parked {
 
     /// How much of that had passed at `arrived`.
     pub(crate) fn hidden(&self, arrived: Instant) -> Duration {
-        self.done.min(arrived).saturating_duration_since(self.begun)
+        let unasked = self.done.min(arrived).min(self.unasked);
+        unasked.saturating_duration_since(self.begun)
     }
 }
 
@@ -181,13 +215,73 @@ impl Drop for Room {
     }
 }
 
-/// Works on it, with idle threads where it is large.
-fn search(door: &Door, context: &Context, ahead: SearchAhead) -> Option<ParkedSearch> {
+/// How long a search ahead may take before it is given up, where a stream's last search took `last`, all in all: as long as a fresh one
+/// and then some, so that a query that comes in the middle of it loses little by it.
+pub(crate) fn ahead_max(last: Option<Duration>) -> Duration {
+    /// Where nothing is known: blocks may have to be read.
+    const FIRST: Duration = Duration::from_millis(100);
+    const LEAST: Duration = Duration::from_millis(2);
+    last.map_or(FIRST, |last| (2 * last).max(LEAST))
+}
+
+/// Searches ahead, with idle threads where it is large.
+fn search(
+    door: &Door,
+    rooms: &Arc<Rooms>,
+    cache: &BlockCache,
+    context: &Context,
+    expected: &Asked,
+    dropped: &Arc<AtomicBool>,
+    is_asked: &dyn Fn() -> bool,
+) -> Option<Parked> {
+    let begun = Instant::now();
+    // It was checked; where a forecast gains nothing, the blocks are in memory at least.
+    let ahead = cache.search_ahead(context, &expected.query(), dropped).ok().flatten()?;
+    let Some(mut room) = Room::take(rooms, ahead.bytes_max()) else {
+        metrics::hint("no_room");
+        return None;
+    };
     let ahead = Arc::new(ahead);
     if context.tokens() * ahead.parts() >= HELP_KEYS {
         let help = Arc::clone(&ahead);
         door.start_on_idle(ahead.parts().saturating_sub(1), move || help.work());
     }
-    ahead.work();
-    ahead.wait()
+    let (mut unasked, mut asked) = (begun, false);
+    let mut look = || {
+        asked = asked || is_asked();
+        if !asked {
+            unasked = Instant::now();
+        }
+    };
+    ahead.work_and(&mut look);
+    let search = ahead.wait()?;
+    look();
+    room.give_back_all_but(search.bytes());
+    Some(Parked {
+        search,
+        begun,
+        done: Instant::now(),
+        unasked,
+        _room: room,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_search_ahead_may_take_as_long_as_a_fresh_one_and_then_some() {
+        let us = Duration::from_micros;
+        let table = [
+            (None, us(100_000)),
+            (Some(us(0)), us(2_000)),
+            (Some(us(400)), us(2_000)),
+            (Some(us(5_000)), us(10_000)),
+            (Some(us(200_000)), us(400_000)),
+        ];
+        for (last, expected) in table {
+            assert_eq!(ahead_max(last), expected, "{last:?}");
+        }
+    }
 }

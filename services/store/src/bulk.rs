@@ -8,10 +8,14 @@
 //! (`message_timeout`) and a frame to leave (`bulk_stall_timeout`), the time a connection does nothing (`bulk_idle_timeout`).
 //! Places are taken before the token is shown, so who connects and says nothing has one for `message_timeout`.
 //!
+//! Decode streams come by it too, a message at a time: the connection's thread searches by itself, in the place of one of the threads for
+//! retrieval, so there is no hand-over between a query and its reply.
+//!
 //! A process on this machine comes by a Unix socket ([`crate::local`]) and is served by the same code.
 
 mod answer;
 mod connection;
+mod decode;
 mod put;
 mod socket;
 
@@ -32,6 +36,7 @@ use std::{
 use anyhow::Context;
 use kvasir_proto::bulk::{Refusal, TOKEN_BYTES, Welcome};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 
 use self::{connection::Connection, socket::Socket};
 use crate::{
@@ -65,6 +70,8 @@ pub(crate) struct Kept {
 #[derive(Debug)]
 struct Shared {
     served: Arc<Served>,
+    /// Of the store's asynchronous side.
+    runtime: Handle,
     /// Of all local readers.
     budget: Arc<Budget>,
     kept: Mutex<Vec<Places>>,
@@ -83,7 +90,7 @@ struct Connections {
 }
 
 impl BulkServer {
-    /// Binds `store.bulk_listen` and serves.
+    /// Binds `store.bulk_listen` and serves. Called within the runtime.
     pub(crate) fn start(served: &Arc<Served>) -> anyhow::Result<Self> {
         let wanted = served.config.bulk_listen;
         let listener = TcpListener::bind(wanted)
@@ -94,6 +101,7 @@ impl BulkServer {
             epoch: served.cache()?.epoch(),
             token: served.bulk_token,
             served: Arc::clone(served),
+            runtime: Handle::current(),
             budget: Arc::new(Budget::of(&served.config)),
             kept: Mutex::default(),
             stopping: AtomicBool::new(false),

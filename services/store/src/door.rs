@@ -72,7 +72,7 @@ impl Door {
 
     /// Begins `work` on a thread that has nothing to do, and tells whether there was one. Nobody waits for it but [`Self::drain`].
     pub(crate) fn start_if_idle(&self, work: impl FnOnce() + Send + 'static) -> bool {
-        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
+        let Some(permit) = self.permit_if_idle() else {
             return false;
         };
         let (span, name) = (tracing::Span::current(), self.name);
@@ -84,6 +84,12 @@ impl Door {
             }
         });
         true
+    }
+
+    /// The place of a thread that has nothing to do, for a thread of the caller's own that is none of the async ones. Who waits for a
+    /// thread comes first: there is none then.
+    pub(crate) fn permit_if_idle(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.permits).try_acquire_owned().ok()
     }
 
     /// Lets nobody in any more and waits until the last has left.

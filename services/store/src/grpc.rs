@@ -17,8 +17,11 @@ use std::sync::Arc;
 use kvasir_proto::v1::{block_store_server::BlockStoreServer, retrieval_server::RetrievalServer};
 use kvasir_runtime::grpc::GrpcServer;
 
-pub(crate) use self::block_store::TENANT_BYTES_MAX;
 use self::{block_store::BlockStoreApi, retrieval::RetrievalApi, routes::BlockStoreRoutes};
+pub(crate) use self::{
+    block_store::TENANT_BYTES_MAX,
+    retrieval::{Exchange, Refused, RefusedAs},
+};
 use crate::served::Served;
 
 /// Adds the store's services to a server.

@@ -21,10 +21,10 @@ use kvasir_cache::{
     retrieve::{Context, Form, Found, Query, Report, Search},
 };
 use parking_lot::Mutex;
-use tokio::sync::oneshot;
+use tokio::{runtime::Handle, sync::oneshot};
 
 use crate::{
-    ahead::{Ahead, Forecast, Parked, Rooms},
+    ahead::{Ahead, Forecast, Parked, Rooms, ahead_max},
     door::{Door, Lost},
     metrics,
 };
@@ -154,6 +154,54 @@ impl Searches {
         answer.await.map_err(|_| Lost::Panicked)
     }
 
+    /// As [`Self::answer`], on the calling thread, where one of the door's has nothing to do and gives its place: no other is woken, and
+    /// what the search reads is in this one's caches. For a thread that may block.
+    pub(crate) fn answer_here(
+        &self,
+        runtime: &Handle,
+        cache: Arc<BlockCache>,
+        context: Arc<Context>,
+        asked: Asked,
+        ahead: Option<Ahead>,
+    ) -> Result<Result<Answer, CacheError>, Lost> {
+        let Some(_permit) = self.door.permit_if_idle() else {
+            return runtime.block_on(self.answer(cache, context, asked, ahead));
+        };
+        if let Err(error) = cache.check_query(&context, &asked.query()) {
+            return Ok(Err(error));
+        }
+        // Idle threads may help.
+        let _inside = runtime.enter();
+        let since = Instant::now();
+        let parked = ahead.and_then(|ahead| runtime.block_on(ahead.parked_for(&context, &asked)));
+        Ok(match parked {
+            Some(parked) => finish(&self.door, &cache, &context, &asked, parked, since),
+            None => alone(&self.door, &cache, &context, &asked),
+        })
+    }
+
+    /// As [`Self::hint`], on the calling thread in the place of an idle one; `is_asked` says whether the query is there meanwhile.
+    ///
+    /// # Errors
+    /// A forecast that no query could be.
+    pub(crate) fn hint_here(
+        &self,
+        runtime: &Handle,
+        cache: &Arc<BlockCache>,
+        context: &Arc<Context>,
+        forecast: Forecast,
+        is_asked: &dyn Fn() -> bool,
+    ) -> Result<Option<Ahead>, CacheError> {
+        let _inside = runtime.enter();
+        let Some(expected) = self.expected(cache, context, forecast)? else {
+            return Ok(None);
+        };
+        let permit = self.has_none_waiting().then(|| self.door.permit_if_idle()).flatten();
+        metrics::hint(if permit.is_some() { "searched" } else { "busy" });
+        let search = |_permit| Ahead::here(&self.door, &self.rooms, cache, context, expected, is_asked);
+        Ok(permit.and_then(search))
+    }
+
     /// Begins the search of a layer that will be asked soon, if a thread has nothing better to do; or reads its blocks, where
     /// what will be asked is not known or every key will be scored.
     ///
@@ -165,6 +213,24 @@ impl Searches {
         context: Arc<Context>,
         forecast: Forecast,
     ) -> Result<Option<Ahead>, CacheError> {
+        let Some(expected) = self.expected(&cache, &context, forecast)? else {
+            return Ok(None);
+        };
+        let is_idle = self.has_none_waiting();
+        let ahead = is_idle.then(|| Ahead::begin(&self.door, &self.rooms, cache, context, expected));
+        let ahead = ahead.flatten();
+        metrics::hint(if ahead.is_some() { "searched" } else { "busy" });
+        Ok(ahead)
+    }
+
+    /// The query that a forecast is of. `None` where what will be asked is not known or every key will be scored: the blocks are read
+    /// then.
+    fn expected(
+        &self,
+        cache: &Arc<BlockCache>,
+        context: &Arc<Context>,
+        forecast: Forecast,
+    ) -> Result<Option<Asked>, CacheError> {
         let Forecast {
             layer,
             q,
@@ -172,7 +238,7 @@ impl Searches {
             asking,
         } = forecast;
         let Some(asking) = asking.filter(|_| context.basis_id().is_some()) else {
-            self.warm(cache, context, layer);
+            self.warm(Arc::clone(cache), Arc::clone(context), layer);
             return Ok(None);
         };
         let expected = Asked {
@@ -180,15 +246,15 @@ impl Searches {
             q,
             form: asking.form,
             excluded: asking.excluded,
-            deadline: None,
+            deadline: Instant::now().checked_add(ahead_max(asking.took)),
             local_lse,
         };
-        cache.check_query(&context, &expected.query())?;
-        let is_idle = self.waiting.lock().is_empty();
-        let ahead = is_idle.then(|| Ahead::begin(&self.door, &self.rooms, cache, context, expected));
-        let ahead = ahead.flatten();
-        metrics::hint(if ahead.is_some() { "searched" } else { "busy" });
-        Ok(ahead)
+        cache.check_query(context, &expected.query())?;
+        Ok(Some(expected))
+    }
+
+    fn has_none_waiting(&self) -> bool {
+        self.waiting.lock().is_empty()
     }
 
     fn warm(&self, cache: Arc<BlockCache>, context: Arc<Context>, layer: u16) {
@@ -280,6 +346,19 @@ fn work(door: &Door, context: &Context, search: Search) -> Arc<Search> {
     }
     search.work();
     search
+}
+
+/// Answers a query by itself.
+fn alone(door: &Door, cache: &BlockCache, context: &Context, asked: &Asked) -> Result<Answer, CacheError> {
+    let begun = Instant::now();
+    let search = cache.search(context, std::slice::from_ref(&asked.query()))?;
+    let (found, report) = work(door, context, search).wait_for_one()?;
+    let times = Times {
+        search: begun.elapsed(),
+        ..Times::default()
+    };
+    metrics::searched(times.waited, times.search);
+    Ok(Answer { found, report, times })
 }
 
 /// Answers a query that came at `arrived` with what was searched ahead for it.

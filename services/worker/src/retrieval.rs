@@ -9,6 +9,7 @@
 //! nor pushed, and stay local until the sequence ends.
 
 mod auto;
+mod hints;
 mod link;
 mod open;
 mod row_cache;
@@ -23,11 +24,11 @@ use crate::request::Attention;
 
 pub(crate) use auto::{Experience, ReplyShape};
 pub(crate) use link::{Link, LinkAround, LinkPlan, LinkShape};
-pub(crate) use open::{Opening, open};
+pub(crate) use open::{OpenStream, Opening, open};
 pub(crate) use row_cache::rows_within;
 pub(crate) use samples::{QuerySamples, Wish, ask_for_index};
 pub(crate) use tally::Tally;
-pub(crate) use wire::StoreWire;
+pub(crate) use wire::{BulkWire, StoreWire, Wire};
 
 /// Which positions are whose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -332,6 +332,7 @@ pub(crate) fn connect(
     let client = StoreClient::new(ClientConfig {
         connect_timeout: CONNECT_TIMEOUT,
         call_timeout: CALL_TIMEOUT,
+        decode_poll: config.attention.reply_poll.get(),
         ..ClientConfig::to(config.store_url.as_str())
     })
     .context("worker.store_url")?;

@@ -81,12 +81,13 @@ pub enum Form {
 
 /// What is wanted beside attending to the best keys. The flat scan scores every key: it has no tail to estimate, its output is
 /// not biased by sampling, and its bound is the mass that it left out, so both certificates are that. What sketches cannot give,
-/// a deterministic certificate or an unbiased output, the flat scan gives.
+/// a deterministic certificate, or an output without bias together with a bound, the flat scan gives.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AttendOptions {
     /// Estimate what is not attended to; the output then includes the estimate.
     pub tail: bool,
-    /// No bias in expectation.
+    /// No bias in expectation. Through sketches keys are drawn then (SoftmaxLift), so many as `effort` and `k_max` allow, and stand for
+    /// the others; `tail` adds nothing to that.
     pub unbiased: bool,
     /// Share of the keys that may be scored exactly, (0, 1]; 0 for the default, 0.05.
     pub effort: f32,

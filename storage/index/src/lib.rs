@@ -64,5 +64,7 @@ pub use key_index::{Cost, Hits, IndexError, KeyIndex, KeyRows, Search};
 pub use kvasir_simd::Segment;
 pub use quest::Quest;
 pub use roar::{Metric, Roar, RoarParams, Samples};
-pub use sketch::{Attend, Column, Parked, Sketch, SketchAttended, SketchFormat, SketchScan, Width, encode_block};
+pub use sketch::{
+    Attend, Column, Parked, Sketch, SketchAttended, SketchFormat, SketchScan, Width, distance, encode_block,
+};
 pub use wave::{Estimate, Wave, WaveParams};

@@ -31,7 +31,7 @@ pub use self::{
     column::Column,
     format::{SketchFormat, Width, encode_block},
     index::Sketch,
-    scan::{Attend, Parked, SketchAttended, SketchScan},
+    scan::{Attend, Parked, SketchAttended, SketchScan, distance},
 };
 
 #[cfg(test)]

@@ -1,14 +1,20 @@
 //! Decoding speed and agreement of each attention mode over one real prompt, beside full attention.
 //!
-//! `cargo run -p kvasir-integration --example decode -- [PROMPT_TOKENS] [NEW_TOKENS] [TEXT_FILE] [THREADS] [ROWS,OF,THE,TABLE] [own]`
+//! `cargo run -p kvasir-integration --example decode -- [PROMPT_TOKENS] [NEW_TOKENS] [TEXT_FILE] [THREADS] [ROWS,OF,THE,TABLE] [own|text]
+//! [margins]`
 //!
 //! A store, a worker and a router run in this process, over their real protocols. Every mode is fed the same tokens, so that an early
 //! difference does not make the rest incomparable: those of the text behind the prompt, or, with `own`, those that full attention
 //! chose. Agreement is that of the model's choices with those of full attention. `flat-1` attends to every key exactly: what it
-//! differs by is not retrieval's doing but that of activations that are rounded to 8 bits after sums in another order.
+//! differs by is not retrieval's doing but that of activations that are rounded to 8 bits after sums in another order. With `margins`
+//! each row also says how many of its other choices are no further apart in full attention's logits than the furthest that `flat-1`
+//! chose otherwise: near-ties. That computes the text once more.
 #![expect(clippy::print_stdout, reason = "an example prints what it measured")]
 
+use std::ops::Range;
+
 use anyhow::{Context, Result, ensure};
+use kvasir_model::{CaptureOptions, CaptureSink, CapturedLayer, LoadOptions, Model, ModelFile, StepAborted, capture};
 use kvasir_proto::v1::{AttentionMode, AttentionOptions, GenerateRequest};
 use kvasir_testkit::{Cluster, Generated, Options, generate, request, until_durable};
 
@@ -48,6 +54,17 @@ async fn main() -> Result<()> {
     let full = generate(&worker, asked(None)).await?;
     println!("{tokens} prompt tokens, {} fed behind them", forced.len());
     print_line("full", &full, &full);
+    let ties = match arguments.get(6).is_some_and(|wanted| wanted == "margins") {
+        true => {
+            let margins = margins(cluster.file(), &prompt, &forced, threads)?;
+            let mut exact = AttentionOptions::default();
+            exact.set_mode(AttentionMode::Attend);
+            (exact.target_mass, exact.index) = (1.0, "flat".to_owned());
+            let exact = generate(&worker, asked(Some(exact))).await?;
+            Some(NearTies::of(margins, &exact, &full))
+        }
+        false => None,
+    };
     for &(name, mode, change) in TABLE {
         if !wanted.is_empty() && !wanted.contains(&name) {
             continue;
@@ -57,8 +74,96 @@ async fn main() -> Result<()> {
         change(&mut options);
         let answer = generate(&worker, asked(Some(options))).await?;
         print_line(name, &answer, &full);
+        if let Some(ties) = &ties {
+            ties.print(&answer, &full);
+        }
     }
     cluster.stop().await
+}
+
+/// How far apart the two best logits are with full attention, at each step behind the prompt.
+fn margins(file: &ModelFile, prompt: &[u32], forced: &[u32], threads: usize) -> Result<Vec<f32>> {
+    /// Takes them of the steps from one on.
+    struct Margins {
+        from: usize,
+        vocab: usize,
+        margins: Vec<f32>,
+    }
+    impl CaptureSink for Margins {
+        fn layer(&mut self, _: &CapturedLayer<'_>) -> std::result::Result<(), StepAborted> {
+            Ok(())
+        }
+
+        fn step(&mut self, tokens: Range<usize>, logits: &[f32]) -> std::result::Result<(), StepAborted> {
+            for (_, logits) in tokens
+                .zip(logits.chunks_exact(self.vocab))
+                .filter(|(token, _)| *token >= self.from)
+            {
+                let mut best = [f32::NEG_INFINITY; 2];
+                for &logit in logits {
+                    best = [best[0].max(logit), best[1].max(best[0].min(logit))];
+                }
+                self.margins.push(best[0] - best[1]);
+            }
+            Ok(())
+        }
+    }
+    let mut model = Model::load(
+        file,
+        &LoadOptions {
+            threads: threads.max(1),
+            block_tokens: 64,
+        },
+    )?;
+    let mut sink = Margins {
+        from: prompt.len() - 1,
+        vocab: file.shape().vocab,
+        margins: Vec::new(),
+    };
+    let options = CaptureOptions {
+        logits: true,
+        ..CaptureOptions::default()
+    };
+    capture(&mut model, &[prompt, forced].concat(), &options, &mut sink)?;
+    Ok(sink.margins)
+}
+
+/// Steps that exact attention over every key decides otherwise than full attention.
+struct NearTies {
+    margins: Vec<f32>,
+    /// The largest margin of such a step.
+    largest: f32,
+}
+
+impl NearTies {
+    fn of(margins: Vec<f32>, exact: &Generated, full: &Generated) -> Self {
+        let other = others(exact, full);
+        let largest = other.iter().map(|&step| margins[step]).fold(0.0, f32::max);
+        println!(
+            "{:20} exact attention over every key chooses otherwise in {} steps, of margins up to {largest:.3}",
+            "",
+            other.len()
+        );
+        Self { margins, largest }
+    }
+
+    fn print(&self, answer: &Generated, full: &Generated) {
+        let other = others(answer, full);
+        let near = other.iter().filter(|&&step| self.margins[step] <= self.largest).count();
+        let margins: Vec<String> = other.iter().map(|&step| format!("{:.3}", self.margins[step])).collect();
+        println!(
+            "{:20} {near} of {} other choices are as near to a tie; their margins: {}",
+            "",
+            other.len(),
+            margins.join(" ")
+        );
+    }
+}
+
+/// Steps whose choices differ.
+fn others(answer: &Generated, full: &Generated) -> Vec<usize> {
+    let pairs = answer.ids.iter().zip(&full.ids).enumerate();
+    pairs.filter(|(_, (a, b))| a != b).map(|(step, _)| step).collect()
 }
 
 /// How attention is asked for, by name.

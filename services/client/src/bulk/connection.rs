@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     io::{self, IoSlice},
+    net::TcpStream,
     sync::Arc,
     time::Duration,
 };
@@ -100,6 +101,14 @@ impl BulkConnection {
             asked: VecDeque::new(),
             table: Vec::new(),
             failed: None,
+        }
+    }
+
+    /// Its socket, on which nothing is on its way; `None` where that is not one of TCP.
+    pub(crate) fn into_tcp(self) -> Option<TcpStream> {
+        match self.socket {
+            Socket::Tcp(stream) => Some(stream),
+            Socket::Local(_) => None,
         }
     }
 

@@ -5,13 +5,16 @@ use std::time::Duration;
 use kvasir_proto::{InvalidMessage, convert, v1};
 use prost::Message;
 
-use super::{DecodeStream, Form, Found, HeadRows, Outstanding, Reply, Report, Shortfall};
+use super::{
+    Form, Found, HeadRows, Reply, Report, Shortfall,
+    talk::{Asked, Talk},
+};
 
-/// Bytes of the gRPC prefix, which travel too.
+/// Bytes of the gRPC prefix, which travel too; the head of a bulk connection has some more.
 const PREFIX_BYTES: usize = 5;
 
-impl DecodeStream {
-    pub(super) fn checked(&self, asked: &Outstanding, reply: v1::DecodeReply) -> Result<Reply, InvalidMessage> {
+impl Talk {
+    pub(super) fn checked(&self, asked: &Asked, reply: v1::DecodeReply) -> Result<Reply, InvalidMessage> {
         let wire_bytes = PREFIX_BYTES + reply.encoded_len();
         if reply.sequence != asked.sequence {
             let problem = format!("{} instead of {}", reply.sequence, asked.sequence);

@@ -14,13 +14,15 @@ use kvasir_proto::bulk::{
     self, BulkError, Greeting, Op, Place, PutRow, ROWS_MAX, Refusal, ReplyHead, RequestHead, Status, Welcome,
 };
 
+use tokio::runtime::Handle;
+
 use super::{
     Shared,
     answer::{self, Problem},
-    put,
+    decode, put,
     socket::Socket,
 };
-use crate::{local::Places, metrics, served::Served};
+use crate::{grpc::Exchange, local::Places, metrics, served::Served};
 
 /// Most payload bytes of a put. Each block goes straight to its room, so this bounds time rather than memory.
 const PAYLOAD_BYTES_MAX: u64 = 1 << 30;
@@ -37,6 +39,8 @@ pub(super) struct Connection<'a> {
     pub(super) socket: &'a Socket,
     /// Of a peer on this machine: what it holds.
     places: Option<RefCell<Places>>,
+    /// Its decode stream, if it has one open.
+    pub(super) decoding: RefCell<Option<Exchange>>,
 }
 
 /// Why a connection ended early.
@@ -59,7 +63,18 @@ impl<'a> Connection<'a> {
             places: socket
                 .is_local()
                 .then(|| RefCell::new(Places::new(&shared.budget, &shared.served.config))),
+            decoding: RefCell::new(None),
         }
+    }
+
+    /// What is served, for what outlives a call.
+    pub(super) fn arc(&self) -> &'a Arc<Served> {
+        &self.shared.served
+    }
+
+    /// The store's asynchronous side.
+    pub(super) fn runtime(&self) -> &'a Handle {
+        &self.shared.runtime
     }
 
     /// What the peer holds.
@@ -148,8 +163,10 @@ impl<'a> Connection<'a> {
             // Where a put's payload ends is then unknown.
             return Err(Problem::Ended(self.broken(&error)));
         }
-        if head.op == Op::Put {
-            return self.put(head, table);
+        match head.op {
+            Op::Put => return self.put(head, table),
+            Op::Decode => return decode::decode(self, head),
+            _ => {}
         }
         let cache = self.served.cache().map_err(answer::stopping)?;
         match head.op {
@@ -161,7 +178,7 @@ impl<'a> Connection<'a> {
                 self.returned(table);
                 Ok(())
             }
-            Op::Put => Ok(()),
+            Op::Put | Op::Decode => Ok(()),
         }
     }
 
@@ -196,7 +213,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Receives a part of a payload.
-    fn receive(&self, into: &mut [u8]) -> Result<(), Problem> {
+    pub(super) fn receive(&self, into: &mut [u8]) -> Result<(), Problem> {
         let until = Instant::now() + self.served.config.message_timeout.get();
         self.socket
             .receive(into, until)
@@ -277,7 +294,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Says what is wrong, as far as the peer can still be told; the connection ends.
-    fn broken(&self, error: &BulkError) -> Ended {
+    pub(super) fn broken(&self, error: &BulkError) -> Ended {
         metrics::refused("bulk", "INVALID_ARGUMENT");
         let (reply, text) = ReplyHead::refusal(Op::Get, 0, Status::Invalid, &error.to_string());
         match self.send(&[&reply.encode(), &text]) {

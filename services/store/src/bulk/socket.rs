@@ -11,7 +11,10 @@ use std::{
 };
 
 use kvasir_device::stream::{BusyPoll, set_up_tcp, widen};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{RecvFlags, recv},
+};
 
 #[derive(Debug)]
 pub(super) struct Socket {
@@ -133,6 +136,11 @@ impl Socket {
         // Asked for or not, a hang-up is told.
         let mut polled = [PollFd::new(self, PollFlags::empty())];
         poll(&mut polled, Some(&wait)).is_ok() && polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+
+    /// Whether bytes are there that were not received, or the peer has left.
+    pub(super) fn is_asked(&self) -> bool {
+        recv(self, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok()
     }
 
     fn read(&self, into: &mut [u8]) -> io::Result<usize> {

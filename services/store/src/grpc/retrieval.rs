@@ -2,36 +2,26 @@
 //! while a query is being answered, so that the next layer's search begins at once (`ahead`).
 
 mod ask;
+mod exchange;
 mod reply;
+mod session;
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures::{StreamExt, stream, stream::BoxStream};
-use kvasir_block::{BlockHash, NamespaceId};
-use kvasir_cache::retrieve::{Context, Form};
-use kvasir_proto::{
-    InvalidMessage, convert,
-    v1::{self, decode_reply, decode_request, retrieval_server::Retrieval},
-};
+use kvasir_proto::v1::{self, decode_request, retrieval_server::Retrieval};
 use kvasir_runtime::request_id::RequestId;
 use tonic::{Request, Response, Status, Streaming};
 
+pub(crate) use self::exchange::{Exchange, Refused, RefusedAs};
+use self::session::Session;
 use super::{
     indexes,
-    status::{observed, of_cache, of_message, refused, stopping, too_many_streams},
+    status::{observed, of_cache, refused, stopping},
 };
-use crate::{
-    ahead::{Ahead, Asking, Forecast},
-    metrics,
-    row_cache::SentRows,
-    served::{Served, StreamSlot},
-};
+use crate::{ahead::Ahead, served::Served};
 
 const CALL: &str = "decode";
-
-/// More query heads than any model has; checked before a buffer is sized by it.
-const Q_HEADS_MAX: u32 = 4096;
 
 #[derive(Clone, Debug)]
 pub(super) struct RetrievalApi(pub(super) Arc<Served>);
@@ -45,21 +35,13 @@ impl Retrieval for RetrievalApi {
         request: Request<Streaming<v1::DecodeRequest>>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
         let span = RequestId::of(&request).span(CALL);
-        let slot = self.0.stream_slot().ok_or_else(|| {
-            let status = too_many_streams(self.0.config.streams_max);
-            refused(CALL, &span, &status);
-            status
-        })?;
+        let session = Session::new(&self.0).inspect_err(|status| refused(CALL, &span, status))?;
         let call = Call {
-            served: Arc::clone(&self.0),
+            session,
             requests: request.into_inner(),
-            context: None,
-            sent: None,
-            asking: None,
             ahead: None,
             next: None,
             span,
-            _slot: slot,
         };
         Ok(Response::new(stream::try_unfold(call, Call::next).boxed()))
     }
@@ -91,18 +73,13 @@ enum Turn {
 }
 
 struct Call {
-    served: Arc<Served>,
+    session: Session,
     requests: Streaming<v1::DecodeRequest>,
-    context: Option<Arc<Context>>,
-    sent: Option<SentRows>,
-    /// As the last query: what the next one will ask for is thought to be the same.
-    asking: Option<Asking>,
     /// The search that the last hint began.
     ahead: Option<Ahead>,
     /// What came while a query was being answered, and is no hint.
     next: Option<Result<Option<v1::DecodeRequest>, Status>>,
     span: tracing::Span,
-    _slot: StreamSlot,
 }
 
 impl Call {
@@ -117,7 +94,7 @@ impl Call {
     }
 
     async fn message(&mut self) -> Result<Option<v1::DecodeRequest>, Status> {
-        let stop = self.served.stopping.clone();
+        let stop = self.session.served.stopping.clone();
         if let Some(next) = self.next.take() {
             return next;
         }
@@ -159,7 +136,9 @@ impl Call {
             }
         };
         let reply = match request {
-            Some(decode_request::Request::Open(open)) => observed("open_context", span, self.open(open)).await?,
+            Some(decode_request::Request::Open(open)) => {
+                observed("open_context", span, self.session.open(open)).await?
+            }
             Some(decode_request::Request::Query(query)) => observed(CALL, span, self.answer(query)).await?,
             Some(decode_request::Request::Hint(hint)) => {
                 self.hint(&hint)?;
@@ -168,48 +147,6 @@ impl Call {
             None => return Err(Status::invalid_argument("request: is empty, send open, query or hint")),
         };
         Ok(Turn::Reply(Box::new(reply)))
-    }
-
-    async fn open(&mut self, open: v1::OpenContext) -> Result<v1::DecodeReply, Status> {
-        if self.context.is_some() {
-            return Err(Status::invalid_argument(
-                "open: this stream has a context, open another stream for another one",
-            ));
-        }
-        let (namespace, hashes) = self
-            .context_of(&open)
-            .map_err(|error| of_message(&error.inside("open")))?;
-        let index = ask::index_choice(&open.index).map_err(|error| of_message(&error.inside("open")))?;
-        let (q_heads, scale) = (open.q_heads as usize, open.softmax_scale);
-        let opened = self
-            .served
-            .with_cache(move |cache| cache.open_context(namespace, &hashes, q_heads, scale, index))
-            .await?;
-        let context = opened.map_err(|error| of_cache(&error))?;
-        self.sent = self.row_cache(&context, open.row_cache_rows as usize);
-        let opened = v1::Opened {
-            tokens: u32::try_from(context.tokens()).unwrap_or(u32::MAX),
-            index: context.serving().index.to_owned(),
-            index_reason: context.serving().reason.to_owned(),
-            basis: context
-                .basis_id()
-                .map_or_else(Bytes::new, |id| Bytes::copy_from_slice(id.as_bytes())),
-        };
-        self.context = Some(Arc::new(context));
-        Ok(v1::DecodeReply {
-            result: Some(decode_reply::Result::Opened(opened)),
-            ..v1::DecodeReply::default()
-        })
-    }
-
-    /// The account of the rows that the caller keeps; none where it keeps none, or where that would take too much memory here.
-    fn row_cache(&self, context: &Context, rows: usize) -> Option<SentRows> {
-        let schema = context.schema();
-        let (layers, kv_heads) = (usize::from(schema.layers), usize::from(schema.kv_heads));
-        let kept = rows.min(context.tokens());
-        let bytes = kept.saturating_mul(layers * kv_heads * SentRows::ROW_BYTES);
-        let fits = bytes <= self.served.config.row_cache_bytes_max.as_usize();
-        (rows > 0 && fits).then(|| SentRows::new(rows, layers, kv_heads))
     }
 
     /// Takes a forecast of queries, in the place of the one before.
@@ -221,61 +158,18 @@ impl Call {
     }
 
     fn begin_ahead(&self, hint: &v1::Hint) -> Result<Option<Ahead>, Status> {
-        let Some(context) = self.context.clone() else {
-            return Err(Status::invalid_argument("hint: no context is open, send open first"));
-        };
-        let layer = ask::layer(hint.layer, &context).map_err(|error| of_message(&error.inside("hint")))?;
-        let count = context.q_heads() * usize::from(context.schema().head_dim);
-        let q = convert::floats("q", &hint.q, count).map_err(|error| of_message(&error.inside("hint")))?;
-        let forecast = Forecast {
-            layer,
-            q,
-            local_lse: ask::local_lse(&hint.local_lse, context.q_heads())
-                .map_err(|error| of_message(&error.inside("hint")))?,
-            asking: self.asking.clone(),
-        };
-        let begun = self.served.searches.hint(self.served.cache()?, context, forecast);
+        let (context, forecast) = self.session.forecast(hint)?;
+        let served = &self.session.served;
+        let begun = served.searches.hint(served.cache()?, context, forecast);
         begun.map_err(|error| of_cache(&error))
     }
 
-    fn context_of(&self, open: &v1::OpenContext) -> Result<(NamespaceId, Vec<BlockHash>), InvalidMessage> {
-        let namespace = convert::namespace(&open.namespace)?;
-        let hashes = convert::hashes("hashes", &open.hashes, self.served.config.hashes_max)?;
-        if open.q_heads == 0 || open.q_heads > Q_HEADS_MAX {
-            let problem = format!("{}: must be 1 to {Q_HEADS_MAX}", open.q_heads);
-            return Err(InvalidMessage::new("q_heads", problem));
-        }
-        if !open.softmax_scale.is_finite() {
-            return Err(InvalidMessage::new("softmax_scale", "must be finite"));
-        }
-        Ok((namespace, hashes))
-    }
-
     async fn answer(&mut self, query: v1::Query) -> Result<v1::DecodeReply, Status> {
-        let Some(context) = self.context.clone() else {
-            return Err(Status::invalid_argument("query: no context is open, send open first"));
-        };
-        let (sequence, wire_layer) = (query.sequence, query.layer);
-        let asked = ask::checked(query, &context, self.served.config.reply_bytes_max.as_usize())
-            .map_err(|error| of_message(&error.inside("query")))?;
-        let (layer, form) = (asked.layer, asked.form);
-        self.asking = Some(Asking {
-            form,
-            excluded: asked.excluded.clone(),
-        });
-        let (served, cache, ahead) = (Arc::clone(&self.served), self.served.cache()?, self.ahead.take());
-        let search = served.searches.answer(cache, Arc::clone(&context), asked, ahead);
+        let (asked, pending) = self.session.ask(query)?;
+        let (served, ahead) = (Arc::clone(&self.session.served), self.ahead.take());
+        let context = Arc::clone(&pending.context);
+        let search = served.searches.answer(served.cache()?, context, asked, ahead);
         let answer = self.meanwhile(search).await??.map_err(|error| of_cache(&error))?;
-        let name = match form {
-            Form::Rows { .. } => "rows",
-            Form::Attend { .. } => "attend",
-        };
-        metrics::retrieved(name, answer.report.shortfall.is_some());
-        Ok(v1::DecodeReply {
-            sequence,
-            layer: wire_layer,
-            report: Some(reply::report(answer.report, answer.times)),
-            result: Some(reply::result(layer, answer.found, &context, self.sent.as_mut())),
-        })
+        Ok(self.session.reply(&pending, answer))
     }
 }

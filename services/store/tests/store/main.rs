@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bulk;
+mod bulk_decode;
 mod hostile;
 mod indexes;
 mod life;

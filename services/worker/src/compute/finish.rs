@@ -11,7 +11,8 @@ use crate::{
     outbox::Failure,
     report::Reason,
     retrieval::{
-        Link, LinkAround, LinkPlan, Opening, ReplyShape, Split, StoreWire, Wish, ask_for_index, open, rows_within,
+        BulkWire, Link, LinkAround, LinkPlan, OpenStream, Opening, ReplyShape, Split, StoreWire, Wire, Wish,
+        ask_for_index, open, rows_within,
     },
     sequence::{Phase, Sequence},
 };
@@ -175,8 +176,12 @@ impl Compute {
         let task = async move {
             let opened = open(&opening).await.map(|stream| {
                 let opened = stream.opened().clone();
-                let wire = StoreWire::new(stream, Arc::clone(&opening.session), runtime);
-                Box::new(Link::new(Box::new(wire), &opened, &plan, around))
+                let session = Arc::clone(&opening.session);
+                let wire: Box<dyn Wire> = match stream {
+                    OpenStream::Bulk(stream) => Box::new(BulkWire::new(stream, session)),
+                    OpenStream::Grpc(stream) => Box::new(StoreWire::new(stream, session, runtime)),
+                };
+                Box::new(Link::new(wire, &opened, &plan, around))
             });
             let is_held = opened.is_ok();
             opening.compute.send(Command::Opened(id, opened)).await;

@@ -1,6 +1,6 @@
 //! `[worker.attention]`: how decoding attends to its prompt, where a request does not say.
 
-use kvasir_runtime::units::ByteSize;
+use kvasir_runtime::units::{ByteSize, HumanDuration};
 use serde::{Deserialize, Serialize};
 
 use super::InvalidConfig;
@@ -32,6 +32,9 @@ pub struct AttentionConfig {
     pub effort: f32,
     /// First layer whose search is begun ahead, with a forecast of its queries. Forecasts of the layers before are poor.
     pub hint_from_layer: u32,
+    /// How long the compute thread looks for the store's reply to a query before it sleeps, over a bulk connection; 0 to sleep at once. A
+    /// reply that comes while it looks costs no wake-up of the thread, once per layer and token.
+    pub reply_poll: HumanDuration,
     /// Most bytes of prefill queries that are sampled of a request that asks for `roar`, for the store to draw the index by; 0 samples
     /// none.
     pub query_sample_bytes: ByteSize,
@@ -136,6 +139,7 @@ impl Default for AttentionConfig {
             missed_mass_max: 0.0,
             effort: 0.0,
             hint_from_layer: 3,
+            reply_poll: HumanDuration::micros(200),
             query_sample_bytes: ByteSize::mib(32),
             row_cache_bytes: ByteSize::mib(32),
         }

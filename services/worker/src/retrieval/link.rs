@@ -13,6 +13,7 @@ use kvasir_simd::Partial;
 use super::{
     Split, Tally,
     auto::{self, Experience, Sample},
+    hints::Hints,
     rows::{Kept, attend_rows},
     tally::{Waits, in_the_store},
     wire::Wire,
@@ -32,8 +33,9 @@ pub(crate) struct Link {
     excluded: Vec<Range<u32>>,
     form: Form,
     shape: LinkShape,
-    /// First layer that a hint is sent for; beyond all layers where none is.
-    hint_from: usize,
+    hints: Hints,
+    /// Layer of the last hint, until its query is answered.
+    hinted: Option<usize>,
     next: u64,
     asked: Option<Asked>,
     /// The last query, where its answer is attended to here.
@@ -110,11 +112,15 @@ impl Link {
             excluded: split.excluded(),
             form: form(&attention),
             shape,
-            hint_from: if opened.index == EXACT_INDEX {
-                usize::MAX
-            } else {
-                plan.hint_from
-            },
+            hints: Hints::new(
+                shape.layers,
+                if opened.index == EXACT_INDEX {
+                    usize::MAX
+                } else {
+                    plan.hint_from
+                },
+            ),
+            hinted: None,
             next: 0,
             asked: None,
             q: Vec::new(),
@@ -164,7 +170,7 @@ impl Link {
 
     /// Whether the search of `layer` is worth beginning with a forecast.
     pub(crate) fn wants_hint(&self, layer: usize) -> bool {
-        layer >= self.hint_from
+        self.hints.wants(layer)
     }
 
     /// Sends about what the queries of `layer` will be.
@@ -173,6 +179,7 @@ impl Link {
     /// Why retrieval is at an end.
     pub(crate) fn hint(&mut self, layer: usize, q: &[f32]) -> Result<(), String> {
         self.check(q)?;
+        self.hinted = Some(layer);
         self.wire.hint(Hint {
             layer: layer as u16,
             q: q.to_vec(),
@@ -214,8 +221,11 @@ impl Link {
             Some(Shortfall::Deadline) => return Err(format!("the store ran out of time on a query ({timeout:?})")),
             Some(Shortfall::MissingBlocks) => return Err("the store lost blocks of the context".to_owned()),
         }
+        let layer = usize::from(asked.layer);
+        let had_hint = self.hinted.take_if(|hinted| *hinted == layer).is_some();
+        self.hints.answered(layer, had_hint.then_some(reply.report.hinted));
         self.note(&reply, waits);
-        self.partial(asked.layer.into(), reply.found)
+        self.partial(layer, reply.found)
     }
 
     fn check(&self, q: &[f32]) -> Result<(), String> {

@@ -3,7 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use kvasir_block::BlockHash;
-use kvasir_client::{DecodeStream, ErrorKind, IndexChoice, Namespace, OpenContext, StoreClient};
+use kvasir_client::{
+    BulkDecode, ClientError, DecodeStream, ErrorKind, IndexChoice, Namespace, OpenContext, Opened, StoreClient,
+};
 
 use crate::{
     compute::{ComputeHandle, SequenceId},
@@ -34,11 +36,28 @@ pub(crate) struct Opening {
     pub(crate) compute: ComputeHandle,
 }
 
+/// An open context, by the way that was to be had.
+#[derive(Debug)]
+pub(crate) enum OpenStream {
+    Bulk(BulkDecode),
+    Grpc(DecodeStream),
+}
+
+impl OpenStream {
+    /// What serves the context.
+    pub(crate) fn opened(&self) -> &Opened {
+        match self {
+            Self::Bulk(stream) => stream.opened(),
+            Self::Grpc(stream) => stream.opened(),
+        }
+    }
+}
+
 /// Waits until the store holds the context, offering again what was dropped, and opens it.
 ///
 /// # Errors
 /// Why it cannot be retrieved from, in words for a person.
-pub(crate) async fn open(opening: &Opening) -> Result<DecodeStream, String> {
+pub(crate) async fn open(opening: &Opening) -> Result<OpenStream, String> {
     match tokio::time::timeout(opening.timeout, try_open(opening)).await {
         Ok(opened) => opened,
         Err(_) => {
@@ -54,7 +73,7 @@ pub(crate) async fn open(opening: &Opening) -> Result<DecodeStream, String> {
     }
 }
 
-async fn try_open(opening: &Opening) -> Result<DecodeStream, String> {
+async fn try_open(opening: &Opening) -> Result<OpenStream, String> {
     let mut offers = 0;
     loop {
         let Some(namespace) = opening.session.namespace() else {
@@ -75,7 +94,8 @@ async fn try_open(opening: &Opening) -> Result<DecodeStream, String> {
     }
 }
 
-async fn open_stream(opening: &Opening, namespace: &Namespace) -> Result<DecodeStream, kvasir_client::ClientError> {
+/// By a bulk connection where the store offers one and has room for it, else by gRPC.
+async fn open_stream(opening: &Opening, namespace: &Namespace) -> Result<OpenStream, ClientError> {
     let context = OpenContext {
         chain: opening.chain.clone(),
         q_heads: opening.q_heads,
@@ -89,7 +109,18 @@ async fn open_stream(opening: &Opening, namespace: &Namespace) -> Result<DecodeS
         },
         row_cache_rows: u32::try_from(opening.row_cache_rows).unwrap_or(u32::MAX),
     };
-    opening.client.decode(namespace, context).await
+    if namespace.bulk.is_some() {
+        let (client, namespace, context) = (opening.client.clone(), namespace.clone(), context.clone());
+        let opened = tokio::task::spawn_blocking(move || client.decode_by_bulk(&namespace, &context)).await;
+        match opened {
+            Ok(Ok(stream)) => return Ok(OpenStream::Bulk(stream)),
+            // What gRPC would say as well.
+            Ok(Err(error)) if error.kind == ErrorKind::NotFound => return Err(error),
+            Ok(Err(error)) => tracing::debug!(%error, "no decode stream over a bulk connection, going by gRPC"),
+            Err(error) => tracing::error!(%error, "opening a decode stream over a bulk connection failed"),
+        }
+    }
+    opening.client.decode(namespace, context).await.map(OpenStream::Grpc)
 }
 
 async fn wait_until_held(opening: &Opening, offers: &mut usize) -> Result<(), String> {

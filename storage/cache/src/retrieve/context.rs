@@ -18,7 +18,7 @@ use crate::{BasisId, CacheError, ErrorKind, cache::Shared, indexes::Covering, na
 const NEVER: u64 = u64::MAX;
 
 /// Why a query is answered otherwise than its context was opened for.
-const BOUND: &str = "what was asked for, a bound or no bias, only this scan gives";
+const BOUND: &str = "what was asked for, a bound or no bias, only a scan gives";
 const LATER: &str = "it was built after this context was opened";
 const UNUSABLE: &str =
     "the files of the built index are gone or damaged, or there is no room for them (index_bytes_max)";

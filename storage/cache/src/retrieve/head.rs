@@ -8,7 +8,7 @@ use kvasir_index::{Attend, Attended, Excluded, FlatScan, HeadBasis, Parked, Segm
 use super::{
     AttendOptions, Form, HeadRows,
     parked::{self, Ahead},
-    search::{Buffers, Purpose, Search, Sketched},
+    search::{Buffers, Purpose, Search, Sketched, wants_lift},
     sketches::{self, Extra},
 };
 
@@ -216,6 +216,14 @@ impl Search {
                 };
                 let gathered = gather(rows.positions(), head_dim, |take| scan.each_row(&rows, take));
                 (HeadFound::Rows(gathered, rows.mass), extra)
+            }
+            Form::Attend {
+                target_mass,
+                k_max,
+                options,
+            } if wants_lift(self.form) => {
+                let (attended, extra) = sketches::attend_lifted(scan, target_mass, k_max, options);
+                (HeadFound::Attend(attended, false), extra)
             }
             Form::Attend { .. } => {
                 let wanted = sketches::wanted(self.form, scan.keys_scanned());

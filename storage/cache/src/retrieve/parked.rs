@@ -16,7 +16,7 @@ use super::{
     Context, Form, Query,
     blocks::ContextBlocks,
     head::{Head, HeadFound},
-    search::{Purpose, Search, wants_exact, wants_scan},
+    search::{Purpose, Search, wants_exact, wants_lift, wants_scan},
     sketches::{self, Extra},
 };
 use crate::cache::Shared;
@@ -115,7 +115,9 @@ impl SearchAhead {
         dropped: &Arc<AtomicBool>,
     ) -> Option<Self> {
         let walked = context.covering(shared).is_some() && !wants_scan(predicted.form);
-        if context.basis().is_none() || wants_exact(predicted.form) || walked {
+        // What is drawn is drawn by the query itself.
+        let drawn = wants_lift(predicted.form);
+        if context.basis().is_none() || wants_exact(predicted.form) || walked || drawn {
             return None;
         }
         let effort = generous(sketches::wanted(predicted.form, context.tokens()).effort);
@@ -152,6 +154,11 @@ impl SearchAhead {
     /// Takes one KV head after another until none is left to take. Others may still be at work then.
     pub fn work(&self) {
         self.search.work();
+    }
+
+    /// As [`Self::work`], doing `then` after each KV head.
+    pub fn work_and(&self, then: &mut dyn FnMut()) {
+        self.search.work_and(then);
     }
 
     /// Waits until all KV heads are done; what is left, once. `None` where that is nothing: it was dropped, or blocks are missing.
@@ -191,6 +198,17 @@ impl ParkedSearch {
 /// Whether real queries are near enough to the predicted ones.
 pub(super) fn is_near(parked: &Parked, q: &[f32]) -> bool {
     parked.distance(q) <= DISTANCE_MAX
+}
+
+impl Context {
+    /// Whether a prediction serves a query at all: whether it is near enough for at least one KV head. What was searched ahead with one
+    /// that is not will not be used. Both `[q_heads, head_dim]`.
+    pub fn is_near(&self, predicted: &[f32], q: &[f32]) -> bool {
+        let (row, head) = (usize::from(self.schema().head_dim), self.group());
+        let mut heads = predicted.chunks(row * head).zip(q.chunks(row * head));
+        let near = |(predicted, q)| kvasir_index::distance(predicted, q, row) <= DISTANCE_MAX;
+        predicted.len() == q.len() && heads.any(near)
+    }
 }
 
 /// Share of the keys that become candidates where a search without a prediction scores `effort` of them.

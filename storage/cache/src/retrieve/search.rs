@@ -183,6 +183,11 @@ impl Search {
 
     /// Takes one KV head after another until none is left to take. Others may still be at work then.
     pub fn work(&self) {
+        self.work_and(&mut || {});
+    }
+
+    /// As [`Self::work`], doing `then` after each KV head.
+    pub(super) fn work_and(&self, then: &mut dyn FnMut()) {
         let halves: Vec<Option<&[f16]>> = self
             .payloads
             .iter()
@@ -207,6 +212,8 @@ impl Search {
                 Some((indexed, index)) => self.indexed_head(kv_head, &halves, indexed, index, &mut buffers),
                 None => self.scanned_head(kv_head, &halves, &self.excluded, &mut buffers),
             });
+            drop(taken);
+            then();
         }
     }
 
@@ -355,5 +362,16 @@ impl Drop for Taken<'_> {
 
 /// Whether only a scan of every key gives what is asked for.
 pub(super) fn wants_exact(form: Form) -> bool {
-    matches!(form, Form::Attend { options, .. } if options.unbiased || options.certificate == Certificate::Deterministic)
+    let Form::Attend { options, .. } = form else {
+        return false;
+    };
+    options.certificate == Certificate::Deterministic || options.unbiased && !wants_lift(form)
+}
+
+/// Whether keys drawn by their sketches give what is asked for: no bias, and no bound, which a draw has none of.
+pub(super) fn wants_lift(form: Form) -> bool {
+    let Form::Attend { options, .. } = form else {
+        return false;
+    };
+    options.unbiased && options.certificate == Certificate::None && options.missed_mass_max == 0.0
 }

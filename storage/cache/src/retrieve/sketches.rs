@@ -2,7 +2,7 @@
 
 use half::f16;
 use kvasir_block::LayerBlockLayout;
-use kvasir_index::{Attend, Attended, Basis, Column, SketchFormat, SketchScan, encode_block};
+use kvasir_index::{Attend, Attended, Basis, Column, SketchAttended, SketchFormat, SketchScan, encode_block};
 
 use super::{AttendOptions, Certificate, Form};
 
@@ -13,6 +13,9 @@ pub(super) const BLOCK_TOKENS_MAX: usize = 256;
 /// Share of the keys that may be scored exactly if the caller does not say: what decoding of real text needs for its likelihood to be
 /// that of full attention (the table in the worker's README).
 pub(super) const EFFORT: f32 = 0.05;
+
+/// What draws begin with, beside the query and the key: an answer is a function of what is asked.
+const SEED: u64 = 0;
 
 /// Sketches of a chain's blocks in one layer: per KV head a column; of streaming heads none.
 #[derive(Clone, Debug, Default)]
@@ -149,17 +152,21 @@ pub(super) fn rows_effort(k: usize, keys: usize) -> f32 {
     (2.0 * k as f32 / keys.max(1) as f32).clamp(EFFORT, 1.0)
 }
 
+/// Share of the keys that may be scored exactly. The whole mass is every key.
+fn effort(target_mass: f32, options: AttendOptions) -> f32 {
+    match (target_mass, options.effort) {
+        (1.0, _) => 1.0,
+        (_, 0.0) => EFFORT,
+        (_, effort) => effort,
+    }
+}
+
 fn attend_wanted(target_mass: f32, k_max: Option<usize>, options: AttendOptions) -> Attend {
     let demand = (options.missed_mass_max > 0.0).then_some(options.missed_mass_max);
     Attend {
         target_mass,
         k_max,
-        // The whole mass is every key.
-        effort: match (target_mass, options.effort) {
-            (1.0, _) => 1.0,
-            (_, 0.0) => EFFORT,
-            (_, effort) => effort,
-        },
+        effort: effort(target_mass, options),
         tail: options.tail,
         // A demand is checked by the bound, also where the caller does not want to see it.
         certificate: options.certificate != Certificate::None || demand.is_some(),
@@ -171,7 +178,28 @@ fn attend_wanted(target_mass: f32, k_max: Option<usize>, options: AttendOptions)
 /// missed mass is bounded: its tail is estimated. (Looking at four times the keys until the mass was there took three times the
 /// keys and twice the time, and what the model said was no nearer to full attention.)
 pub(super) fn attend(scan: &mut SketchScan<'_>, wanted: Attend) -> (Attended, Extra) {
-    let found = scan.attend(wanted);
+    told(scan.attend(wanted))
+}
+
+/// Attends to keys that are drawn, as many as may be scored exactly and at most `k_max`: right on average, whatever sketches err by. A
+/// target below the whole mass says nothing here: what was not drawn is stood for.
+pub(super) fn attend_lifted(
+    scan: &mut SketchScan<'_>,
+    target_mass: f32,
+    k_max: Option<usize>,
+    options: AttendOptions,
+) -> (Attended, Extra) {
+    let keys = scan.keys_scanned() as f64 * f64::from(effort(target_mass, options));
+    let mut found = SketchAttended::default();
+    scan.attend_lifted(
+        (keys.ceil() as usize).min(k_max.unwrap_or(usize::MAX)),
+        SEED,
+        &mut found,
+    );
+    told(found)
+}
+
+fn told(found: SketchAttended) -> (Attended, Extra) {
     let extra = Extra {
         bounds: found.missed_max,
         rescored: found.keys_scored as u64,

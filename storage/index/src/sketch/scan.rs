@@ -19,7 +19,7 @@ use kvasir_simd::{GROUP, Level, RUN_GROUPS, Scattered, Segment, log_sum_exp2};
 
 pub use self::{
     attend::{Attend, SketchAttended},
-    parked::Parked,
+    parked::{Parked, distance},
 };
 use super::{
     column::Column,

@@ -72,6 +72,7 @@ fn forecast(of: &Asked) -> Forecast {
         asking: Some(Asking {
             form: of.form,
             excluded: of.excluded.clone(),
+            took: None,
         }),
     }
 }
@@ -197,19 +198,105 @@ async fn a_query_that_asks_otherwise_is_searched_for() {
     other.excluded.push(4..9);
     let mut far = wide_asked(1);
     far.q.iter_mut().for_each(|q| *q = -*q);
-    for (asked, too_far) in [(other, 0), (far, 2)] {
+    // Of two KV heads one is far off: the other takes what was found for it.
+    let mut half = wide_asked(1);
+    half.q[..2 * HEAD_DIM].iter_mut().for_each(|q| *q = -*q);
+    let ahead = searches
+        .hint(Arc::clone(&cache), Arc::clone(&context), forecast(&wide_asked(1)))
+        .expect("a query could ask this");
+    let answer = searches
+        .answer(Arc::clone(&cache), Arc::clone(&context), half, ahead)
+        .await
+        .expect("open")
+        .expect("answered");
+    assert_eq!((answer.report.heads_ahead, answer.report.heads_too_far), (1, 1));
+    for asked in [other, far] {
         let ahead = searches
             .hint(Arc::clone(&cache), Arc::clone(&context), forecast(&wide_asked(1)))
             .expect("a query could ask this");
-        let (plain, mut report) = cache.retrieve(&context, &asked.query()).expect("answered");
+        let (plain, report) = cache.retrieve(&context, &asked.query()).expect("answered");
         let answer = searches
             .answer(Arc::clone(&cache), Arc::clone(&context), asked, ahead)
             .await
             .expect("open")
             .expect("answered");
-        report.heads_too_far = too_far;
         assert_eq!((answer.found, answer.report), (plain, report));
         assert_eq!(answer.times.hidden, Duration::ZERO);
     }
     searches.door.drain().await;
+}
+
+/// On a thread of the stream's own: in the place of an idle one, or where there is none as everybody else.
+#[test]
+fn a_thread_of_its_own_searches_in_the_place_of_an_idle_one() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (cache, context) = setup(dir.path());
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let searches = Searches::new(1, ROOM);
+    let hint = |searches: &Searches, is_asked: &dyn Fn() -> bool| {
+        let hint = forecast(&wide_asked(2));
+        searches.hint_here(runtime.handle(), &cache, &context, hint, is_asked)
+    };
+    let answer = |ahead| {
+        let (cache, context) = (Arc::clone(&cache), Arc::clone(&context));
+        let answer = searches.answer_here(runtime.handle(), cache, context, wide_asked(2), ahead);
+        answer.expect("open").expect("answered")
+    };
+    let plain = answer(None);
+    assert_eq!(plain.report.heads_ahead, 0);
+    let ahead = hint(&searches, &|| false).expect("a query could ask this");
+    assert!(ahead.is_some() && searches.rooms.bytes() > 0);
+    let hinted = answer(ahead);
+    assert_eq!((hinted.report.heads_ahead, searches.rooms.bytes()), (2, 0));
+    let Times { search, hidden, .. } = hinted.times;
+    assert!(
+        hidden > Duration::ZERO && hidden < search,
+        "all of it was done before the query"
+    );
+    // A query that was there from the first KV head on has waited for all of it.
+    let ahead = hint(&searches, &|| true).expect("a query could ask this");
+    let waited = answer(ahead);
+    assert_eq!((waited.report.heads_ahead, waited.times.hidden), (2, Duration::ZERO));
+    assert_eq!(waited.found, hinted.found);
+    // Nobody knows what will be asked: a thread of the runtime reads the blocks.
+    let unknown = Forecast {
+        asking: None,
+        ..forecast(&wide_asked(2))
+    };
+    let read = searches.hint_here(runtime.handle(), &cache, &context, unknown, &|| false);
+    assert!(read.expect("fine").is_none());
+    runtime.block_on(idle(&searches));
+    // The only thread is taken: hints are dropped, queries wait.
+    let (go, wait) = mpsc::channel::<()>();
+    {
+        let _runtime = runtime.enter();
+        assert!(searches.door.start_if_idle(move || assert!(wait.recv().is_ok())));
+    }
+    assert!(hint(&searches, &|| false).expect("a query could ask this").is_none());
+    std::thread::scope(|threads| {
+        let waiting = threads.spawn(|| answer(None));
+        while searches.waiting.lock().is_empty() {
+            std::thread::yield_now();
+        }
+        go.send(()).expect("a receiver");
+        let late = waiting.join().expect("no panic");
+        assert_eq!(late.found, plain.found);
+    });
+    // What no query can be.
+    let mut bad = forecast(&wide_asked(1));
+    bad.q[7] = f32::NAN;
+    assert!(
+        searches
+            .hint_here(runtime.handle(), &cache, &context, bad, &|| false)
+            .is_err()
+    );
+    runtime.block_on(searches.door.drain());
+    let closed = searches.answer_here(
+        runtime.handle(),
+        Arc::clone(&cache),
+        Arc::clone(&context),
+        wide_asked(1),
+        None,
+    );
+    assert_eq!(closed.err(), Some(Lost::Closed));
 }

@@ -7,7 +7,7 @@ use kvasir_block::{Dtype, LayerBlockLayout};
 use kvasir_index::{Excluded, IndexError, KeyRows};
 use kvasir_simd::log_sum_exp2;
 
-use super::{Buffers, Purpose, Search, wants_exact};
+use super::{Buffers, Purpose, Search, wants_exact, wants_lift};
 use crate::{
     indexes::{Covering, HeadIndex, LayerIndex},
     retrieve::{
@@ -187,5 +187,5 @@ impl Search {
 /// Whether only a scan, of sketches or of every key, gives what is asked for: built indexes give no bound.
 pub(in crate::retrieve) fn wants_scan(form: Form) -> bool {
     let bounded = |options: AttendOptions| options.certificate != Certificate::None || options.missed_mass_max > 0.0;
-    wants_exact(form) || matches!(form, Form::Attend { options, .. } if bounded(options))
+    wants_exact(form) || wants_lift(form) || matches!(form, Form::Attend { options, .. } if bounded(options))
 }

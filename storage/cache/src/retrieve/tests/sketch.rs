@@ -170,6 +170,12 @@ fn what_sketches_cannot_give_the_flat_scan_gives() {
     for options in [
         AttendOptions {
             unbiased: true,
+            certificate: Certificate::Statistical,
+            ..AttendOptions::default()
+        },
+        AttendOptions {
+            unbiased: true,
+            missed_mass_max: 0.1,
             ..AttendOptions::default()
         },
         AttendOptions {
@@ -187,6 +193,65 @@ fn what_sketches_cannot_give_the_flat_scan_gives() {
         through.2.index_reason = "";
         assert_eq!(through, exact);
     }
+}
+
+/// Drawn keys stand for the others: over many queries the mass is right in the mean, from an eighth of the keys, and all of them are exact.
+#[test]
+fn what_is_to_have_no_bias_is_drawn_through_sketches() {
+    const QUERIES: u64 = 100;
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, namespace) = sketched(dir.path(), 200);
+    let open = |index| cache.open_context(namespace, &chain(200), 6, 0.35, index).unwrap();
+    let (context, flat) = (open(IndexChoice::Best), open(IndexChoice::Flat));
+    let options = AttendOptions {
+        unbiased: true,
+        effort: 0.125,
+        ..AttendOptions::default()
+    };
+    let (mut sum, mut squares) = (0.0_f64, 0.0_f64);
+    for seed in 0..QUERIES {
+        let q = queries(&wide(), 6, seed);
+        let of = |target| Query {
+            form: attend(target, options),
+            ..ask(&q, 0, 1.0, &KEPT)
+        };
+        let (_, exact, _) = attended(&cache, &flat, &of(1.0));
+        let (_, lse, report) = attended(&cache, &context, &of(0.9));
+        assert_eq!((report.index, report.index_reason), ("sketch", ""));
+        // An eighth of 160 keys for each of four query heads; the others are of a streaming head.
+        assert_eq!((report.keys_attended, report.keys_total), (80, 320), "{report:?}");
+        for head in 0..4 {
+            let whole = f64::from((lse[head] - exact[head]).exp2());
+            sum += whole - 1.0;
+            squares += (whole - 1.0) * (whole - 1.0);
+        }
+        if seed == 0 {
+            let (_, all, report) = attended(&cache, &context, &of(1.0));
+            assert_eq!(report.keys_attended, 2 * report.keys_total);
+            for (all, exact) in all.iter().zip(&exact).take(4) {
+                assert!((all - exact).abs() < 1e-3, "{all} is not {exact}");
+            }
+            let again = attended(&cache, &context, &of(0.9)).1;
+            assert_eq!(again, lse, "a function of what is asked");
+            let few = Query {
+                form: Form::Attend {
+                    target_mass: 0.9,
+                    k_max: Some(7),
+                    options,
+                },
+                ..of(0.9)
+            };
+            let report = attended(&cache, &context, &few).2;
+            assert_eq!(report.keys_attended, 4 * 7);
+        }
+    }
+    let draws = (4 * QUERIES) as f64;
+    let error = (squares / draws / draws).sqrt();
+    assert!(
+        (sum / draws).abs() < 4.0 * error,
+        "{} is no chance, {error}",
+        sum / draws
+    );
 }
 
 #[test]

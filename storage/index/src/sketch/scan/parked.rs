@@ -3,6 +3,7 @@
 //! It owns what it keeps: candidates with their levels, a weight per run and which keys a sample takes, some kilobytes a head, and
 //! nothing of the blocks. So it can wait beside a stream while the blocks are free.
 
+use half::f16;
 use kvasir_simd::{GROUP, RUN_GROUPS};
 
 use super::{Attend, SketchScan, certificate::Drawn};
@@ -37,17 +38,7 @@ impl Parked {
         if heads == 0 || q.len() != self.q.len() {
             return f32::INFINITY;
         }
-        let d = q.len() / heads;
-        let far = |(q, predicted): (&[f32], &[f32])| {
-            let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>();
-            let off = square(&mut q.iter().zip(predicted).map(|(a, b)| a - b));
-            let far = (off / square(&mut q.iter().copied())).sqrt();
-            if far.is_nan() { f32::INFINITY } else { far }
-        };
-        q.chunks_exact(d)
-            .zip(self.q.chunks_exact(d))
-            .map(far)
-            .fold(0.0, f32::max)
+        distance(&self.q, q, q.len() / heads)
     }
 
     /// Share of everything that each predicted query attends to, here and [beside](SketchScan::beside), that its candidates and that
@@ -70,6 +61,24 @@ impl Parked {
     }
 }
 
+/// How far query rows of `head_dim` are from `predicted` ones, relative to their own length: the furthest of all. Infinite where they
+/// cannot be compared.
+pub fn distance(predicted: &[f32], q: &[f32], head_dim: usize) -> f32 {
+    if q.len() != predicted.len() {
+        return f32::INFINITY;
+    }
+    let far = |(q, predicted): (&[f32], &[f32])| {
+        let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>();
+        let off = square(&mut q.iter().zip(predicted).map(|(a, b)| a - b));
+        let far = (off / square(&mut q.iter().copied())).sqrt();
+        if far.is_nan() { f32::INFINITY } else { far }
+    };
+    q.chunks(head_dim.max(1))
+        .zip(predicted.chunks(head_dim.max(1)))
+        .map(far)
+        .fold(0.0, f32::max)
+}
+
 impl SketchScan<'_> {
     fn covered_by_candidates(&self, head: usize) -> f32 {
         let levels = &self.candidates.levels[self.candidates.of(head)];
@@ -83,7 +92,8 @@ impl SketchScan<'_> {
     /// The scan is empty then.
     pub fn park(&mut self, how: Attend) -> Parked {
         self.find_for(how);
-        let drawn = self.draw_ahead();
+        let drawn = self.draw_ahead(how.certificate);
+        self.bring_near(&drawn);
         let covered = (0..self.table.heads())
             .map(|head| self.covered_by_candidates(head))
             .collect();
@@ -100,6 +110,25 @@ impl SketchScan<'_> {
         parked.candidates.levels.shrink_to_fit();
         self.clear();
         parked
+    }
+
+    /// Reads what the answer will read, so that it lies in a cache when the real queries come and nobody waits for memory: the keys of
+    /// candidates and samples, scattered, and the means. Of values it reads few.
+    fn bring_near(&self, drawn: &[Drawn]) {
+        /// Elements of a cache line.
+        const LINE: usize = 32;
+        let d = self.head_dim();
+        let touch = |elements: &[f16]| {
+            let lines = elements.iter().step_by(LINE);
+            lines.fold(0, |all, half| all ^ half.to_bits())
+        };
+        let means = self.column().map_or(0, |column| touch(column.means()));
+        let slots = self.union.iter().chain(drawn.iter().flat_map(Drawn::slots));
+        let all = slots.fold(means, |all, slot| {
+            let (block, row) = self.place(slot);
+            all ^ touch(&self.keys[block][row * d..(row + 1) * d])
+        });
+        std::hint::black_box(all);
     }
 
     /// Starts anew, as [`SketchScan::begin`], with the real queries after a prediction was parked. The same blocks are added
