@@ -43,25 +43,41 @@ struct Prefill {
         }
     }
 
+    // Whether the rows of a tile are all there and lie one after another, as nearly all do.
+    __device__ __forceinline__ bool is_run(int first) const {
+        const bool one_page = sequence.pages == 0 || (u32(first) % TILE == 0 && params.view.page_tokens % TILE == 0);
+        return first >= 0 && u32(first) + TILE <= sequence.tokens && one_page;
+    }
+
     __device__ __forceinline__ void load(u32 index, u32 stage) const {
-        const u32 word = threadIdx.x % WORDS;
-        const u32 to_k = stage_at(stage) + (word >> 3) * TILE_PANEL, to_v = to_k + PLANE;
+        constexpr u32 AT_ONCE = THREADS / WORDS; // rows; a multiple of eight, so that a thread's have one swizzle
+        const u32 word = threadIdx.x % WORDS, own = threadIdx.x / WORDS, kv_head = head() / params.heads_per_kv;
+        const u32 to_k = stage_at(stage) + (word >> 3) * TILE_PANEL + swizzle<128>(own, word & 7u), to_v = to_k + PLANE;
         const bool gathered = index >= tile_count;
-        const u32 first_column = gathered ? (index - tile_count) * TILE : 0;
         const int first = gathered ? 0 : tile_first(numbers(), list, end, index);
+        if (!gathered && is_run(first)) {
+            u64 from = row_offset(params.view, sequence.pages, kv_head, u32(first)) + own * params.view.token_stride + word * 16;
+#pragma unroll 4
+            for (u32 i = 0; i < TILE / AT_ONCE; ++i) {
+                copy_async(to_k + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.k + from));
+                copy_async(to_v + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.v + from));
+                from += AT_ONCE * params.view.token_stride;
+            }
+            return;
+        }
+        const u32 first_column = gathered ? (index - tile_count) * TILE : 0;
 #pragma unroll 1
-        for (u32 row = threadIdx.x / WORDS; row < TILE; row += THREADS / WORDS) {
+        for (u32 i = 0; i < TILE / AT_ONCE; ++i) {
+            const u32 row = own + i * AT_ONCE;
             int key = first + int(row);
             if (gathered) {
                 const u32 column = first_column + row;
                 key = column < column_count ? int(__ldg(numbers() + list.columns + column)) : -1;
             }
             const bool there = key >= 0 && u32(key) < sequence.tokens;
-            const u32 kv_head = head() / params.heads_per_kv;
             const u64 from = there ? row_offset(params.view, sequence.pages, kv_head, u32(key)) + word * 16 : 0;
-            const u32 at = swizzle<128>(row, word & 7u);
-            copy_async(to_k + at, reinterpret_cast<const void*>(params.view.k + from), there);
-            copy_async(to_v + at, reinterpret_cast<const void*>(params.view.v + from), there);
+            copy_async(to_k + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.k + from), there);
+            copy_async(to_v + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.v + from), there);
         }
         if (gathered && threadIdx.x < TILE)
             keys[stage * TILE + threadIdx.x] = column_once(numbers(), list, end, column_count, first_column + threadIdx.x);

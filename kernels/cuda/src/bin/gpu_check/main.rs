@@ -17,6 +17,7 @@ mod linear;
 mod planner;
 mod prefill;
 mod sample;
+mod shares;
 mod transfer;
 
 use std::{path::PathBuf, process::ExitCode, time::SystemTime};
