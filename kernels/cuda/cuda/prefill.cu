@@ -83,26 +83,32 @@ struct Prefill {
             keys[stage * TILE + threadIdx.x] = column_once(numbers(), list, end, column_count, first_column + threadIdx.x);
     }
 
+    // Where this lane's row of four matrices begins, in rows of 128 bytes of which `row` and every eighth one after it lie alike: word
+    // `half` of it, and word 2 i + half is at `^ (i << 5)`. Written out, for the compiler does not see that the swizzle is the same for all.
+    __device__ __forceinline__ static u32 lane_at(u32 base, u32 row, u32 half) {
+        return base + row * 128 + ((half ^ (row & 7u)) << 4);
+    }
+
     // s = q k^T, for the two halves of the warp's rows.
     __device__ __forceinline__ void scores(float (&s)[2][8][4], u32 stage) const {
-        const u32 base = stage_at(stage), lane = lane_anew(), row = threadIdx.x & ~31u;
+        const u32 lane = lane_anew();
+        const u32 from_q = lane_at(queries, (threadIdx.x & ~31u) + (lane & 15u), lane >> 4);
+        const u32 from_k = lane_at(stage_at(stage), (lane >> 4) * 8 + (lane & 7u), lane >> 3 & 1u);
 #pragma unroll
         for (u32 n = 0; n < 8; ++n) {
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) s[h][n][0] = s[h][n][1] = s[h][n][2] = s[h][n][3] = 0.0f;
         }
-#pragma unroll 2
+#pragma unroll 4
         for (u32 i = 0; i < STEPS; ++i) {
             u32 q[2][4];
 #pragma unroll
             for (u32 h = 0; h < 2; ++h)
-                load_matrices(q[h], queries + (i / 4) * ROW_PANEL +
-                                        swizzle<128>(row + 16 * h + (lane & 15u), (2 * i + (lane >> 4)) & 7u));
+                load_matrices(q[h], (from_q ^ (i % 4 << 5)) + (i / 4) * ROW_PANEL + 16 * h * 128);
 #pragma unroll
             for (u32 n = 0; n < 8; n += 2) {
                 u32 b[4];
-                load_matrices(b, base + (i / 4) * TILE_PANEL +
-                                     swizzle<128>(8 * (n + (lane >> 4)) + (lane & 7u), (2 * i + (lane >> 3 & 1u)) & 7u));
+                load_matrices(b, (from_k ^ (i % 4 << 5)) + (i / 4) * TILE_PANEL + n * 1024);
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
                     mma<IS_BF16>(s[h][n], q[h][0], q[h][1], q[h][2], q[h][3], b[0], b[1]);
@@ -114,7 +120,7 @@ struct Prefill {
 
     // o += p v, the weights p being s rounded to the keys' type.
     __device__ __forceinline__ void weigh(float (&o)[2][D / 8][4], const float (&s)[2][8][4], u32 stage) const {
-        const u32 base = stage_at(stage) + PLANE, lane = lane_anew();
+        const u32 lane = lane_anew(), from_v = lane_at(stage_at(stage) + PLANE, lane & 15u, lane >> 4);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             u32 p[2][4];
@@ -128,8 +134,7 @@ struct Prefill {
 #pragma unroll
             for (u32 n = 0; n < D / 8; n += 2) {
                 u32 b[4];
-                load_matrices_transposed(b, base + (n / 8) * TILE_PANEL +
-                                                swizzle<128>(16 * i + (lane & 15u), (n + (lane >> 4)) & 7u));
+                load_matrices_transposed(b, (from_v ^ (n % 8 << 4)) + (n / 8) * TILE_PANEL + 16 * i * 128);
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
                     mma<IS_BF16>(o[h][n], p[h][0], p[h][1], p[h][2], p[h][3], b[0], b[1]);
