@@ -135,7 +135,13 @@ impl Means {
         // SAFETY: `BlocksParams` is blocks.cu's; view and queries were checked by the planner, and the buffers have room for
         // these counts.
         unsafe {
-            gpu.launch(Family::Blocks, queries, (row_blocks as u32, heads as u32, 1), 128, &params)?;
+            gpu.launch(
+                Family::Blocks,
+                queries,
+                (row_blocks as u32, heads as u32, 1),
+                128,
+                &params,
+            )?;
             let grid = (key_blocks as u32, shape.kv_heads as u32, 1);
             gpu.launch(Family::Blocks, keys, grid, 128, &params)?;
         }

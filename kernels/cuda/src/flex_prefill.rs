@@ -254,7 +254,13 @@ impl Flex {
         unsafe {
             gpu.launch(Family::FlexPrefill, "flex_pool", by_eight, 256, params)?;
             gpu.launch(Family::FlexPrefill, "flex_test", (heads, parts as u32, 1), 512, params)?;
-            gpu.launch(Family::FlexPrefill, "flex_choose", (2 * heads, parts as u32, 1), 512, params)?;
+            gpu.launch(
+                Family::FlexPrefill,
+                "flex_choose",
+                (2 * heads, parts as u32, 1),
+                512,
+                params,
+            )?;
         }
         // The first block is chosen whatever it has: the best of the others.
         let others = TopKSet {

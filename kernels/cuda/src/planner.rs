@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use self::layer::LayerPlans;
 use crate::{
-    Buffer, DeviceTiles, Dtype, Family, FlexChosen, FlexPrefill, Gpu, GpuError, HeadMask, KvShape, KvView, Plain, Query,
-    XAttention,
+    Buffer, DeviceTiles, Dtype, Family, FlexChosen, FlexPrefill, Gpu, GpuError, HeadMask, KvShape, KvView, Plain,
+    Query, XAttention,
     block_sparse::{BlockSparse, Blocks},
     flex_prefill::Flex,
     plan::{ROWS, TILE},
@@ -222,7 +222,10 @@ impl Planner {
         let slashes = room(self.slashes.numbers(&call, &layer.vertical_slash));
         let blocks = room(self.blocks.numbers(&call, &layer.block_sparse));
         let flex = room(call.triangle(layer.flex_prefill.count));
-        let antidiagonals = layer.x_attention.each_ref().map(|heads| room(call.triangle(heads.count)));
+        let antidiagonals = layer
+            .x_attention
+            .each_ref()
+            .map(|heads| room(call.triangle(heads.count)));
         let numbers = end;
         if u32::try_from(numbers).is_err() {
             return Err(GpuError::shape(

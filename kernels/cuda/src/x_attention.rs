@@ -29,7 +29,8 @@ impl XAttention {
     pub(crate) fn checked(self, head: usize, tokens_max: usize) -> Result<Self, GpuError> {
         let share = self.threshold > 0.0 && self.threshold <= 1.0;
         if !STRIDES.contains(&self.stride) || !share || tokens_max > TOKENS_MAX {
-            let why = format!("head {head}: {self:?} over {tokens_max} tokens; strides are 8 and 16, tokens up to 2^21");
+            let why =
+                format!("head {head}: {self:?} over {tokens_max} tokens; strides are 8 and 16, tokens up to 2^21");
             return Err(GpuError::shape("planner", why));
         }
         Ok(self)
@@ -126,7 +127,11 @@ impl Antidiagonals {
             first_number: lists.first_number,
         };
         let maps = self.maps(call, stride, base)?;
-        let build = if stride == 8 { "x_attention_build_8" } else { "x_attention_build_16" };
+        let build = if stride == 8 {
+            "x_attention_build_8"
+        } else {
+            "x_attention_build_16"
+        };
         for first_head in (0..heads.count).step_by(heads_at_once) {
             let some_heads = heads_at_once.min(heads.count - first_head);
             for first_block in (0..row_blocks).step_by(blocks_at_once) {
@@ -153,7 +158,12 @@ impl Antidiagonals {
     }
 
     /// What Hopper's copy engine is told of long queries and long keys; nothing elsewhere.
-    fn maps(&mut self, call: &Call<'_>, stride: usize, base: XAttentionParams) -> Result<Option<[TensorMap; 2]>, GpuError> {
+    fn maps(
+        &mut self,
+        call: &Call<'_>,
+        stride: usize,
+        base: XAttentionParams,
+    ) -> Result<Option<[TensorMap; 2]>, GpuError> {
         let (gpu, shape) = (call.gpu, call.shape);
         if gpu.capability() != (9, 0) || (call.parts.rows as usize) < stride {
             return Ok(None);
@@ -184,7 +194,11 @@ impl Antidiagonals {
             gathered: self.gathered.pointer,
             ..base
         };
-        let kernel = if shape.head_dim == 64 { "gather_keys_64" } else { "gather_keys_128" };
+        let kernel = if shape.head_dim == 64 {
+            "gather_keys_64"
+        } else {
+            "gather_keys_128"
+        };
         let grid = (tokens.div_ceil(16) as u32, shape.kv_heads as u32, 1);
         // SAFETY: `XAttentionParams` is x_attention.cu's; the planner checked the view, and there is room for all of its keys.
         unsafe { gpu.launch(Family::XAttention, kernel, grid, 128, &params)? };
@@ -213,7 +227,9 @@ fn scores(
     let across = (params.blocks as usize * (ROWS / stride)).div_ceil(128) * params.heads_count as usize;
     let tiles = |wide: usize| {
         let tiles = across.checked_mul(long_keys.div_ceil(wide));
-        let tiles = tiles.and_then(|tiles| i32::try_from(tiles).ok()).map(i32::cast_unsigned);
+        let tiles = tiles
+            .and_then(|tiles| i32::try_from(tiles).ok())
+            .map(i32::cast_unsigned);
         tiles.ok_or_else(|| GpuError::shape("planner", format!("{across} times {long_keys} long rows")))
     };
     if let Some(&[q, k]) = maps {
@@ -227,7 +243,10 @@ fn scores(
             (_, _, 8) => "long_scores_wide_f16_128_8",
             (_, _, _) => "long_scores_wide_f16_128_16",
         };
-        let (ctas, shared) = (tiles(256)?.min(gpu.multiprocessors() as u32), 4 * (128 + 256) * 128 + 1024);
+        let (ctas, shared) = (
+            tiles(256)?.min(gpu.multiprocessors() as u32),
+            4 * (128 + 256) * 128 + 1024,
+        );
         let params = WideParams { q, k, base: params };
         // SAFETY: `WideParams` is x_attention.cu's; the maps describe the queries and keys that the planner checked, and the logarithms
         // of these heads and row blocks fit `scores`.

@@ -77,7 +77,10 @@ impl LayerPlans {
                 }
                 HeadPlan::XAttention(plan) => {
                     let plan = plan.checked(head, tokens_max)?;
-                    let of_stride = x_heads.iter_mut().zip(STRIDES).filter(|(_, stride)| *stride == plan.stride);
+                    let of_stride = x_heads
+                        .iter_mut()
+                        .zip(STRIDES)
+                        .filter(|(_, stride)| *stride == plan.stride);
                     of_stride.for_each(|(heads, _)| heads.push(head as u32));
                     record[0] = 4;
                     record[SHARE] = plan.threshold.to_bits();

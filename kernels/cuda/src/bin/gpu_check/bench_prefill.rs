@@ -160,7 +160,9 @@ impl Inputs {
             HeadMask::Absolute { rows } => rows.iter().map(Vec::len).sum::<usize>(),
             _ => 0,
         });
-        let all = Mask::new(ROWS, vec![HeadMask::Dense]).expect("in order").work(0, 0, self.tokens);
+        let all = Mask::new(ROWS, vec![HeadMask::Dense])
+            .expect("in order")
+            .work(0, 0, self.tokens);
         let density = tiles.sum::<usize>() as f64 / (all * self.layer.q_heads) as f64;
         let tiles = planner.build(gpu, 0, query, &rows, &view, scale)?;
         let prefill = Prefill {

@@ -16,6 +16,7 @@ mod forward;
 mod linear;
 mod planner;
 mod prefill;
+mod refusals;
 mod sample;
 mod shares;
 mod transfer;

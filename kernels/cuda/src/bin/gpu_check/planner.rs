@@ -197,7 +197,8 @@ impl Case<'_> {
             let rows = first..(first + part_rows).min(sparse.end);
             let end = self.offset() + rows.end;
             let kv = self.kv_below(end);
-            let expected = reference::vs_estimate(self.shape, self.queries(rows.clone()), self.heads.len(), &kv, 64, SCALE);
+            let expected =
+                reference::vs_estimate(self.shape, self.queries(rows.clone()), self.heads.len(), &kv, 64, SCALE);
             for (nth, &(head, plan)) in heads.iter().enumerate() {
                 let item = part * heads.len() + nth;
                 let mut chosen = Vec::new();

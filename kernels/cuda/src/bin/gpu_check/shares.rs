@@ -104,14 +104,24 @@ impl Case<'_> {
             let (_, masses) = &by_stride[usize::from(plan.stride == 16)];
             for block in 0..row_blocks {
                 let list = &lists[head][sparse.start / ROWS + block];
-                let Some(chosen) = self.chosen(list, block, tally) else { continue };
+                let Some(chosen) = self.chosen(list, block, tally) else {
+                    continue;
+                };
                 let masses = &masses[(head * row_blocks + block) * key_blocks..][..key_blocks];
                 if sparse.len() - block * ROWS < plan.stride {
-                    self.wrong(chosen.blocks.len() < chosen.seen, tally, "too few queries, and not all is seen");
+                    self.wrong(
+                        chosen.blocks.len() < chosen.seen,
+                        tally,
+                        "too few queries, and not all is seen",
+                    );
                     continue;
                 }
                 let free = |chosen: &Chosen, number: usize| number > 0 && number < chosen.before;
-                let smallest = is_smallest(&[(masses, &chosen)], free, [f64::from(plan.threshold), X_SHARE, X_ORDER]);
+                let smallest = is_smallest(
+                    &[(masses, &chosen)],
+                    free,
+                    [f64::from(plan.threshold), X_SHARE, X_ORDER],
+                );
                 self.wrong(!smallest, tally, "not the fewest blocks with the share");
             }
         }
@@ -195,7 +205,13 @@ impl<'a> Part<'a> {
         let sum: f64 = found.iter().sum();
         let terms = estimated.iter().zip(&found).map(|(&p, &found)| {
             let q = found / sum;
-            let part = |x: f64| if x > 0.0 { x / 2.0 * (x / (0.5 * (p + q))).log2() } else { 0.0 };
+            let part = |x: f64| {
+                if x > 0.0 {
+                    x / 2.0 * (x / (0.5 * (p + q))).log2()
+                } else {
+                    0.0
+                }
+            };
             part(p) + part(q)
         });
         terms.sum::<f64>().max(0.0).sqrt()
@@ -218,8 +234,11 @@ impl<'a> Part<'a> {
             };
             let gamma = f64::from(plan.gamma);
             let right = count(gamma - FLEX_SHARE)..=count(gamma + FLEX_SHARE);
-            self.case
-                .wrong(!right.contains(&decided.len()), tally, "another number of blocks than holds the share");
+            self.case.wrong(
+                !right.contains(&decided.len()),
+                tally,
+                "another number of blocks than holds the share",
+            );
             let (mut least, mut left_out) = (f64::INFINITY, 0.0_f64);
             for (number, &mass) in pooled.iter().enumerate().skip(1) {
                 if decided.contains(&(number as u32)) {
@@ -229,20 +248,30 @@ impl<'a> Part<'a> {
                 }
             }
             let best = left_out <= least * (1.0 + FLEX_ORDER) + 1e-6;
-            self.case.wrong(!best, tally, "a better block of columns or diagonals is left out");
+            self.case
+                .wrong(!best, tally, "a better block of columns or diagonals is left out");
         }
         let whole = |blocks: &[u32]| -> Vec<u32> {
             let tile = TILE as u32;
-            blocks.iter().flat_map(|&block| block * tile..(block + 1) * tile).collect()
+            blocks
+                .iter()
+                .flat_map(|&block| block * tile..(block + 1) * tile)
+                .collect()
         };
         let mask = HeadMask::vertical_slash(ROWS, &whole(&decided[0]), &whole(&decided[1]));
         for (block, list) in lists.iter().enumerate() {
-            let Some(chosen) = self.chosen(list, block, tally) else { continue };
+            let Some(chosen) = self.chosen(list, block, tally) else {
+                continue;
+            };
             let held = mask.held(self.case.offset() + self.rows.start + (block + 1) * ROWS, block);
             let positions = held.ranges.into_iter().flatten();
             let positions = positions.chain(held.columns.iter().map(|&column| column as usize));
             let expected: BTreeSet<usize> = positions.map(|at| at / TILE).filter(|&at| at < chosen.seen).collect();
-            self.case.wrong(expected != chosen.blocks, tally, "other blocks than the columns' and the diagonals'");
+            self.case.wrong(
+                expected != chosen.blocks,
+                tally,
+                "other blocks than the columns' and the diagonals'",
+            );
         }
     }
 
@@ -251,17 +280,22 @@ impl<'a> Part<'a> {
         let floor = plan.budget_min.div_ceil(TILE);
         let (mut rows, mut masses) = (Vec::new(), Vec::new());
         for (block, list) in lists.iter().enumerate() {
-            let Some(chosen) = self.chosen(list, block, tally) else { return };
+            let Some(chosen) = self.chosen(list, block, tally) else {
+                return;
+            };
             let few = chosen.blocks.len() < floor.min(chosen.before);
             self.case.wrong(few, tally, "fewer blocks than the floor");
             rows.push(chosen);
-            masses.push(weights(&self.map[(head * lists.len() + block) * self.key_blocks()..][..self.key_blocks()]));
+            masses.push(weights(
+                &self.map[(head * lists.len() + block) * self.key_blocks()..][..self.key_blocks()],
+            ));
         }
         // The nearest ones may be there for the floor.
         let free = |row: &Chosen, number: usize| number > 0 && number + floor < row.before;
         let rows: Vec<(&[f64], &Chosen)> = masses.iter().map(Vec::as_slice).zip(&rows).collect();
         let smallest = is_smallest(&rows, free, [f64::from(plan.gamma), FLEX_SHARE, FLEX_ORDER]);
-        self.case.wrong(!smallest, tally, "not the fewest blocks of the map with the share");
+        self.case
+            .wrong(!smallest, tally, "not the fewest blocks of the map with the share");
     }
 
     fn chosen(&self, list: &HeadMask, block: usize, tally: &mut Tally) -> Option<Chosen> {
