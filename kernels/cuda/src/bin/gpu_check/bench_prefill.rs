@@ -149,21 +149,27 @@ impl Inputs {
     }
 
     /// Milliseconds of attention over such a list, and its tiles beside those of dense attention.
-    fn attend_planned(&mut self, gpu: &Gpu, plan: HeadPlan, sharpened: f32) -> Result<(f64, f64), GpuError> {
+    /// This is counted from the lists, which of long prompts are too many to bring to the host.
+    fn attend_planned(&mut self, gpu: &Gpu, plan: HeadPlan, sharpened: f32) -> Result<(f64, Option<f64>), GpuError> {
         let (mut planner, rows) = self.planner(gpu, plan)?;
         let view = KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?;
         let query = Query::bits(&self.q, self.layer.dtype);
         let scale = sharpened * self.layer.scale();
         planner.build(gpu, 0, query, &rows, &view, scale)?;
-        let lists = planner.lists()?;
-        let tiles = lists.iter().flatten().map(|list| match list {
-            HeadMask::Absolute { rows } => rows.iter().map(Vec::len).sum::<usize>(),
-            _ => 0,
-        });
-        let all = Mask::new(ROWS, vec![HeadMask::Dense])
-            .expect("in order")
-            .work(0, 0, self.tokens);
-        let density = tiles.sum::<usize>() as f64 / (all * self.layer.q_heads) as f64;
+        let density = if self.tokens > LONG {
+            None
+        } else {
+            let lists = planner.lists()?;
+            let tiles = lists.iter().flatten().map(|list| match list {
+                HeadMask::Absolute { rows } => rows.iter().map(Vec::len).sum::<usize>(),
+                _ => 0,
+            });
+            let all = Mask::new(ROWS, vec![HeadMask::Dense])
+                .expect("in order")
+                .work(0, 0, self.tokens);
+            let density = tiles.sum::<usize>() as f64 / (all * self.layer.q_heads) as f64;
+            Some((density * 1e4).round() / 1e4)
+        };
         let tiles = planner.build(gpu, 0, query, &rows, &view, scale)?;
         let prefill = Prefill {
             rows: self.tokens,
@@ -173,7 +179,7 @@ impl Inputs {
         };
         let (out, lse) = (&mut self.out, &mut self.lse);
         let ms = median(gpu, 0, || prefill.attend(gpu, query, &view, tiles, out, lse))?;
-        Ok((ms, (density * 1e4).round() / 1e4))
+        Ok((ms, density))
     }
 
     fn planner(&self, gpu: &Gpu, plan: HeadPlan) -> Result<(Planner, SparseRows), GpuError> {
@@ -206,13 +212,18 @@ fn sharp() -> [(&'static str, HeadPlan, f32); 4] {
 }
 
 /// Milliseconds of planning, and of attending so; the share of dense attention's tiles.
-fn planned(gpu: &Gpu, inputs: &mut Inputs, entry: &mut Map<String, Value>) -> Result<(), GpuError> {
-    let plan = HeadPlan::VerticalSlash(VerticalSlash::new(1000, 6096));
-    entry.insert(
-        "vertical_slash_1000_6096_plan_ms".into(),
-        inputs.plan(gpu, plan, 1.0)?.into(),
-    );
-    for (name, plan, sharpened) in sharp() {
+fn planned(
+    gpu: &Gpu,
+    inputs: &mut Inputs,
+    entry: &mut Map<String, Value>,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<(), GpuError> {
+    let (name, plan) = ("vertical_slash_1000_6096_plan_ms", VerticalSlash::new(1000, 6096));
+    if wanted(name) {
+        let planned = inputs.plan(gpu, HeadPlan::VerticalSlash(plan), 1.0)?;
+        entry.insert(name.into(), planned.into());
+    }
+    for (name, plan, sharpened) in sharp().into_iter().filter(|(name, ..)| wanted(name)) {
         let planned = inputs.plan(gpu, plan.clone(), sharpened)?;
         let (attended, density) = inputs.attend_planned(gpu, plan, sharpened)?;
         let figures = json!({ "plan_ms": planned, "ms": attended, "of_dense_tiles": density });
@@ -239,7 +250,9 @@ fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadMask; 2] {
     ]
 }
 
-pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
+/// All figures, or those whose name contains `only`.
+pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng, only: Option<&str>) -> Result<Value, GpuError> {
+    let wanted = |name: &str| only.is_none_or(|only| name.contains(only));
     let mut figures = Map::new();
     for tokens in [4096usize, 8192, 16 * 1024, 32 * 1024, 128 * 1024] {
         let mut inputs = Inputs::new(gpu, rng, LLAMA, tokens)?;
@@ -262,14 +275,17 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
             ];
             for (name, pages, head) in cases {
                 let name = format!("{name}_{products:?}").to_lowercase();
+                if !wanted(&name) {
+                    continue;
+                }
                 entry.insert(name, inputs.attend(gpu, pages, head, products)?);
             }
         }
-        planned(gpu, &mut inputs, &mut entry)?;
+        planned(gpu, &mut inputs, &mut entry, wanted)?;
         figures.insert(tokens.to_string(), entry.into());
     }
     let mut others = Map::new();
-    for layer in OTHERS {
+    for layer in OTHERS.into_iter().filter(|layer| wanted(&layer.text())) {
         let mut entry = Map::new();
         for tokens in [8192usize, 32 * 1024, 128 * 1024] {
             let mut inputs = Inputs::new(gpu, rng, layer, tokens)?;
@@ -300,7 +316,7 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     let near = inputs.attend(gpu, None, &near, best)?;
     let runs = inputs.attend(gpu, None, &runs, best)?;
     let mut planners = Map::new();
-    planned(gpu, &mut inputs, &mut planners)?;
+    planned(gpu, &mut inputs, &mut planners, |_| true)?;
     let dense = inputs.attend(gpu, None, &HeadMask::Dense, best)?;
     Ok(json!({
         "gpu": gpu.name(),
