@@ -85,13 +85,27 @@ __device__ __forceinline__ void put_sums(const XAttentionParams& params, u32 nth
     // A row that sees nothing here: whatever is taken from -inf is -inf.
     const float shift = most == NEGATIVE_INFINITY ? 0.0f : most;
     float* to = reinterpret_cast<float*>(params.scores) + (u64(nth) * queries + query) * params.key_blocks;
+    const auto put = [&](u32 block, float sum) {
+        if (query < queries && block < params.key_blocks) to[block] = shift + log2_fast(sum);
+    };
+    const bool odd = t & 1u, high = t & 2u;
 #pragma unroll
-    for (u32 j = 0; j < N; ++j) {
-        float sum = exp2_fast(s[j][0] - shift) + exp2_fast(s[j][1] - shift);
-        sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-        if constexpr (KEYS == 8) sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-        const u32 block = (first_key + 8 * j + 2 * t) / KEYS;
-        if (t % (KEYS / 2) == 0 && query < queries && block < params.key_blocks) to[block] = shift + log2_fast(sum);
+    for (u32 j = 0; j < N; j += 2 * KEYS / 4) {
+        // Of each two eights the even lanes of four keep one and the odd ones the other; then, where these are key blocks, of each two
+        // pairs likewise: so a lane has one key block in the end, and four lanes write four that follow each other.
+        float kept[KEYS / 4];
+#pragma unroll
+        for (u32 i = 0; i < KEYS / 4; ++i) {
+            const float first = exp2_fast(s[j + 2 * i][0] - shift) + exp2_fast(s[j + 2 * i][1] - shift);
+            const float second = exp2_fast(s[j + 2 * i + 1][0] - shift) + exp2_fast(s[j + 2 * i + 1][1] - shift);
+            kept[i] = (odd ? second : first) + __shfl_xor_sync(FULL_WARP, odd ? first : second, 1);
+        }
+        if constexpr (KEYS == 8) {
+            const float sum = (high ? kept[1] : kept[0]) + __shfl_xor_sync(FULL_WARP, high ? kept[0] : kept[1], 2);
+            put(first_key / KEYS + j + t, sum);
+        } else {
+            put(first_key / KEYS + 2 * (j + u32(odd)) + u32(high), kept[0]);
+        }
     }
 }
 

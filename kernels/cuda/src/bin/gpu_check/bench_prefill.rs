@@ -205,8 +205,8 @@ fn sharp() -> [(&'static str, HeadPlan, f32); 4] {
     };
     [
         ("block_sparse_100", HeadPlan::BlockSparse(BlockSparse::new(100)), 1.0),
-        ("flex_prefill_0.9_0.1", HeadPlan::FlexPrefill(flex), 14.0),
-        ("x_attention_8_0.9", antidiagonals(8), 39.0),
+        ("flex_prefill_0.9_0.1", HeadPlan::FlexPrefill(flex), 20.0),
+        ("x_attention_8_0.9", antidiagonals(8), 52.0),
         ("x_attention_16_0.9", antidiagonals(16), 55.0),
     ]
 }
