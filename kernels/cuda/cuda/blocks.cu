@@ -17,7 +17,7 @@ struct BlocksParams {
     u64 queries; // means, [heads, row_blocks, D]
     u64 keys;    // means, [kv_heads, key_blocks, D]
     u64 scores;  // f32 [gridDim.z, row blocks of the launch, key_blocks]
-    u64 lengths; // u32 [heads, row_blocks, 2]: key blocks to choose from, and how many of them
+    u64 lengths; // u32 [heads, row_blocks, 2]: key blocks to choose from, and how many of them; 0: nobody asks
     u64 lists;   // List [q_heads, call_blocks]: see prefill.cuh
     u64 numbers; // from `first_number` on u32 [heads, row_blocks, room]: a free place, then key blocks, rising
     Parts parts;
@@ -25,6 +25,7 @@ struct BlocksParams {
     u32 row_blocks, key_blocks, call_blocks;
     u32 first_head, first_block, blocks; // of the launch
     u32 first_number, room;
+    u32 as_they_are; // products are not put above all else where a row block lies
 };
 
 __device__ __forceinline__ u32 query_head(const BlocksParams& params, u32 nth) {
@@ -80,7 +81,7 @@ __device__ __forceinline__ void mean_queries(const BlocksParams& params) {
     u16* to = reinterpret_cast<u16*>(params.queries) + (u64(nth) * params.row_blocks + block) * D;
     mean<IS_BF16, D, ROWS>(to, min(ROWS, params.parts.rows - block * ROWS),
                            [&](u32 i) { return from + u64(i) * params.q_heads * D; });
-    if (threadIdx.x > 0) return;
+    if (threadIdx.x > 0 || params.lengths == 0) return;
     u32* lengths = reinterpret_cast<u32*>(params.lengths) + 2 * (u64(nth) * params.row_blocks + block);
     lengths[0] = params.key_blocks;
     lengths[1] = min(plan_of(params, head).blocks, params.key_blocks);
@@ -157,7 +158,8 @@ __device__ __forceinline__ void block_scores(const BlocksParams& params) {
             for (u32 j = 0; j < 2; ++j) {
                 const u32 key = first_key + 8 * n + 2 * t + j;
                 if (key >= params.key_blocks) continue;
-                to[key] = key >= seen ? NEGATIVE_INFINITY : key >= own ? LARGEST : s[n][2 * i + j];
+                const bool chosen = key >= own && !params.as_they_are;
+                to[key] = key >= seen ? NEGATIVE_INFINITY : chosen ? LARGEST : s[n][2 * i + j];
             }
         }
     }

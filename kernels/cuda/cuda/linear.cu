@@ -86,10 +86,8 @@ __device__ __forceinline__ void few(const LinearParams& params) {
     }
 }
 
-// Tiles of BM rows of x and BN rows of w; eight warps, two by four; 64 of k at a time.
 template <bool IS_BF16, u32 BM, u32 BN>
 __device__ __forceinline__ void many(const LinearParams& params) {
-    constexpr u32 BK = 64, STAGES = 3, STAGE = (BM + BN) * 128;
     constexpr u32 WM = BM / 2, WN = BN / 4, MT = WM / 16, NT = WN / 8;
     extern __shared__ u8 dynamic[];
     const u32 base = (shared_address(dynamic) + 127u) & ~127u;
@@ -103,8 +101,8 @@ __device__ __forceinline__ void many(const LinearParams& params) {
     const u32 first_m = (8 * band + inside % high) * BM, first_n = inside / high * BN;
 
     const u32 word = threadIdx.x % 8, own = threadIdx.x / 8;
-    auto load = [&](u32 step) {
-        const u32 to = base + step % STAGES * STAGE, k = step * BK + word * 8;
+    const auto load = [&](u32 step, u32 to) {
+        const u32 k = step * PRODUCTS_K + word * 8;
         const bool inside_k = k < params.k;
 #pragma unroll
         for (u32 i = 0; i < BM / 32; ++i) {
@@ -123,42 +121,7 @@ __device__ __forceinline__ void many(const LinearParams& params) {
     };
 
     float c[MT][NT][4];
-#pragma unroll
-    for (u32 i = 0; i < MT; ++i) {
-#pragma unroll
-        for (u32 j = 0; j < NT; ++j) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0.0f;
-    }
-    const u32 steps = (params.k + BK - 1) / BK;
-#pragma unroll
-    for (u32 i = 0; i < STAGES - 1; ++i) {
-        if (i < steps) load(i);
-        commit_copies();
-    }
-    for (u32 step = 0; step < steps; ++step) {
-        wait_copies<STAGES - 2>();
-        __syncthreads();
-        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
-        commit_copies();
-        const u32 at_x = base + step % STAGES * STAGE, at_w = at_x + BM * 128;
-#pragma unroll
-        for (u32 k = 0; k < BK / 16; ++k) {
-            u32 a[MT][4];
-#pragma unroll
-            for (u32 i = 0; i < MT; ++i)
-                load_matrices(a[i], at_x + swizzle<128>(from_m + 16 * i + (lane & 15u), 2 * k + (lane >> 4)));
-#pragma unroll
-            for (u32 j = 0; j < NT; j += 2) {
-                u32 b[4];
-                load_matrices(b, at_w + swizzle<128>(from_n + 8 * (j + (lane >> 4)) + (lane & 7u),
-                                                     2 * k + (lane >> 3 & 1u)));
-#pragma unroll
-                for (u32 i = 0; i < MT; ++i) {
-                    mma<IS_BF16>(c[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
-                    mma<IS_BF16>(c[i][j + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3]);
-                }
-            }
-        }
-    }
+    multiply_tile<IS_BF16, BM, BN>(c, base, (params.k + PRODUCTS_K - 1) / PRODUCTS_K, load);
     const bool pairs = params.n % 2 == 0;
 #pragma unroll
     for (u32 i = 0; i < MT; ++i) {

@@ -1,11 +1,9 @@
 // linear for many rows on Hopper: products by wgmma, tiles by the tensor copy engine.
 //
-// A CTA takes tiles of 128 rows of x by BN rows of w, one after another: a warpgroup copies, running ahead over the border of
-// tiles; two multiply, 64 rows of x each, and write their sums while the next tile's operands arrive. A sum's terms come in steps
-// of 64 of k, four products of 16 each, whatever BN is: a row has the same bits in all widths, so the number of rows may choose.
+// A row has the same bits in all widths, so the number of rows may choose.
 #pragma once
-#include "hopper.cuh"
 #include "linear.cuh"
+#include "products.cuh"
 
 #ifdef HAS_WGMMA
 
@@ -14,9 +12,7 @@ struct WideParams {
     LinearParams base;
 };
 
-constexpr u32 WIDE_M = 128, WIDE_K = 64, WIDE_THREADS = 384, BOX_ROWS = 64, BOX_BYTES = BOX_ROWS * 128, BAND = 8;
-constexpr u32 COPIER_REGISTERS = 40, MULTIPLIER_REGISTERS = 232; // of a thread; together no more than 384 had at first
-constexpr u32 MULTIPLYING_WARPS = 8;
+constexpr u32 BAND = 8;
 
 // Where tile `index` begins: a band of row blocks of x shares a row block of w while it is in the cache.
 struct WideTile {
@@ -98,78 +94,23 @@ __device__ __forceinline__ void put_tile(const LinearParams& params, const float
 // Grid: any number of CTAs.
 template <bool IS_BF16, u32 BN, u32 STAGES>
 __device__ __forceinline__ void many_wide(const WideParams& params) {
-    constexpr u32 X_BYTES = WIDE_M * 128, STAGE = X_BYTES + BN * 128;
-    extern __shared__ u8 dynamic[];
-    __shared__ alignas(8) u64 barriers[2 * STAGES];
-    const u32 base = (shared_address(dynamic) + 1023u) & ~1023u, there = shared_address(barriers), free = there + 8 * STAGES;
-    if (threadIdx.x == 0) {
-        for (u32 i = 0; i < STAGES; ++i) {
-            barrier_init(there + 8 * i, 1);
-            barrier_init(free + 8 * i, MULTIPLYING_WARPS);
-        }
-        barrier_publish();
-    }
-    __syncthreads();
     const u32 blocks_m = (params.base.m + WIDE_M - 1) / WIDE_M, blocks_n = (params.base.n + BN - 1) / BN;
-    const u32 tiles = blocks_m * blocks_n, steps = (params.base.k + WIDE_K - 1) / WIDE_K;
-    const u32 group = __shfl_sync(FULL_WARP, threadIdx.x / 128, 0);
-    u32 stage = 0, phase = 0;
-    const auto advance = [&] {
-        const bool wraps = stage + 1 == STAGES;
-        stage = wraps ? 0 : stage + 1;
-        phase ^= u32(wraps);
-    };
-    if (group == 0) {
-        registers_give_back<COPIER_REGISTERS>();
-        if (threadIdx.x > 0) return;
-        for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
+    multiply_wide<IS_BF16, BN, STAGES>(
+        blocks_m * blocks_n, (params.base.k + PRODUCTS_K - 1) / PRODUCTS_K, [](u32) { return true; },
+        [&](u32 index, u32 step, u32 to, u32 barrier) {
             const WideTile tile(index, blocks_m, blocks_n, BN);
-            for (u32 step = 0; step < steps; ++step) {
-                // The first round finds every stage free.
-                barrier_wait(free + 8 * stage, phase ^ 1u);
-                const u32 to = base + stage * STAGE, barrier = there + 8 * stage;
-                barrier_expect(barrier, STAGE);
 #pragma unroll
-                for (u32 i = 0; i < WIDE_M / BOX_ROWS; ++i)
-                    copy_tensor(to + i * BOX_BYTES, params.x, barrier, step * WIDE_K, int(tile.first_m + i * BOX_ROWS), 0, 0);
+            for (u32 i = 0; i < WIDE_M / BOX_ROWS; ++i)
+                copy_tensor(to + i * BOX_BYTES, params.x, barrier, step * PRODUCTS_K, int(tile.first_m + i * BOX_ROWS), 0, 0);
 #pragma unroll
-                for (u32 i = 0; i < BN / BOX_ROWS; ++i)
-                    copy_tensor(to + X_BYTES + i * BOX_BYTES, params.w, barrier, step * WIDE_K,
-                                int(tile.first_n + i * BOX_ROWS), 0, 0);
-                advance();
-            }
-        }
-    } else {
-        registers_take<MULTIPLIER_REGISTERS>();
-        const auto release = [&](u32 stage) {
-            __syncwarp();
-            if ((threadIdx.x & 31u) == 0) barrier_arrive(free + 8 * stage);
-        };
-        for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
+            for (u32 i = 0; i < BN / BOX_ROWS; ++i)
+                copy_tensor(to + WIDE_M * 128 + i * BOX_BYTES, params.w, barrier, step * PRODUCTS_K,
+                            int(tile.first_n + i * BOX_ROWS), 0, 0);
+        },
+        [&](u32 index, u32 half, const float (&c)[BN / 8][4]) {
             const WideTile tile(index, blocks_m, blocks_n, BN);
-            float c[BN / 8][4];
-            u32 before = 0;
-            for (u32 step = 0; step < steps; ++step) {
-                barrier_wait(there + 8 * stage, phase);
-                const u32 x = base + stage * STAGE + (group - 1) * BOX_BYTES, w = base + stage * STAGE + X_BYTES;
-                settle(c);
-                wgmma_begin();
-#pragma unroll
-                for (u32 i = 0; i < WIDE_K / 16; ++i)
-                    wgmma_shared<IS_BF16>(c, wgmma_tile(x + 32 * i, 16), wgmma_tile(w + 32 * i, 16), step + i > 0);
-                wgmma_commit();
-                // The products of the step before are summed now.
-                wgmma_wait<1>();
-                if (step > 0) release(before);
-                before = stage;
-                advance();
-            }
-            wgmma_wait<0>();
-            settle(c);
-            release(before);
-            put_tile<IS_BF16, BN>(params.base, c, tile.first_m + (group - 1) * 64, tile.first_n);
-        }
-    }
+            put_tile<IS_BF16, BN>(params.base, c, tile.first_m + half * 64, tile.first_n);
+        });
 }
 
 #endif

@@ -2,7 +2,7 @@
 // without the 64 x N matrix ever being in memory; then a head's tiles from its best diagonals.
 //
 // Rows come in parts, each planned for from its own queries and the keys up to its end; a launch takes some heads of some parts,
-// an *item* each. Both passes over the keys give a warp 16 of the 64 queries and all of a CTA's keys, 64 at a time. Which keys a
+// an *item* each. For FlexPrefill, which looks at the last 128 queries, a part has two: one for each 64 of them. Both passes over the keys give a warp 16 of the 64 queries and all of a CTA's keys, 64 at a time. Which keys a
 // CTA has follows from their positions alone, so that an item's sums have the same bits in any company and on any GPU.
 #include "planner.cuh"
 #include "softmax.cuh"
@@ -22,6 +22,7 @@ struct EstimateParams {
     u32 q_heads, heads_per_kv;
     u32 splits; // gridDim.x, and CTAs that the longest item needs
     u32 width;  // numbers from one item's sums to the next one's
+    u32 halves; // items of a part and head: 1, or 2
 };
 
 constexpr u32 QUERIES = 64, TILE = 64, THREADS = 128;
@@ -34,18 +35,20 @@ struct Item {
     u32 begin, end;              // tiles of this CTA; none for the last CTAs of an item that is shorter than others
 };
 
-// With the grid (.., heads, parts).
-__device__ __forceinline__ Item item_of(const EstimateParams& params, u32 nth_head, u32 nth_part) {
+// With the grid (.., heads, halves of parts).
+__device__ __forceinline__ Item item_of(const EstimateParams& params, u32 nth_head, u32 nth_half) {
     Item item;
-    item.index = nth_part * gridDim.y + nth_head;
+    item.index = nth_half * gridDim.y + nth_head;
     item.head = __ldg(reinterpret_cast<const u32*>(params.heads) + nth_head);
-    const Part part = params.parts.part(params.parts.first + nth_part);
+    const Part part = params.parts.part(params.parts.first + nth_half / params.halves);
+    // The first half is of the queries before the last 64, if there are any.
+    const u32 behind = min((params.halves - 1 - nth_half % params.halves) * QUERIES, part.rows);
     item.kv_head = item.head / params.heads_per_kv;
-    item.rows = part.rows;
-    item.tokens = part.end;
+    item.rows = part.rows - behind;
+    item.tokens = part.end - behind;
     item.first_row = part.first_row;
     item.begin = blockIdx.x * STRETCH;
-    item.end = min(item.begin + STRETCH, (item.tokens + TILE - 1) / TILE);
+    item.end = item.rows > 0 ? min(item.begin + STRETCH, (item.tokens + TILE - 1) / TILE) : item.begin;
     return item;
 }
 

@@ -29,11 +29,14 @@ struct Parts {
     }
 };
 
-enum PlanKind : u32 { FIXED = 0, VERTICAL_SLASH = 1, BLOCK_SPARSE = 2 };
+enum PlanKind : u32 { FIXED = 0, VERTICAL_SLASH = 1, BLOCK_SPARSE = 2, FLEX_PREFILL = 3, X_ATTENTION = 4 };
 
 struct HeadPlan {
     u32 kind;
     u32 verticals, slashes, sink, near; // Vertical-Slash: counts, and the first ones, which are always among them
     u32 blocks;                         // Block-Sparse: key blocks of a row block
     u32 list[LIST_WORDS];               // fixed: the same for every row block
+    float share;                        // FlexPrefill, XAttention: of the mass
+    float tau;                          // FlexPrefill: below this distance the best blocks of the pooled map are taken
+    u32 least;                          // FlexPrefill: key blocks of a row block at least
 };

@@ -15,15 +15,25 @@ __device__ __forceinline__ u32 lane_anew() {
     return lane;
 }
 
+constexpr u64 NOT_A_RUN = ~0ull;
+constexpr int COLUMNS = int(0x80000000u);
+
+// What is found out about a tile once, by one thread, two tiles ahead.
+struct Found {
+    u64 run;   // where its rows lie one after another, from k or v; NOT_A_RUN if they do not, or not all are there
+    int first; // position of its first key, or COLUMNS
+};
+
 template <bool IS_BF16, u32 D>
 struct Prefill {
-    static constexpr u32 WORDS = D / 8, STEPS = D / 16, PLANE = TILE * D * 2, STAGES = 2;
+    static constexpr u32 WORDS = D / 8, STEPS = D / 16, PLANE = TILE * D * 2, STAGES = 2, FOUND = 4;
     const PrefillParams& params;
     const Sequence& sequence;
     const List& list;
     const u32 &tile_count, &column_count, &end;
     u32 queries; // [panels][ROWS] of 128 bytes, swizzled; then the stages: keys, values; 1024-aligned
     int* keys;   // [STAGES][TILE], positions of gathered keys
+    Found* tiles; // [FOUND], by index
 
     __device__ __forceinline__ static u32 head() { return blockIdx.y; }
     __device__ __forceinline__ const u32* numbers() const { return reinterpret_cast<const u32*>(params.numbers); }
@@ -43,50 +53,79 @@ struct Prefill {
         }
     }
 
+    __device__ __forceinline__ void find(u32 index) const {
+        Found& found = tiles[index % FOUND];
+        found = {NOT_A_RUN, COLUMNS};
+        if (index >= tile_count) return;
+        found.first = tile_first(numbers(), list, end, index);
+        const u32 first = u32(found.first);
+        const bool one_page = sequence.pages == 0 || (first % TILE == 0 && params.view.page_tokens % TILE == 0);
+        if (found.first >= 0 && first + TILE <= sequence.tokens && one_page)
+            found.run = row_offset(params.view, sequence.pages, head() / params.heads_per_kv, first);
+    }
+
     __device__ __forceinline__ void load(u32 index, u32 stage) const {
-        const u32 word = threadIdx.x % WORDS;
-        const u32 to_k = stage_at(stage) + (word >> 3) * TILE_PANEL, to_v = to_k + PLANE;
-        const bool gathered = index >= tile_count;
+        constexpr u32 AT_ONCE = THREADS / WORDS; // rows; a multiple of eight, so that a thread's have one swizzle
+        const u32 word = threadIdx.x % WORDS, own = threadIdx.x / WORDS;
+        const u32 to_k = stage_at(stage) + (word >> 3) * TILE_PANEL + swizzle<128>(own, word & 7u), to_v = to_k + PLANE;
+        const Found found = tiles[index % FOUND];
+        if (found.run != NOT_A_RUN) {
+            u64 from = found.run + own * params.view.token_stride + word * 16;
+#pragma unroll 4
+            for (u32 i = 0; i < TILE / AT_ONCE; ++i) {
+                copy_async(to_k + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.k + from));
+                copy_async(to_v + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.v + from));
+                from += AT_ONCE * params.view.token_stride;
+            }
+            return;
+        }
+        const bool gathered = found.first == COLUMNS;
+        const int first = gathered ? 0 : found.first;
+        const u32 kv_head = head() / params.heads_per_kv;
         const u32 first_column = gathered ? (index - tile_count) * TILE : 0;
-        const int first = gathered ? 0 : tile_first(numbers(), list, end, index);
 #pragma unroll 1
-        for (u32 row = threadIdx.x / WORDS; row < TILE; row += THREADS / WORDS) {
+        for (u32 i = 0; i < TILE / AT_ONCE; ++i) {
+            const u32 row = own + i * AT_ONCE;
             int key = first + int(row);
             if (gathered) {
                 const u32 column = first_column + row;
                 key = column < column_count ? int(__ldg(numbers() + list.columns + column)) : -1;
             }
             const bool there = key >= 0 && u32(key) < sequence.tokens;
-            const u32 kv_head = head() / params.heads_per_kv;
             const u64 from = there ? row_offset(params.view, sequence.pages, kv_head, u32(key)) + word * 16 : 0;
-            const u32 at = swizzle<128>(row, word & 7u);
-            copy_async(to_k + at, reinterpret_cast<const void*>(params.view.k + from), there);
-            copy_async(to_v + at, reinterpret_cast<const void*>(params.view.v + from), there);
+            copy_async(to_k + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.k + from), there);
+            copy_async(to_v + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.v + from), there);
         }
         if (gathered && threadIdx.x < TILE)
             keys[stage * TILE + threadIdx.x] = column_once(numbers(), list, end, column_count, first_column + threadIdx.x);
     }
 
+    // Where this lane's row of four matrices begins, in rows of 128 bytes of which `row` and every eighth one after it lie alike: word
+    // `half` of it, and word 2 i + half is at `^ (i << 5)`. Written out, for the compiler does not see that the swizzle is the same for all.
+    __device__ __forceinline__ static u32 lane_at(u32 base, u32 row, u32 half) {
+        return base + row * 128 + ((half ^ (row & 7u)) << 4);
+    }
+
     // s = q k^T, for the two halves of the warp's rows.
     __device__ __forceinline__ void scores(float (&s)[2][8][4], u32 stage) const {
-        const u32 base = stage_at(stage), lane = lane_anew(), row = threadIdx.x & ~31u;
+        const u32 lane = lane_anew();
+        const u32 from_q = lane_at(queries, (threadIdx.x & ~31u) + (lane & 15u), lane >> 4);
+        const u32 from_k = lane_at(stage_at(stage), (lane >> 4) * 8 + (lane & 7u), lane >> 3 & 1u);
 #pragma unroll
         for (u32 n = 0; n < 8; ++n) {
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) s[h][n][0] = s[h][n][1] = s[h][n][2] = s[h][n][3] = 0.0f;
         }
-#pragma unroll 2
+#pragma unroll 4
         for (u32 i = 0; i < STEPS; ++i) {
             u32 q[2][4];
 #pragma unroll
             for (u32 h = 0; h < 2; ++h)
-                load_matrices(q[h], queries + (i / 4) * ROW_PANEL +
-                                        swizzle<128>(row + 16 * h + (lane & 15u), (2 * i + (lane >> 4)) & 7u));
+                load_matrices(q[h], (from_q ^ (i % 4 << 5)) + (i / 4) * ROW_PANEL + 16 * h * 128);
 #pragma unroll
             for (u32 n = 0; n < 8; n += 2) {
                 u32 b[4];
-                load_matrices(b, base + (i / 4) * TILE_PANEL +
-                                     swizzle<128>(8 * (n + (lane >> 4)) + (lane & 7u), (2 * i + (lane >> 3 & 1u)) & 7u));
+                load_matrices(b, (from_k ^ (i % 4 << 5)) + (i / 4) * TILE_PANEL + n * 1024);
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
                     mma<IS_BF16>(s[h][n], q[h][0], q[h][1], q[h][2], q[h][3], b[0], b[1]);
@@ -98,7 +137,7 @@ struct Prefill {
 
     // o += p v, the weights p being s rounded to the keys' type.
     __device__ __forceinline__ void weigh(float (&o)[2][D / 8][4], const float (&s)[2][8][4], u32 stage) const {
-        const u32 base = stage_at(stage) + PLANE, lane = lane_anew();
+        const u32 lane = lane_anew(), from_v = lane_at(stage_at(stage) + PLANE, lane & 15u, lane >> 4);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             u32 p[2][4];
@@ -112,8 +151,7 @@ struct Prefill {
 #pragma unroll
             for (u32 n = 0; n < D / 8; n += 2) {
                 u32 b[4];
-                load_matrices_transposed(b, base + (n / 8) * TILE_PANEL +
-                                                swizzle<128>(16 * i + (lane & 15u), (n + (lane >> 4)) & 7u));
+                load_matrices_transposed(b, (from_v ^ (n % 8 << 4)) + (n / 8) * TILE_PANEL + 16 * i * 128);
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
                     mma<IS_BF16>(o[h][n], p[h][0], p[h][1], p[h][2], p[h][3], b[0], b[1]);
@@ -127,9 +165,9 @@ struct Prefill {
     __device__ __forceinline__ void mask(float (&s)[8][4], u32 index, u32 stage, u32 half) const {
         const u32 lane = lane_anew(), t = lane & 3u;
         const int row = int(end - ROWS + (threadIdx.x & ~31u) + 16 * half + (lane >> 2));
-        const bool gathered = index >= tile_count;
-        const int first = gathered ? 0 : tile_first(numbers(), list, end, index);
-        if (!gathered && first >= 0 && first + int(TILE) <= int(end - ROWS) + 1) return;
+        const int first = tiles[index % FOUND].first;
+        const bool gathered = first == COLUMNS;
+        if (first >= 0 && first + int(TILE) <= int(end - ROWS) + 1) return;
 #pragma unroll
         for (u32 n = 0; n < 8; ++n) {
 #pragma unroll
@@ -171,6 +209,7 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
     using Body = Prefill<IS_BF16, D>;
     extern __shared__ u8 dynamic[];
     __shared__ int keys[Body::STAGES * TILE];
+    __shared__ Found tiles[Body::FOUND];
     const u32 head = blockIdx.y, place = gridDim.x - 1 - blockIdx.x; // the longest first
     const HeadLists lists = reinterpret_cast<const HeadLists*>(params.heads)[head];
     // What is asked for once per tile stays in shared memory: registers are for the sums.
@@ -180,14 +219,16 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
     const Sequence& sequence = sequence_of(params, place);
     const u32 block = place - sequence.first_block;
     const u32 end = sequence.offset + (block + 1) * ROWS, queries = (shared_address(dynamic) + 1023u) & ~1023u;
+    const Body body{params, sequence, list, counts[0], counts[1], counts[2], queries, keys, tiles};
     if (threadIdx.x == 0) {
         counts[2] = end;
         list = reinterpret_cast<const List*>(params.lists)[lists.first + (sequence.first_list + block) * lists.step];
         counts[0] = tiles_below(numbers, list, end);
         counts[1] = columns_below(numbers, list, end);
+        body.find(0);
+        body.find(1);
     }
     __syncthreads();
-    const Body body{params, sequence, list, counts[0], counts[1], counts[2], queries, keys};
     const u32 count = body.count();
 
     float o[2][D / 8][4], m[2][2], l[2][2];
@@ -210,6 +251,7 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
         __syncthreads();
         if (i + 1 < count) body.load(i + 1, stage ^ 1u);
         commit_copies();
+        if (threadIdx.x == 0) body.find(i + 2);
         float s[2][8][4];
         body.scores(s, stage);
 #pragma unroll

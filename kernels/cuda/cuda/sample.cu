@@ -147,6 +147,7 @@ __device__ __forceinline__ void each(const Row& row, u32 vocab, const Drawing& h
 
 // Called by all threads.
 __device__ __forceinline__ Spot find(const Row& row, u32 vocab, Drawing& held, u64 needed) {
+    __syncthreads(); // others may still read the place that was found before
     if (threadIdx.x < 32) {
         const Place place = select_bin<BINS>(needed, [&](u32 bin) { return held.coarse[bin]; });
         if (threadIdx.x == 0) held.place = place;

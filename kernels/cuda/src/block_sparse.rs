@@ -1,8 +1,10 @@
 //! Block-Sparse lists from a prompt itself, on the device: means, their products, the best.
 
+use std::ops::Range;
+
 use crate::{
     Buffer, Dtype, Family, Gpu, GpuError,
-    plan::{ROWS, TILE},
+    plan::TILE,
     planner::{Call, Heads, Lists, Parts, grow},
     scores::{TopKSet, launch_top_k},
     view::RawView,
@@ -15,7 +17,7 @@ const SIDE: usize = 64;
 /// Key blocks that a row block itself lies in, at most.
 const OWN_MAX: usize = 3;
 
-/// How many blocks of [`TILE`] keys each row block of [`ROWS`] queries keeps: those whose mean key has the largest product
+/// How many blocks of [`TILE`] keys each row block of [`ROWS`](crate::plan::ROWS) queries keeps: those whose mean key has the largest product
 /// with the mean query (MInference, arXiv 2407.02490, algorithm 3, at the kernel's own height). Those that the row block lies in
 /// are always among them, and the first one comes on top where it is not, as in `kvasir_sparse`'s own planner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +44,7 @@ impl BlockSparse {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct BlocksParams {
+pub(crate) struct BlocksParams {
     view: RawView,
     q: u64,
     plans: u64,
@@ -64,63 +66,53 @@ struct BlocksParams {
     blocks: u32,
     first_number: u32,
     room: u32,
+    as_they_are: u32,
 }
 
-/// Buffers of means and products.
+/// Means of row blocks of queries and of blocks of keys, and their products.
 #[derive(Debug)]
-pub(crate) struct Blocks {
+pub(crate) struct Means {
     queries: Buffer<u16>,
     keys: Buffer<u16>,
-    scores: Buffer<f32>,
-    lengths: Buffer<u32>,
 }
 
-impl Blocks {
+impl Means {
     pub(crate) fn new(gpu: &Gpu) -> Result<Self, GpuError> {
         Ok(Self {
             queries: gpu.zeros(0)?,
             keys: gpu.zeros(0)?,
-            scores: gpu.zeros(0)?,
-            lengths: gpu.zeros(0)?,
         })
     }
 
-    /// Numbers that the lists of a call need.
-    pub(crate) fn numbers(&self, call: &Call<'_>, heads: &Heads<BlockSparse>) -> usize {
-        let blocks = (call.parts.rows as usize).div_ceil(ROWS);
-        room(call, heads).saturating_mul(blocks).saturating_mul(heads.count)
+    /// Address of the means of keys, `[kv_heads, key_blocks, head_dim]`.
+    pub(crate) fn keys(&self) -> u64 {
+        self.keys.pointer
     }
 
-    pub(crate) fn build(&mut self, call: &Call<'_>, heads: &Heads<BlockSparse>, lists: Lists) -> Result<(), GpuError> {
-        if heads.count == 0 {
-            return Ok(());
-        }
+    /// Takes the means that the heads in `numbers` need; the result is what a launch of products begins from. `lengths` has room
+    /// for two numbers of each head and row block, or is 0.
+    pub(crate) fn take(
+        &mut self,
+        call: &Call<'_>,
+        numbers: &Buffer<u32>,
+        heads: usize,
+        lengths: u64,
+    ) -> Result<BlocksParams, GpuError> {
         let (gpu, shape) = (call.gpu, call.shape);
-        let row_blocks = (call.parts.rows as usize).div_ceil(ROWS);
-        let key_blocks = call.tokens().div_ceil(TILE);
-        let room = room(call, heads);
-        // Heads of a launch; row blocks of a launch, all of them unless it is of one head.
-        let heads_at_once = (SCORES_MAX / (row_blocks * key_blocks)).clamp(1, heads.count);
-        let blocks_at_once = if heads_at_once > 1 {
-            row_blocks
-        } else {
-            (SCORES_MAX / key_blocks / SIDE * SIDE).max(SIDE).min(row_blocks)
-        };
-        grow(gpu, &mut self.queries, heads.count * row_blocks * shape.head_dim)?;
+        let (row_blocks, key_blocks) = (call.sparse_blocks(), call.tokens().div_ceil(TILE));
+        grow(gpu, &mut self.queries, heads * row_blocks * shape.head_dim)?;
         grow(gpu, &mut self.keys, shape.kv_heads * key_blocks * shape.head_dim)?;
-        grow(gpu, &mut self.scores, heads_at_once * blocks_at_once * key_blocks)?;
-        grow(gpu, &mut self.lengths, heads.count * row_blocks * 2)?;
         let params = BlocksParams {
             view: call.view,
             q: call.q,
             plans: call.plans,
-            heads: heads.numbers.pointer,
+            heads: numbers.pointer,
             queries: self.queries.pointer,
             keys: self.keys.pointer,
-            scores: self.scores.pointer,
-            lengths: self.lengths.pointer,
-            lists: lists.lists,
-            numbers: lists.numbers,
+            scores: 0,
+            lengths,
+            lists: 0,
+            numbers: 0,
             parts: call.parts,
             q_heads: call.q_heads as u32,
             heads_per_kv: call.heads_per_kv(),
@@ -130,40 +122,126 @@ impl Blocks {
             first_head: 0,
             first_block: 0,
             blocks: 0,
-            first_number: lists.first_number,
-            room: room as u32,
+            first_number: 0,
+            room: 0,
+            as_they_are: 0,
         };
-        let [queries, keys, scores] = match (shape.dtype, shape.head_dim) {
-            (Dtype::Bf16, 64) => ["mean_queries_bf16_64", "mean_keys_bf16_64", "block_scores_bf16_64"],
-            (Dtype::Bf16, _) => ["mean_queries_bf16_128", "mean_keys_bf16_128", "block_scores_bf16_128"],
-            (_, 64) => ["mean_queries_f16_64", "mean_keys_f16_64", "block_scores_f16_64"],
-            (_, _) => ["mean_queries_f16_128", "mean_keys_f16_128", "block_scores_f16_128"],
+        let [queries, keys] = match (shape.dtype, shape.head_dim) {
+            (Dtype::Bf16, 64) => ["mean_queries_bf16_64", "mean_keys_bf16_64"],
+            (Dtype::Bf16, _) => ["mean_queries_bf16_128", "mean_keys_bf16_128"],
+            (_, 64) => ["mean_queries_f16_64", "mean_keys_f16_64"],
+            (_, _) => ["mean_queries_f16_128", "mean_keys_f16_128"],
         };
-        let by_head = (row_blocks as u32, heads.count as u32, 1);
         // SAFETY: `BlocksParams` is blocks.cu's; view and queries were checked by the planner, and the buffers have room for
         // these counts.
         unsafe {
-            gpu.launch(Family::Blocks, queries, by_head, 128, &params)?;
+            gpu.launch(
+                Family::Blocks,
+                queries,
+                (row_blocks as u32, heads as u32, 1),
+                128,
+                &params,
+            )?;
             let grid = (key_blocks as u32, shape.kv_heads as u32, 1);
             gpu.launch(Family::Blocks, keys, grid, 128, &params)?;
         }
+        Ok(params)
+    }
+}
+
+/// Products of means of some heads and row blocks, into `scores`, `[heads, row blocks, key_blocks]`; `as_they_are` also where a row
+/// block lies.
+pub(crate) fn products(
+    call: &Call<'_>,
+    params: BlocksParams,
+    heads: Range<usize>,
+    blocks: Range<usize>,
+    scores: &Buffer<f32>,
+    as_they_are: bool,
+) -> Result<(), GpuError> {
+    let params = BlocksParams {
+        scores: scores.pointer,
+        first_head: heads.start as u32,
+        first_block: blocks.start as u32,
+        blocks: blocks.len() as u32,
+        as_they_are: as_they_are.into(),
+        ..params
+    };
+    let kernel = match (call.shape.dtype, call.shape.head_dim) {
+        (Dtype::Bf16, 64) => "block_scores_bf16_64",
+        (Dtype::Bf16, _) => "block_scores_bf16_128",
+        (_, 64) => "block_scores_f16_64",
+        (_, _) => "block_scores_f16_128",
+    };
+    let grid = (
+        (params.key_blocks as usize).div_ceil(SIDE) as u32,
+        blocks.len().div_ceil(SIDE) as u32,
+        heads.len() as u32,
+    );
+    // SAFETY: `BlocksParams` is blocks.cu's; the means are there, and the callers' products fit `scores`.
+    unsafe { call.gpu.launch(Family::Blocks, kernel, grid, 128, &params) }
+}
+
+/// Buffers of means and products.
+#[derive(Debug)]
+pub(crate) struct Blocks {
+    means: Means,
+    scores: Buffer<f32>,
+    lengths: Buffer<u32>,
+}
+
+impl Blocks {
+    pub(crate) fn new(gpu: &Gpu) -> Result<Self, GpuError> {
+        Ok(Self {
+            means: Means::new(gpu)?,
+            scores: gpu.zeros(0)?,
+            lengths: gpu.zeros(0)?,
+        })
+    }
+
+    /// Numbers that the lists of a call need.
+    pub(crate) fn numbers(&self, call: &Call<'_>, heads: &Heads<BlockSparse>) -> usize {
+        let blocks = call.sparse_blocks();
+        room(call, heads).saturating_mul(blocks).saturating_mul(heads.count)
+    }
+
+    pub(crate) fn build(&mut self, call: &Call<'_>, heads: &Heads<BlockSparse>, lists: Lists) -> Result<(), GpuError> {
+        if heads.count == 0 {
+            return Ok(());
+        }
+        let gpu = call.gpu;
+        let (row_blocks, key_blocks) = (call.sparse_blocks(), call.tokens().div_ceil(TILE));
+        let room = room(call, heads);
+        // Heads of a launch; row blocks of a launch, all of them unless it is of one head.
+        let heads_at_once = (SCORES_MAX / (row_blocks * key_blocks)).clamp(1, heads.count);
+        let blocks_at_once = if heads_at_once > 1 {
+            row_blocks
+        } else {
+            (SCORES_MAX / key_blocks / SIDE * SIDE).max(SIDE).min(row_blocks)
+        };
+        grow(gpu, &mut self.scores, heads_at_once * blocks_at_once * key_blocks)?;
+        grow(gpu, &mut self.lengths, heads.count * row_blocks * 2)?;
+        let params = BlocksParams {
+            lists: lists.lists,
+            numbers: lists.numbers,
+            first_number: lists.first_number,
+            room: room as u32,
+            ..self
+                .means
+                .take(call, &heads.numbers, heads.count, self.lengths.pointer)?
+        };
         for first_head in (0..heads.count).step_by(heads_at_once) {
             let some_heads = heads_at_once.min(heads.count - first_head);
             for first_block in (0..row_blocks).step_by(blocks_at_once) {
                 let blocks = blocks_at_once.min(row_blocks - first_block);
-                let some = BlocksParams {
-                    first_head: first_head as u32,
-                    first_block: first_block as u32,
-                    blocks: blocks as u32,
-                    ..params
-                };
-                let grid = (
-                    key_blocks.div_ceil(SIDE) as u32,
-                    blocks.div_ceil(SIDE) as u32,
-                    some_heads as u32,
-                );
-                // SAFETY: as above; this launch's products fit `scores`.
-                unsafe { gpu.launch(Family::Blocks, scores, grid, 128, &some)? };
+                products(
+                    call,
+                    params,
+                    first_head..first_head + some_heads,
+                    first_block..first_block + blocks,
+                    &self.scores,
+                    false,
+                )?;
                 let row = first_head * row_blocks + first_block;
                 let set = TopKSet {
                     scores: self.scores.pointer,
@@ -179,7 +257,8 @@ impl Blocks {
                 launch_top_k(gpu, [set, TopKSet::default()], rows, rows)?;
             }
         }
-        // SAFETY: as above.
+        let by_head = (row_blocks as u32, heads.count as u32, 1);
+        // SAFETY: `BlocksParams` is blocks.cu's; the numbers have room for these lists.
         unsafe { gpu.launch(Family::Blocks, "blocks_build", by_head, 128, &params) }
     }
 }

@@ -1,19 +1,25 @@
 //! Sparse lists of tiles from a prompt itself, on the device: each head of a layer does what its plan says, and what depends on
 //! queries and keys is planned for part by part.
 
+mod layer;
+
 use std::ops::Range;
 
+use self::layer::LayerPlans;
 use crate::{
-    Buffer, DeviceTiles, Dtype, Family, Gpu, GpuError, HeadMask, KvShape, KvView, Mask, Plain, Query,
+    Buffer, DeviceTiles, Dtype, Family, FlexChosen, FlexPrefill, Gpu, GpuError, HeadMask, KvShape, KvView, Plain,
+    Query, XAttention,
     block_sparse::{BlockSparse, Blocks},
-    plan::ROWS,
-    tiles::{DENSE_LIST, LIST_WORDS, read_list, relative_list},
+    flex_prefill::Flex,
+    plan::{ROWS, TILE},
+    tiles::{DENSE_LIST, LIST_WORDS, read_list},
     vertical_slash::{Slashes, VerticalSlash},
     view::RawView,
+    x_attention::{Antidiagonals, STRIDES},
 };
 
 /// What a query head does in prefill.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum HeadPlan {
     /// The same distances for every row block, whatever the prompt: dense, A-shape.
     Fixed(HeadMask),
@@ -21,6 +27,10 @@ pub enum HeadPlan {
     VerticalSlash(VerticalSlash),
     /// The key blocks whose mean fits the mean query of a row block.
     BlockSparse(BlockSparse),
+    /// Blocks of columns and runs of diagonals, or the best blocks of a map of means, with a share of the mass.
+    FlexPrefill(FlexPrefill),
+    /// The fewest key blocks with a share of the mass, told by sums along antidiagonals.
+    XAttention(XAttention),
 }
 
 /// The rows of a call, and which of them are planned for together.
@@ -68,6 +78,18 @@ pub(crate) struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// Row blocks of the sparse rows.
+    pub(crate) fn sparse_blocks(&self) -> usize {
+        (self.parts.rows as usize).div_ceil(ROWS)
+    }
+
+    /// Numbers of `heads` heads' lists by row block if each has room for all key blocks that it sees, as share.cuh lays them out.
+    fn triangle(&self, heads: usize) -> usize {
+        let blocks = self.sparse_blocks();
+        let first = (self.parts.offset as usize + ROWS).div_ceil(TILE);
+        (blocks * (first + blocks - 1)).saturating_mul(heads)
+    }
+
     /// Keys up to the last sparse row, that row's included.
     pub(crate) fn tokens(&self) -> usize {
         self.view.tokens as usize
@@ -95,16 +117,6 @@ pub(crate) struct Heads<T> {
     pub(crate) most: T,
 }
 
-#[derive(Debug)]
-struct LayerPlans {
-    plans: Buffer<u32>,
-    vertical_slash: Heads<VerticalSlash>,
-    block_sparse: Heads<BlockSparse>,
-}
-
-/// Words of a head's plan, see planner.cuh.
-const PLAN_WORDS: usize = 6 + LIST_WORDS;
-
 #[repr(C)]
 struct ListsParams {
     plans: u64,
@@ -127,6 +139,8 @@ pub struct Planner {
     tiles: DeviceTiles,
     slashes: Slashes,
     blocks: Blocks,
+    flex: Flex,
+    antidiagonals: Antidiagonals,
 }
 
 impl Planner {
@@ -152,7 +166,7 @@ impl Planner {
         let mut fixed = Vec::new();
         let layers = layers
             .iter()
-            .map(|heads| LayerPlans::new(gpu, heads, &mut fixed))
+            .map(|heads| LayerPlans::new(gpu, heads, tokens_max, &mut fixed))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             shape,
@@ -169,6 +183,8 @@ impl Planner {
             },
             slashes: Slashes::new(gpu)?,
             blocks: Blocks::new(gpu)?,
+            flex: Flex::new(gpu)?,
+            antidiagonals: Antidiagonals::new(gpu)?,
         })
     }
 
@@ -179,8 +195,12 @@ impl Planner {
     /// attention weights are within 1e-2 of f64 in the relative 2-norm; means of blocks are rounded to the keys' type, so blocks
     /// whose products differ by less than 1e-3 of the product of the norms may stand for each other.
     ///
+    /// FlexPrefill's sums are those of Vertical-Slash, its distances within 1e-2; XAttention's masses are within 1e-3 of the row block's.
+    /// Both take key blocks of equal mass together, as f32 and fixed point have it.
+    ///
     /// # Errors
-    /// If shapes or lengths do not fit; nothing is launched then. If the device has no room.
+    /// If shapes or lengths do not fit, or a head does FlexPrefill and the first sparse position is no multiple of [`TILE`]; nothing is
+    /// launched then. If the device has no room.
     pub fn build(
         &mut self,
         gpu: &Gpu,
@@ -192,10 +212,21 @@ impl Planner {
     ) -> Result<&DeviceTiles, GpuError> {
         let call = self.call(gpu, layer, q, rows, view, scale)?;
         let layer = &self.layers[layer];
-        let first = self.fixed.len();
-        let slash_numbers = self.slashes.numbers(&call, &layer.vertical_slash);
-        let block_numbers = self.blocks.numbers(&call, &layer.block_sparse);
-        let numbers = first.saturating_add(slash_numbers).saturating_add(block_numbers);
+        // Where the numbers of each kind begin, and where all end.
+        let mut end = self.fixed.len();
+        let mut room = |numbers: usize| {
+            let first = end;
+            end = first.saturating_add(numbers);
+            first
+        };
+        let slashes = room(self.slashes.numbers(&call, &layer.vertical_slash));
+        let blocks = room(self.blocks.numbers(&call, &layer.block_sparse));
+        let flex = room(call.triangle(layer.flex_prefill.count));
+        let antidiagonals = layer
+            .x_attention
+            .each_ref()
+            .map(|heads| room(call.triangle(heads.count)));
+        let numbers = end;
         if u32::try_from(numbers).is_err() {
             return Err(GpuError::shape(
                 "planner",
@@ -224,9 +255,12 @@ impl Planner {
             numbers: self.tiles.numbers.pointer,
             first_number: first as u32,
         };
-        self.slashes.build(&call, &layer.vertical_slash, lists(first))?;
-        self.blocks
-            .build(&call, &layer.block_sparse, lists(first + slash_numbers))?;
+        self.slashes.build(&call, &layer.vertical_slash, lists(slashes))?;
+        self.blocks.build(&call, &layer.block_sparse, lists(blocks))?;
+        self.flex.build(&call, &layer.flex_prefill, lists(flex))?;
+        for ((stride, heads), first) in STRIDES.into_iter().zip(&layer.x_attention).zip(antidiagonals) {
+            self.antidiagonals.build(&call, stride, heads, lists(first))?;
+        }
         Ok(&self.tiles)
     }
 
@@ -260,7 +294,12 @@ impl Planner {
             && (part_rows.is_multiple_of(ROWS) || *part_rows >= sparse.len())
             && scale > 0.0
             && scale.is_finite();
-        if !fits {
+        // Runs of diagonals are key blocks there.
+        let aligned = || {
+            let first = view.tokens() - count + sparse.start;
+            self.layers[layer].flex_prefill.count == 0 || first.is_multiple_of(TILE)
+        };
+        if !fits || !aligned() {
             let why = format!(
                 "layer {layer} of {}, {rows:?} of {} heads ({} elements) over {} of up to {} tokens of {:?}, scale {scale}",
                 self.layers.len(),
@@ -318,67 +357,20 @@ impl Planner {
         self.slashes.sums()
     }
 
+    /// What was decided for FlexPrefill's heads in the parts that were planned for last: by part, by head. Waits for the device.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn flex_chosen(&self) -> Result<Vec<FlexChosen>, GpuError> {
+        self.flex.chosen()
+    }
+
     /// The diagonals that were chosen last, as there, in rising order.
     ///
     /// # Errors
     /// If the device failed.
     pub fn chosen_slashes(&self) -> Result<Vec<u32>, GpuError> {
         self.slashes.chosen()
-    }
-}
-
-impl LayerPlans {
-    fn new(gpu: &Gpu, heads: &[HeadPlan], fixed: &mut Vec<u32>) -> Result<Self, GpuError> {
-        let masks = heads.iter().filter_map(|head| match head {
-            HeadPlan::Fixed(mask) => Some(mask.clone()),
-            _ => None,
-        });
-        Mask::new(ROWS, masks.collect()).map_err(|error| GpuError::shape("planner", error.to_string()))?;
-        let (mut words, mut slash_heads, mut block_heads) = (Vec::new(), Vec::new(), Vec::new());
-        let mut slashes_most = VerticalSlash::NOTHING;
-        let mut blocks_most = BlockSparse { blocks: 0 };
-        for (head, plan) in heads.iter().enumerate() {
-            let mut record = [0u32; PLAN_WORDS];
-            match plan {
-                HeadPlan::Fixed(HeadMask::Dense) => record[6..].copy_from_slice(&DENSE_LIST),
-                HeadPlan::Fixed(HeadMask::Relative { tiles, columns }) => {
-                    record[6..].copy_from_slice(&relative_list(tiles, columns, fixed));
-                }
-                HeadPlan::Fixed(HeadMask::Absolute { .. }) => {
-                    let why = format!("head {head}: fixed tiles by row block");
-                    return Err(GpuError::shape("planner", why));
-                }
-                HeadPlan::VerticalSlash(plan) => {
-                    let plan = plan.checked(head)?;
-                    slashes_most = slashes_most.most(plan);
-                    slash_heads.push(head as u32);
-                    let numbers = [plan.verticals, plan.slashes, plan.sink, plan.near];
-                    record[0] = 1;
-                    record[1..5].copy_from_slice(&numbers.map(|number| number as u32));
-                }
-                HeadPlan::BlockSparse(plan) => {
-                    let plan = plan.checked(head)?;
-                    blocks_most.blocks = blocks_most.blocks.max(plan.blocks);
-                    block_heads.push(head as u32);
-                    record[0] = 2;
-                    record[5] = plan.blocks as u32;
-                }
-            }
-            words.extend(record);
-        }
-        Ok(Self {
-            plans: gpu.upload(&words)?,
-            vertical_slash: Heads {
-                numbers: gpu.upload(&slash_heads)?,
-                count: slash_heads.len(),
-                most: slashes_most,
-            },
-            block_sparse: Heads {
-                numbers: gpu.upload(&block_heads)?,
-                count: block_heads.len(),
-                most: blocks_most,
-            },
-        })
     }
 }
 

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 pub use self::e4m3::{dequantize, e4m3_from_f32, e4m3_to_f32, quantize};
 pub use self::forward::{linear, noise, rms_norm, rope, silu_mul};
-pub use self::prefill::{block_scores, prefill, vs_estimate};
+pub use self::prefill::{antidiagonal_masses, block_scores, prefill, vs_estimate};
 pub use self::sample::sample;
 use crate::{Dtype, KvShape, Layout};
 

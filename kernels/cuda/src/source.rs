@@ -25,6 +25,10 @@ pub enum Family {
     Plan,
     /// `block_scores` and `blocks_build`: a Block-Sparse list from the prompt itself.
     Blocks,
+    /// `flex_test`, `flex_choose`, `flex_build` and what lies between: FlexPrefill's lists from the prompt itself.
+    FlexPrefill,
+    /// `long_scores` and `x_attention_build`: XAttention's lists from the prompt itself.
+    XAttention,
     /// `sample_best`, `sample_weigh`, `sample_list`, `sample_draw`: the next token of every row.
     Sample,
 }
@@ -66,6 +70,8 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("linear_wide.cuh", include_str!("../cuda/linear_wide.cuh")),
     ("keys.cuh", include_str!("../cuda/keys.cuh")),
     ("planner.cuh", include_str!("../cuda/planner.cuh")),
+    ("products.cuh", include_str!("../cuda/products.cuh")),
+    ("share.cuh", include_str!("../cuda/share.cuh")),
 ];
 
 impl Family {
@@ -81,6 +87,8 @@ impl Family {
         Self::Rows,
         Self::Plan,
         Self::Blocks,
+        Self::FlexPrefill,
+        Self::XAttention,
         Self::Sample,
     ];
 
@@ -97,6 +105,8 @@ impl Family {
             Self::Rows => "rows",
             Self::Plan => "plan",
             Self::Blocks => "blocks",
+            Self::FlexPrefill => "flex_prefill",
+            Self::XAttention => "x_attention",
             Self::Sample => "sample",
         }
     }
@@ -114,6 +124,8 @@ impl Family {
             Self::Rows => include_str!("../cuda/rows.cu"),
             Self::Plan => include_str!("../cuda/plan.cu"),
             Self::Blocks => include_str!("../cuda/blocks.cu"),
+            Self::FlexPrefill => include_str!("../cuda/flex_prefill.cu"),
+            Self::XAttention => include_str!("../cuda/x_attention.cu"),
             Self::Sample => include_str!("../cuda/sample.cu"),
         }
     }

@@ -59,27 +59,57 @@ impl VerticalSlash {
 }
 
 /// Sums of a launch, in numbers: parts beyond it take another launch.
-const SUMS_MAX: usize = 64 << 20;
+pub(crate) const SUMS_MAX: usize = 64 << 20;
 /// Keys that one CTA estimates from, see plan.cu.
 const STRETCH: usize = 32 * TILE;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct EstimateParams {
-    view: RawView,
-    q: u64,
-    plans: u64,
-    heads: u64,
-    stats: u64,
-    columns: u64,
-    diagonals: u64,
-    lengths: u64,
-    scale: f32,
-    parts: Parts,
-    q_heads: u32,
-    heads_per_kv: u32,
-    splits: u32,
-    width: u32,
+pub(crate) struct EstimateParams {
+    pub(crate) view: RawView,
+    pub(crate) q: u64,
+    pub(crate) plans: u64,
+    pub(crate) heads: u64,
+    pub(crate) stats: u64,
+    pub(crate) columns: u64,
+    pub(crate) diagonals: u64,
+    pub(crate) lengths: u64,
+    pub(crate) scale: f32,
+    pub(crate) parts: Parts,
+    pub(crate) q_heads: u32,
+    pub(crate) heads_per_kv: u32,
+    pub(crate) splits: u32,
+    pub(crate) width: u32,
+    pub(crate) halves: u32,
+}
+
+/// Sums of the attention of a part's last queries, 64 of them or, in two halves, 128: `items` of them, one for each head, part and
+/// half. How many numbers `stats` has for each, and one item's sums up to the next one's: [`numbers_of_item`].
+pub(crate) fn estimate(call: &Call<'_>, heads: usize, items: usize, params: &EstimateParams) -> Result<(), GpuError> {
+    let (gpu, shape) = (call.gpu, call.shape);
+    let [stats, sums] = match (shape.dtype, shape.head_dim) {
+        (Dtype::Bf16, 64) => ["estimate_stats_bf16_64", "estimate_sums_bf16_64"],
+        (Dtype::Bf16, _) => ["estimate_stats_bf16_128", "estimate_sums_bf16_128"],
+        (_, 64) => ["estimate_stats_f16_64", "estimate_sums_f16_64"],
+        (_, _) => ["estimate_stats_f16_128", "estimate_sums_f16_128"],
+    };
+    let grid = (params.splits, heads as u32, (items / heads) as u32);
+    let shared = (2 * TILE * shape.head_dim * 2 + 64 * (TILE + 8) * 4) as u32;
+    // SAFETY: `EstimateParams` is plan.cu's; view and queries were checked by the planner, and the callers' buffers have room
+    // for these items.
+    unsafe {
+        gpu.launch(Family::Plan, stats, grid, 128, params)?;
+        gpu.launch_with(Family::Plan, sums, grid, 128, shared, params)
+    }
+}
+
+/// Numbers of an item: of `stats`, and of the sums of each kind.
+pub(crate) fn numbers_of_item(call: &Call<'_>) -> [usize; 2] {
+    // A row begins where 16 bytes do, so that it is read in words of as many.
+    [
+        call.tokens().div_ceil(STRETCH) * 64 * 2,
+        call.tokens().next_multiple_of(4),
+    ]
 }
 
 #[repr(C)]
@@ -167,13 +197,11 @@ impl Slashes {
             return Ok(());
         }
         let room = Room::of(call, heads.most);
-        // A row begins where 16 bytes do, so that it is read in words of as many.
-        let width = call.tokens().next_multiple_of(4);
+        let [stats, width] = numbers_of_item(call);
         let group = (SUMS_MAX / (2 * heads.count * width)).clamp(1, call.count).min(65_535);
         let items = group * heads.count;
-        let splits = call.tokens().div_ceil(STRETCH);
         let gpu = call.gpu;
-        grow(gpu, &mut self.stats, items * splits * 64 * 2)?;
+        grow(gpu, &mut self.stats, items * stats)?;
         grow(gpu, &mut self.columns, items * width)?;
         grow(gpu, &mut self.diagonals, items * width)?;
         grow(gpu, &mut self.slashes, items * room.slashes)?;
@@ -197,10 +225,14 @@ impl Slashes {
                 },
                 q_heads: call.q_heads as u32,
                 heads_per_kv: call.heads_per_kv(),
-                splits: splits as u32,
+                splits: (stats / (64 * 2)) as u32,
                 width: width as u32,
+                halves: 1,
             };
-            self.estimate(call, heads.count, parts, params)?;
+            estimate(call, heads.count, items, &params)?;
+            let grid = (1, heads.count as u32, parts as u32);
+            // SAFETY: as there; `lengths` has room for these items.
+            unsafe { gpu.launch(Family::Plan, "favour", grid, 256, &params)? };
             let item = first * heads.count;
             let columns = lists.numbers + 4 * (lists.first_number as usize + item * room.stride() + room.tiles) as u64;
             let set = |nth: usize, scores: &Buffer<f32>, out: u64, k: usize, stride: usize| TopKSet {
@@ -231,31 +263,11 @@ impl Slashes {
                 tile_room: room.tiles as u32,
                 cover_words: room.cover_words as u32,
             };
-            let grid = (1, heads.count as u32, parts as u32);
             // SAFETY: `BuildParams` is plan.cu's; the buffers have room for these items, and the numbers for all of the call.
             unsafe { gpu.launch(Family::Plan, "vs_build", grid, 1024, &params)? };
             self.used = (items * width, items * room.slashes);
         }
         Ok(())
-    }
-
-    fn estimate(&self, call: &Call<'_>, heads: usize, parts: usize, params: EstimateParams) -> Result<(), GpuError> {
-        let (gpu, shape) = (call.gpu, call.shape);
-        let [stats, sums] = match (shape.dtype, shape.head_dim) {
-            (Dtype::Bf16, 64) => ["estimate_stats_bf16_64", "estimate_sums_bf16_64"],
-            (Dtype::Bf16, _) => ["estimate_stats_bf16_128", "estimate_sums_bf16_128"],
-            (_, 64) => ["estimate_stats_f16_64", "estimate_sums_f16_64"],
-            (_, _) => ["estimate_stats_f16_128", "estimate_sums_f16_128"],
-        };
-        let grid = (params.splits, heads as u32, parts as u32);
-        let shared = (2 * TILE * shape.head_dim * 2 + 64 * (TILE + 8) * 4) as u32;
-        // SAFETY: `EstimateParams` is plan.cu's; view and queries were checked by the planner, and the buffers have room for
-        // these items.
-        unsafe {
-            gpu.launch(Family::Plan, stats, grid, 128, &params)?;
-            gpu.launch_with(Family::Plan, sums, grid, 128, shared, &params)?;
-            gpu.launch(Family::Plan, "favour", (1, grid.1, grid.2), 256, &params)
-        }
     }
 
     pub(crate) fn sums(&self) -> Result<[Vec<f32>; 2], GpuError> {

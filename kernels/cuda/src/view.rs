@@ -61,6 +61,21 @@ impl RawView {
         self.pages
     }
 
+    /// Keys as rows of `stride` of them end to end, which `heads` of [`Rows`] tell apart and `pages` the KV heads; none in pages.
+    pub(crate) fn long_keys(&self, shape: KvShape, stride: usize) -> Option<Rows> {
+        let keys = Rows {
+            pointer: self.k,
+            row_elements: shape.head_dim,
+            rows: self.tokens as usize / stride,
+            row_stride: stride as u64 * u64::from(self.token_stride),
+            heads: stride,
+            head_stride: self.token_stride.into(),
+            pages: shape.kv_heads,
+            page_stride: self.head_stride,
+        };
+        Some(keys).filter(|keys| self.pages == 0 && keys.serves())
+    }
+
     /// Whether the device says how many tokens there are.
     pub(crate) const fn has_lengths(&self) -> bool {
         self.lengths != 0

@@ -12,7 +12,6 @@ use kvasir_sparse::{
     FoundBy, HeadPatterns, Pattern,
     search::{Criterion, Found, HeadText, Options, Space, default_budget, search},
 };
-use kvasir_worker::DeviceKind;
 use parking_lot::Mutex;
 
 use crate::{
@@ -44,10 +43,6 @@ pub(crate) fn run(configuration: &Configuration, args: &SearchHeadsArgs) -> Resu
     ensure!(
         matches!(args.budget[..], [] | [_, _]) && !args.budget.contains(&0),
         "--budget takes two numbers above 0, as in --budget 1024,4096"
-    );
-    ensure!(
-        configuration.tree().worker.device != DeviceKind::Gpu || args.space != SearchSpace::Wide,
-        "--space wide tries FlexPrefill and XAttention, which a GPU does not plan for: take --space paper, or worker.device = \"cpu\""
     );
     let options = options(configuration, args, count);
     // Before the work, not after it: a place that cannot be written to is found out now.

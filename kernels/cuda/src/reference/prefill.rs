@@ -49,17 +49,24 @@ pub fn prefill(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, tiles: &Mas
     (out, out_lse)
 }
 
-/// Attention weights of the last `last` (at most 64) of the queries `q [rows, q_heads, head_dim]`, summed by key and by
+/// Attention weights of the last `last` of the queries `q [rows, q_heads, head_dim]`, summed by key and by
 /// diagonal: both `[q_heads, tokens]`, a diagonal being the distance of key from query (MInference, arXiv 2407.02490,
 /// algorithm 2).
-pub fn vs_estimate(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, scale: f32) -> (Vec<f64>, Vec<f64>) {
+pub fn vs_estimate(
+    shape: KvShape,
+    q: &[f32],
+    q_heads: usize,
+    kv: &Rows,
+    last: usize,
+    scale: f32,
+) -> (Vec<f64>, Vec<f64>) {
     let d = shape.head_dim;
     let rows = q.len() / d / q_heads;
     let mut columns = vec![0.0; q_heads * kv.tokens];
     let mut diagonals = columns.clone();
     for head in 0..q_heads {
         let kv_rows = head / (q_heads / shape.kv_heads) * kv.tokens;
-        for row in rows.saturating_sub(64)..rows {
+        for row in rows.saturating_sub(last)..rows {
             let position = kv.tokens - rows + row;
             let query = &q[(row * q_heads + head) * d..(row * q_heads + head + 1) * d];
             let scores: Vec<f64> = (0..=position)
@@ -112,6 +119,47 @@ pub fn block_scores(shape: KvShape, q: &[f32], q_heads: usize, kv: &Rows, scale:
                     f64::NEG_INFINITY
                 }
             }));
+        }
+    }
+    out
+}
+
+/// Masses of blocks of [`TILE`] keys by sums along antidiagonals, `[q_heads, row blocks, key blocks]`: `stride` keys end to end are a long
+/// key, as many queries of a row block in reversed order a long query, and each of these has a softmax of its own over the long
+/// keys that end before its last query, or with it (XAttention, arXiv 2503.16428).
+pub fn antidiagonal_masses(
+    shape: KvShape,
+    q: &[f32],
+    q_heads: usize,
+    kv: &Rows,
+    stride: usize,
+    scale: f32,
+) -> Vec<f64> {
+    let d = shape.head_dim;
+    let rows = q.len() / d / q_heads;
+    let offset = kv.tokens - rows;
+    let key_blocks = kv.tokens.div_ceil(TILE);
+    let row_blocks = rows.div_ceil(ROWS);
+    let mut out = vec![0.0; q_heads * row_blocks * key_blocks];
+    for head in 0..q_heads {
+        let keys = &kv.k[head / (q_heads / shape.kv_heads) * kv.tokens * d..][..kv.tokens * d];
+        for group in 0..rows / stride {
+            let last = (group + 1) * stride - 1;
+            let scores: Vec<f64> = (0..(offset + last + 1) / stride)
+                .map(|long_key| {
+                    let pairs = (0..stride).map(|i| {
+                        let query = &q[((last - i) * q_heads + head) * d..][..d];
+                        dot(query, &keys[(long_key * stride + i) * d..][..d])
+                    });
+                    pairs.sum::<f64>() * f64::from(scale) / stride as f64
+                })
+                .collect();
+            let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = scores.iter().map(|score| (score - most).exp()).sum();
+            let masses = &mut out[(head * row_blocks + last / ROWS) * key_blocks..][..key_blocks];
+            for (long_key, score) in scores.iter().enumerate() {
+                masses[long_key * stride / TILE] += (score - most).exp() / sum;
+            }
         }
     }
     out

@@ -6,7 +6,9 @@
 use std::ops::Range;
 
 use kvasir_block::KvSchema;
-use kvasir_cuda::{BlockSparse, Gpu, HeadMask, HeadPlan, KvShape, Planner, SparseRows, VerticalSlash, plan};
+use kvasir_cuda::{
+    BlockSparse, FlexPrefill, Gpu, HeadMask, HeadPlan, KvShape, Planner, SparseRows, VerticalSlash, XAttention, plan,
+};
 use kvasir_sparse::Pattern;
 
 use super::{layout::SequenceRows, load_error};
@@ -86,11 +88,18 @@ fn head_plan(pattern: &Pattern, tokens: usize) -> Result<HeadPlan, String> {
             near: near.max(1) as usize,
         }),
         Pattern::BlockSparse { blocks } => HeadPlan::BlockSparse(BlockSparse::new(blocks as usize)),
-        Pattern::FlexPrefill { .. } | Pattern::XAttention { .. } => {
+        Pattern::FlexPrefill { gamma, tau, budget_min } => HeadPlan::FlexPrefill(FlexPrefill {
+            gamma,
+            tau,
+            budget_min: budget_min as usize,
+        }),
+        Pattern::XAttention { stride, threshold } if matches!(stride, 8 | 16) => HeadPlan::XAttention(XAttention {
+            stride: stride as usize,
+            threshold,
+        }),
+        Pattern::XAttention { stride, .. } => {
             return Err(format!(
-                "{} is planned for on the CPU alone: search patterns with `kvasir search-heads --space paper`, or set worker.device = \
-                 \"cpu\"",
-                pattern.kind()
+                "x-attention with stride {stride} is planned for on the CPU alone: a GPU has 8 and 16, or set worker.device = \"cpu\""
             ));
         }
     })
@@ -121,6 +130,21 @@ mod tests {
             ("block-sparse:100", HeadPlan::BlockSparse(BlockSparse { blocks: 100 })),
             // What is always kept fits.
             ("block-sparse:1", HeadPlan::BlockSparse(BlockSparse { blocks: 3 })),
+            (
+                "flex-prefill:0.9,0.1",
+                HeadPlan::FlexPrefill(FlexPrefill {
+                    gamma: 0.9,
+                    tau: 0.1,
+                    budget_min: 1024,
+                }),
+            ),
+            (
+                "x-attention:16,0.8",
+                HeadPlan::XAttention(XAttention {
+                    stride: 16,
+                    threshold: 0.8,
+                }),
+            ),
         ];
         for (text, plan) in plans {
             assert_eq!(head_plan(&text.parse().expect(text), 1000), Ok(plan), "{text}");
@@ -138,9 +162,10 @@ mod tests {
             near: 1,
         });
         assert_eq!(head_plan(&alone, 1000), Ok(own), "a query sees itself");
-        for text in ["flex-prefill:0.9,0.1", "x-attention:8,0.9"] {
-            let error = head_plan(&text.parse().expect(text), 1000).expect_err(text);
-            assert!(error.contains("on the CPU alone"), "{error}");
-        }
+        let error = head_plan(&"x-attention:4,0.9".parse().expect("a pattern"), 1000).expect_err("no kernel");
+        assert!(
+            error.contains("stride 4") && error.contains("on the CPU alone"),
+            "{error}"
+        );
     }
 }

@@ -91,32 +91,35 @@ impl Pool {
     }
 }
 
-/// All figures.
-pub(crate) fn run(gpu: &Gpu, seed: u64) -> Result<Value, GpuError> {
+/// All figures, or the group of the name `only`; the ceilings always.
+pub(crate) fn run(gpu: &Gpu, seed: u64, only: Option<&str>) -> Result<Value, GpuError> {
     let mut rng = StdRng::seed_from_u64(seed);
     let copy = copy_ceiling(gpu)?;
     let pinned = pinned_ceiling(gpu)?;
     let q: Vec<f32> = (0..Q_HEADS * HEAD_DIM).map(|_| rng.random_range(-1.0..1.0)).collect();
     let q = gpu.upload(&q)?;
-    let full = [Dtype::Bf16, Dtype::E4m3]
-        .into_iter()
-        .map(|dtype| full_cache(gpu, &mut rng, dtype, &q, copy))
-        .collect::<Result<Vec<_>, _>>()?;
-    let retrieval = retrieval_set(gpu, &mut rng, &q)?;
-    let push = push(gpu, &mut rng, copy)?;
-    let scan = scan(gpu, &mut rng, &q)?;
-    Ok(json!({
+    let mut figures = json!({
         "gpu": gpu.name(),
         "multiprocessors": gpu.multiprocessors(),
         "seed": seed,
         "repeats": REPEATS,
         "shape": format!("{Q_HEADS} query heads, {KV_HEADS} KV heads, d {HEAD_DIM}, batch 1"),
         "ceilings": { "copy_gb_s": round(copy), "pinned_copy_to_host_gb_s": round(pinned) },
-        "decode_full_cache": full,
-        "decode_retrieval_set": retrieval,
-        "push": push,
-        "scan": scan,
-    }))
+    });
+    let mut group = |name: &str, measure: &mut dyn FnMut() -> Result<Value, GpuError>| {
+        if only.is_none_or(|only| name == only) {
+            figures[name] = measure()?;
+        }
+        Ok::<_, GpuError>(())
+    };
+    group("decode_full_cache", &mut || {
+        let by_dtype = [Dtype::Bf16, Dtype::E4m3].map(|dtype| full_cache(gpu, &mut rng, dtype, &q, copy));
+        by_dtype.into_iter().collect()
+    })?;
+    group("decode_retrieval_set", &mut || retrieval_set(gpu, &mut rng, &q))?;
+    group("push", &mut || push(gpu, &mut rng, copy))?;
+    group("scan", &mut || scan(gpu, &mut rng, &q))?;
+    Ok(figures)
 }
 
 /// GB/s, read and written, of a large copy on the device by the driver.

@@ -1,8 +1,9 @@
-//! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it.
+//! The speed of prefill and of its planners, batch 1. Inputs are noise made on the device; the kernels' work does not depend on it,
+//! but for planners that choose by share of the mass: see [`sharp`].
 
 use kvasir_cuda::{
-    BlockSparse, Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadMask, HeadPlan, KvShape, KvView, Mask, PageTable,
-    Planner, Prefill, Products, Query, SparseRows, VerticalSlash, noise, plan::ROWS,
+    BlockSparse, Buffer, DeviceTiles, Dtype, FlexPrefill, Gpu, GpuError, HeadMask, HeadPlan, KvShape, KvView, Mask,
+    PageTable, Planner, Prefill, Products, Query, SparseRows, VerticalSlash, XAttention, noise, plan::ROWS,
 };
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Map, Value, json};
@@ -136,24 +137,40 @@ impl Inputs {
         Ok(json!({ "ms": ms, "tflop_s": (flops / ms / 1e9).round(), "tiles": work }))
     }
 
-    /// Milliseconds of a list's making, all heads alike and the prompt planned for as a whole.
-    fn plan(&self, gpu: &Gpu, plan: HeadPlan) -> Result<f64, GpuError> {
+    /// Milliseconds of a list's making, all heads alike and the prompt planned for as a whole, with scores sharpened so many times.
+    fn plan(&self, gpu: &Gpu, plan: HeadPlan, sharpened: f32) -> Result<f64, GpuError> {
         let (mut planner, rows) = self.planner(gpu, plan)?;
         let view = KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?;
         let query = Query::bits(&self.q, self.layer.dtype);
-        median(gpu, 0, || {
-            planner
-                .build(gpu, 0, query, &rows, &view, self.layer.scale())
-                .map(|_| ())
+        let scale = sharpened * self.layer.scale();
+        median(gpu, self.tokens, || {
+            planner.build(gpu, 0, query, &rows, &view, scale).map(|_| ())
         })
     }
 
-    /// Milliseconds of attention over such a list.
-    fn attend_planned(&mut self, gpu: &Gpu, plan: HeadPlan) -> Result<f64, GpuError> {
+    /// Milliseconds of attention over such a list, and its tiles beside those of dense attention.
+    /// This is counted from the lists, which of long prompts are too many to bring to the host.
+    fn attend_planned(&mut self, gpu: &Gpu, plan: HeadPlan, sharpened: f32) -> Result<(f64, Option<f64>), GpuError> {
         let (mut planner, rows) = self.planner(gpu, plan)?;
         let view = KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?;
         let query = Query::bits(&self.q, self.layer.dtype);
-        let tiles = planner.build(gpu, 0, query, &rows, &view, self.layer.scale())?;
+        let scale = sharpened * self.layer.scale();
+        planner.build(gpu, 0, query, &rows, &view, scale)?;
+        let density = if self.tokens > LONG {
+            None
+        } else {
+            let lists = planner.lists()?;
+            let tiles = lists.iter().flatten().map(|list| match list {
+                HeadMask::Absolute { rows } => rows.iter().map(Vec::len).sum::<usize>(),
+                _ => 0,
+            });
+            let all = Mask::new(ROWS, vec![HeadMask::Dense])
+                .expect("in order")
+                .work(0, 0, self.tokens);
+            let density = tiles.sum::<usize>() as f64 / (all * self.layer.q_heads) as f64;
+            Some((density * 1e4).round() / 1e4)
+        };
+        let tiles = planner.build(gpu, 0, query, &rows, &view, scale)?;
         let prefill = Prefill {
             rows: self.tokens,
             q_heads: self.layer.q_heads,
@@ -161,7 +178,8 @@ impl Inputs {
             products: Products::best(gpu),
         };
         let (out, lse) = (&mut self.out, &mut self.lse);
-        median(gpu, 0, || prefill.attend(gpu, query, &view, tiles, out, lse))
+        let ms = median(gpu, 0, || prefill.attend(gpu, query, &view, tiles, out, lse))?;
+        Ok((ms, density))
     }
 
     fn planner(&self, gpu: &Gpu, plan: HeadPlan) -> Result<(Planner, SparseRows), GpuError> {
@@ -173,6 +191,45 @@ impl Inputs {
         };
         Ok((Planner::new(gpu, self.layer.shape(), self.tokens, &layers)?, rows))
     }
+}
+
+/// Planners whose lists are of key blocks by row block, and how much sharper than the model's scale their scores are: noise spreads
+/// its mass over everything, and those that choose by share of the mass would choose everything; so sharpened it lies in a
+/// tenth of the tiles, about. Means and antidiagonals level it out, so theirs is larger.
+fn sharp() -> [(&'static str, HeadPlan, f32); 4] {
+    let antidiagonals = |stride| HeadPlan::XAttention(XAttention { stride, threshold: 0.9 });
+    let flex = FlexPrefill {
+        gamma: 0.9,
+        tau: 0.1,
+        budget_min: 1024,
+    };
+    [
+        ("block_sparse_100", HeadPlan::BlockSparse(BlockSparse::new(100)), 1.0),
+        ("flex_prefill_0.9_0.1", HeadPlan::FlexPrefill(flex), 20.0),
+        ("x_attention_8_0.9", antidiagonals(8), 52.0),
+        ("x_attention_16_0.9", antidiagonals(16), 55.0),
+    ]
+}
+
+/// Milliseconds of planning, and of attending so; the share of dense attention's tiles.
+fn planned(
+    gpu: &Gpu,
+    inputs: &mut Inputs,
+    entry: &mut Map<String, Value>,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<(), GpuError> {
+    let (name, plan) = ("vertical_slash_1000_6096_plan_ms", VerticalSlash::new(1000, 6096));
+    if wanted(name) {
+        let planned = inputs.plan(gpu, HeadPlan::VerticalSlash(plan), 1.0)?;
+        entry.insert(name.into(), planned.into());
+    }
+    for (name, plan, sharpened) in sharp().into_iter().filter(|(name, ..)| wanted(name)) {
+        let planned = inputs.plan(gpu, plan.clone(), sharpened)?;
+        let (attended, density) = inputs.attend_planned(gpu, plan, sharpened)?;
+        let figures = json!({ "plan_ms": planned, "ms": attended, "of_dense_tiles": density });
+        entry.insert(name.into(), figures);
+    }
+    Ok(())
 }
 
 /// 1,000 columns at random; 6,096 diagonals: side by side, or as 95 runs of 64.
@@ -193,7 +250,9 @@ fn vertical_slash(rng: &mut StdRng, tokens: usize) -> [HeadMask; 2] {
     ]
 }
 
-pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
+/// All figures, or those whose name contains `only`.
+pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng, only: Option<&str>) -> Result<Value, GpuError> {
+    let wanted = |name: &str| only.is_none_or(|only| name.contains(only));
     let mut figures = Map::new();
     for tokens in [4096usize, 8192, 16 * 1024, 32 * 1024, 128 * 1024] {
         let mut inputs = Inputs::new(gpu, rng, LLAMA, tokens)?;
@@ -216,23 +275,17 @@ pub(crate) fn run(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
             ];
             for (name, pages, head) in cases {
                 let name = format!("{name}_{products:?}").to_lowercase();
+                if !wanted(&name) {
+                    continue;
+                }
                 entry.insert(name, inputs.attend(gpu, pages, head, products)?);
             }
         }
-        let blocks = HeadPlan::BlockSparse(BlockSparse::new(100));
-        let planners = [
-            (
-                "vertical_slash_1000_6096_plan_ms",
-                inputs.plan(gpu, HeadPlan::VerticalSlash(VerticalSlash::new(1000, 6096)))?,
-            ),
-            ("block_sparse_100_plan_ms", inputs.plan(gpu, blocks.clone())?),
-            ("block_sparse_100_ms", inputs.attend_planned(gpu, blocks)?),
-        ];
-        entry.extend(planners.map(|(name, ms)| (name.to_owned(), ms.into())));
+        planned(gpu, &mut inputs, &mut entry, wanted)?;
         figures.insert(tokens.to_string(), entry.into());
     }
     let mut others = Map::new();
-    for layer in OTHERS {
+    for layer in OTHERS.into_iter().filter(|layer| wanted(&layer.text())) {
         let mut entry = Map::new();
         for tokens in [8192usize, 32 * 1024, 128 * 1024] {
             let mut inputs = Inputs::new(gpu, rng, layer, tokens)?;
@@ -262,9 +315,8 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
     inputs.attend(gpu, None, &near, best)?;
     let near = inputs.attend(gpu, None, &near, best)?;
     let runs = inputs.attend(gpu, None, &runs, best)?;
-    let index = inputs.plan(gpu, HeadPlan::VerticalSlash(VerticalSlash::new(1000, 6096)))?;
-    let blocks = HeadPlan::BlockSparse(BlockSparse::new(100));
-    let (planned, attended) = (inputs.plan(gpu, blocks.clone())?, inputs.attend_planned(gpu, blocks)?);
+    let mut planners = Map::new();
+    planned(gpu, &mut inputs, &mut planners, |_| true)?;
     let dense = inputs.attend(gpu, None, &HeadMask::Dense, best)?;
     Ok(json!({
         "gpu": gpu.name(),
@@ -273,9 +325,7 @@ pub(crate) fn long(gpu: &Gpu, rng: &mut StdRng) -> Result<Value, GpuError> {
         "dense": dense,
         "vertical_slash_1000_6096_near": near,
         "vertical_slash_1000_6096_in_95_runs": runs,
-        "vertical_slash_1000_6096_plan_ms": index,
-        "block_sparse_100_plan_ms": planned,
-        "block_sparse_100_ms": attended,
+        "planners": planners,
     }))
 }
 

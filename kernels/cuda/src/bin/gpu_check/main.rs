@@ -16,7 +16,9 @@ mod forward;
 mod linear;
 mod planner;
 mod prefill;
+mod refusals;
 mod sample;
+mod shares;
 mod transfer;
 
 use std::{path::PathBuf, process::ExitCode, time::SystemTime};
@@ -26,7 +28,7 @@ use kvasir_cuda::{Gpu, Options, Variant};
 const USAGE: &str =
     "usage: kvasir-gpu-check [bench | bench-prefill | bench-long | bench-forward] [--seed N] [--cases N] [--only NAME] [--direct] [--gpu INDEX] [--nvrtc FOLDER] [--cache FOLDER]
   without `bench`: checks every kernel; --seed repeats a run, --cases sets the random shapes per kernel (default 60),
-  --only NAME checks one kernel alone, --direct compiles kernels so that compute-sanitizer's racecheck can follow them
+  --only NAME checks one kernel alone, or measures one group of `bench` or what is named so in `bench-prefill`, --direct compiles kernels so that compute-sanitizer's racecheck can follow them
   bench, bench-prefill, bench-long (a million tokens; needs 22 GB), bench-forward: measure, and print JSON";
 
 enum Mode {
@@ -98,8 +100,8 @@ fn main() -> ExitCode {
     let mut rng = rand::SeedableRng::seed_from_u64(arguments.seed);
     let figures = match arguments.mode {
         Mode::Check => None,
-        Mode::Bench => Some(bench::run(&gpu, arguments.seed)),
-        Mode::Prefill => Some(bench_prefill::run(&gpu, &mut rng)),
+        Mode::Bench => Some(bench::run(&gpu, arguments.seed, arguments.only.as_deref())),
+        Mode::Prefill => Some(bench_prefill::run(&gpu, &mut rng, arguments.only.as_deref())),
         Mode::Long => Some(bench_prefill::long(&gpu, &mut rng)),
         Mode::Forward => Some(bench_forward::run(&gpu, &mut rng)),
     };

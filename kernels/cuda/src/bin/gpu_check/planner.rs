@@ -1,7 +1,8 @@
 //! Lists that the device makes from a prompt itself: what is chosen against the references, and attention over it.
 
 use kvasir_cuda::{
-    BlockSparse, Gpu, GpuError, HeadMask, HeadPlan, KvShape, Mask, Planner, Prefill, SparseRows, VerticalSlash,
+    BlockSparse, FlexPrefill, Gpu, GpuError, HeadMask, HeadPlan, KvShape, Mask, Planner, Prefill, SparseRows,
+    VerticalSlash, XAttention,
     plan::{ROWS, TILE},
     reference::{self, Rows},
 };
@@ -15,20 +16,30 @@ use crate::{
 /// Products that differ by less than this share of the product of the norms may be taken for each other: means are rounded
 /// after sums in another order.
 const CLOSE: f64 = 4e-3;
-const SCALE: f32 = 0.1;
+pub(crate) const SCALE: f32 = 0.1;
 
 /// One call: what its heads do, and what they do it with.
-struct Case<'a> {
-    shape: KvShape,
+pub(crate) struct Case<'a> {
+    pub(crate) shape: KvShape,
     q: &'a [f32],
     kv: &'a Rows,
-    heads: Vec<HeadPlan>,
-    rows: SparseRows,
-    text: String,
+    pub(crate) heads: Vec<HeadPlan>,
+    pub(crate) rows: SparseRows,
+    pub(crate) text: String,
 }
 
-fn any_plan(rng: &mut StdRng) -> HeadPlan {
-    match rng.random_range(0..5) {
+/// `aligned`: the sparse rows begin where a key block does.
+fn any_plan(rng: &mut StdRng, aligned: bool) -> HeadPlan {
+    match rng.random_range(0..if aligned { 9 } else { 7 }) {
+        3 | 4 => HeadPlan::XAttention(XAttention {
+            stride: [8, 16][rng.random_range(0..2)],
+            threshold: rng.random_range(0.3..1.0),
+        }),
+        7 | 8 => HeadPlan::FlexPrefill(FlexPrefill {
+            gamma: rng.random_range(0.3..1.0),
+            tau: [0.0, 0.2, 1.0][rng.random_range(0..3)],
+            budget_min: rng.random_range(0..300),
+        }),
         0 => HeadPlan::Fixed(HeadMask::Dense),
         1 => HeadPlan::Fixed(HeadMask::a_shape(
             ROWS,
@@ -67,8 +78,14 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
     for _ in 0..cases {
         let (held, rows, q_heads) = any_case(gpu, rng)?;
         let (shape, tokens) = (held.shape, held.rows.tokens);
+        let rows = if rng.random_bool(0.5) {
+            rows
+        } else {
+            tokens - (tokens - rows) / TILE * TILE
+        };
+        let aligned = (tokens - rows).is_multiple_of(TILE);
         let q = Queries::new(gpu, rng, shape.dtype, rows * q_heads * shape.head_dim)?;
-        let mut layer = || (0..q_heads).map(|_| any_plan(rng)).collect::<Vec<_>>();
+        let mut layer = || (0..q_heads).map(|_| any_plan(rng, aligned)).collect::<Vec<_>>();
         let layers = [layer(), layer()];
         let rows = any_rows(rng, rows);
         let mut planner = Planner::new(gpu, shape, tokens + rng.random_range(0..100), &layers)?;
@@ -88,6 +105,8 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
         case.fixed(&lists, tally);
         case.vertical_slash(&lists, &planner, tally)?;
         case.block_sparse(&lists, tally);
+        case.x_attention(&lists, tally);
+        case.flex_prefill(&lists, &planner.flex_chosen()?, tally);
         let expected = case.attended(&lists);
         for &products in products(gpu) {
             let prefill = Prefill {
@@ -104,11 +123,11 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
 }
 
 impl Case<'_> {
-    fn offset(&self) -> usize {
+    pub(crate) fn offset(&self) -> usize {
         self.kv.tokens - self.rows.rows
     }
 
-    fn wrong(&self, wrong: bool, tally: &mut Tally, what: &str) {
+    pub(crate) fn wrong(&self, wrong: bool, tally: &mut Tally, what: &str) {
         tally.count(f64::from(u8::from(wrong)), 0.0, || format!("{what}: {}", self.text));
     }
 
@@ -117,13 +136,13 @@ impl Case<'_> {
     }
 
     /// Queries of some rows of the call.
-    fn queries(&self, rows: std::ops::Range<usize>) -> &[f32] {
+    pub(crate) fn queries(&self, rows: std::ops::Range<usize>) -> &[f32] {
         let width = self.heads.len() * self.shape.head_dim;
         &self.q[rows.start * width..rows.end * width]
     }
 
     /// Keys and values below position `end`.
-    fn kv_below(&self, end: usize) -> Rows {
+    pub(crate) fn kv_below(&self, end: usize) -> Rows {
         let (d, tokens) = (self.shape.head_dim, self.kv.tokens);
         let cut = |all: &[f32]| {
             let heads = all.chunks_exact(tokens * d);
@@ -178,7 +197,8 @@ impl Case<'_> {
             let rows = first..(first + part_rows).min(sparse.end);
             let end = self.offset() + rows.end;
             let kv = self.kv_below(end);
-            let expected = reference::vs_estimate(self.shape, self.queries(rows.clone()), self.heads.len(), &kv, SCALE);
+            let expected =
+                reference::vs_estimate(self.shape, self.queries(rows.clone()), self.heads.len(), &kv, 64, SCALE);
             for (nth, &(head, plan)) in heads.iter().enumerate() {
                 let item = part * heads.len() + nth;
                 let mut chosen = Vec::new();
