@@ -24,6 +24,7 @@ mod query;
 mod report;
 mod search;
 mod sketches;
+mod usual;
 
 use std::{
     ops::Range,

@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use super::{
     context::Payload,
     sketches::{LayerSketches, encode_layer},
+    usual::Usual,
 };
 use crate::{CacheError, ErrorKind, GetOutcome, LeaseId, cache::Shared, namespace::NamespaceBasis};
 
@@ -37,6 +38,8 @@ pub(crate) struct ContextBlocks {
     layers: Vec<Mutex<Arc<[Option<Payload>]>>>,
     /// Sketches of the blocks of a layer, filled likewise.
     sketches: Vec<Mutex<Arc<LayerSketches>>>,
+    /// How much of the mass searches cover, as far as is known.
+    pub(super) usual: Usual,
     /// Bytes of all payloads in `layers` and of all `sketches`, taken from the cache's budget.
     held_bytes: AtomicU64,
 }
@@ -90,6 +93,7 @@ impl ContextBlocks {
         let layers = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&nothing))).collect();
         let none = Arc::new(LayerSketches::default());
         let sketches = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&none))).collect();
+        let usual = Usual::new(schema.layers.into(), schema.kv_heads.into());
         let new = Arc::new(Self {
             cache: Arc::downgrade(shared),
             lease,
@@ -97,6 +101,7 @@ impl ContextBlocks {
             blocks,
             layers,
             sketches,
+            usual,
             held_bytes: AtomicU64::new(0),
         });
         if open.is_none() {

@@ -227,9 +227,11 @@ impl Search {
             }
             Form::Attend { .. } => {
                 let wanted = sketches::wanted(self.form, scan.keys_scanned());
+                let (layer, kv_head) = (place.sketched.layer, place.kv_head);
+                let usual = self.blocks.usual.of(layer, kv_head);
                 let (mut attended, mut extra) = sketches::attend(scan, wanted);
                 if ahead == Ahead::Used
-                    && parked::covers_too_little(&extra, &expected, wanted)
+                    && parked::covers_too_little(&extra, &expected, usual, wanted)
                     && !self.is_late()
                     && self.begin_anew(place, scan)
                 {
@@ -238,6 +240,9 @@ impl Search {
                     (attended, extra) = sketches::attend(scan, wanted);
                     extra.rescored += rescored;
                     extra.bytes_read += bytes_read;
+                }
+                if ahead != Ahead::Used && begun {
+                    self.blocks.usual.note(layer, kv_head, &extra.covered);
                 }
                 let escalated = extra.escalated;
                 (HeadFound::Attend(attended, escalated), extra)

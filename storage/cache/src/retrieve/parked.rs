@@ -30,6 +30,8 @@ const DISTANCE_MAX: f32 = 0.5;
 /// for their own: a forecast can be near by its length and still miss what a steep head attends to. (Noise whose scores deviate
 /// by 4: without this .82 of the mass was found, not .99.)
 const MISSED_MAX: f32 = 3.0;
+/// What a search with real queries covers varies by about so much from one token to the next, where effort bounds it.
+const USUAL_VARIES: f32 = 0.05;
 /// Candidates that are parked, as a multiple of what a search without a prediction looks at: a prediction misplaces some.
 const GENEROUS: f32 = 1.5;
 
@@ -43,12 +45,15 @@ pub(super) enum Ahead {
     TooFar,
 }
 
-/// Whether what real queries found among a prediction's candidates is much less than was `wanted` and `expected` of them, the latter per
-/// query head.
-pub(super) fn covers_too_little(found: &Extra, expected: &[f32], wanted: Attend) -> bool {
+/// Whether what real queries found among a prediction's candidates is much less than was `wanted`, and also than was `expected` of
+/// them, per query head, or than is `usual` where a search begins with real queries.
+pub(super) fn covers_too_little(found: &Extra, expected: &[f32], usual: f32, wanted: Attend) -> bool {
     let slack = MISSED_MAX * (1.0 - wanted.target_mass).max(1e-4);
     let mut heads = found.covered.iter().zip(expected);
-    heads.any(|(found, expected)| *found < wanted.target_mass.min(*expected) - slack)
+    heads.any(|(found, expected)| {
+        let attainable = expected.max(usual - USUAL_VARIES);
+        *found < wanted.target_mass.min(attainable) - slack
+    })
 }
 
 /// A search with predicted queries, that has its blocks. Threads [work](Self::work) on it as on a [`Search`].
@@ -214,4 +219,38 @@ impl Context {
 /// Share of the keys that become candidates where a search without a prediction scores `effort` of them.
 pub(super) fn generous(effort: f32) -> f32 {
     (effort * GENEROUS).min(1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_forecast_left_is_judged_by_what_is_wanted_expected_and_usual() {
+        let wanted = Attend {
+            target_mass: 0.99,
+            ..Attend::default()
+        };
+        // What two query heads found, what was expected of them, what is usual; whether that is too little.
+        for (found, expected, usual, too_little) in [
+            ([0.99, 0.99], [0.99, 0.99], 0.0, false),
+            ([0.99, 0.97], [0.99, 0.99], 0.0, false),
+            ([0.99, 0.90], [0.99, 0.99], 0.0, true),
+            // A head that spreads its mass: effort ends before the target is reached, and is no better another time.
+            ([0.80, 0.99], [0.80, 0.99], 0.80, false),
+            ([0.80, 0.99], [0.80, 0.99], 0.0, false),
+            // What the forecast's own queries would have missed, real ones usually find.
+            ([0.40, 0.99], [0.40, 0.99], 0.99, true),
+            ([0.92, 0.92], [0.40, 0.40], 0.99, false),
+            // More than is wanted is not asked for.
+            ([0.97, 0.97], [1.00, 1.00], 1.0, false),
+        ] {
+            let extra = Extra {
+                covered: found.to_vec(),
+                ..Extra::default()
+            };
+            let case = format!("{found:?} of {expected:?}, usually {usual}");
+            assert_eq!(covers_too_little(&extra, &expected, usual, wanted), too_little, "{case}");
+        }
+    }
 }
