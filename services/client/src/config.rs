@@ -52,7 +52,7 @@ pub struct ClientConfig {
 
 impl ClientConfig {
     /// Defaults for a store on this machine or beside it: 1 s to connect, 5 s per call, 3 tries, 16 MiB in flight in
-    /// batches of 1 MiB, the fastest path, up to 8 bulk connections, and 200 us to look for a reply.
+    /// batches of 1 MiB, the fastest path, up to 8 bulk connections, and 50 us to look for a reply.
     pub fn to(url: impl Into<String>) -> Self {
         Self {
             url: url.into(),
@@ -65,7 +65,7 @@ impl ClientConfig {
             in_flight_bytes_max: 16 << 20,
             batch_bytes: 1 << 20,
             bulk_connections_max: 8,
-            decode_poll: Duration::from_micros(200),
+            decode_poll: Duration::from_micros(50),
             jitter_seed: u64::from(std::process::id()),
         }
     }

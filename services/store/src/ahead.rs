@@ -5,7 +5,8 @@
 //! it ends it. A stream that has a thread of its own searches on that, in the place of an idle one.
 //!
 //! No query waits for what will not serve it: where a forecast turns out too far off, its search is dropped at once. And none waits long
-//! for what will: a search ahead ends by itself at [`ahead_max`].
+//! for what will: a search ahead ends by itself at [`ahead_max`], and on a stream's own thread with the KV head during which the query
+//! came; the others are searched for with the query.
 
 use std::{
     ops::Range,
@@ -249,7 +250,10 @@ fn search(
     let (mut unasked, mut asked) = (begun, false);
     let mut look = || {
         asked = asked || is_asked();
-        if !asked {
+        if asked {
+            // For what is left the query itself is quicker: it need not be scored twice.
+            dropped.store(true, Ordering::Relaxed);
+        } else {
             unasked = Instant::now();
         }
     };

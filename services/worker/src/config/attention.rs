@@ -139,7 +139,7 @@ impl Default for AttentionConfig {
             missed_mass_max: 0.0,
             effort: 0.0,
             hint_from_layer: 3,
-            reply_poll: HumanDuration::micros(200),
+            reply_poll: HumanDuration::micros(50),
             query_sample_bytes: ByteSize::mib(32),
             row_cache_bytes: ByteSize::mib(32),
         }

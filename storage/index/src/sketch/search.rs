@@ -221,13 +221,9 @@ impl Table {
         self.guess(column, masks, &wanted, room);
         self.scan(column, masks, 0..heads, room);
         self.leans.clear();
-        let leans = !column.slopes().is_empty();
-        if leans {
-            Self::look_closer(column, masks, room);
-        }
         for (head, wanted) in wanted.into_iter().enumerate() {
             let passed = self.choose(head, wanted, column, masks, room, out);
-            if leans {
+            if !column.slopes().is_empty() {
                 let lean = self.lean(head, passed, masks, room);
                 self.leans.push(lean);
             }

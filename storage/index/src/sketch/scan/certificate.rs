@@ -17,8 +17,6 @@ use super::SketchScan;
 
 const BY_WEIGHT: usize = 115;
 const EVENLY: usize = 13;
-/// Drawn by weight where only the mean is wanted: of the little that candidates leave a seventh more or less is nothing.
-const BY_WEIGHT_FEW: usize = 48;
 /// Drawn by weight where sketches err much.
 const BY_WEIGHT_WIDE: usize = 499;
 /// Variance of the natural logarithm of exact over sketched weight from which on they do: 1.8 powers of two, squared.
@@ -72,15 +70,14 @@ impl Drawn {
 }
 
 impl SketchScan<'_> {
-    /// Draws for every head what a sample will want; `sure` where that is a bound.
-    pub(super) fn draw_ahead(&mut self, sure: bool) -> Vec<Drawn> {
-        let by_weight = if sure { BY_WEIGHT } else { BY_WEIGHT_FEW };
+    /// Draws for every head what a sample will want.
+    pub(super) fn draw_ahead(&mut self) -> Vec<Drawn> {
         let mut sampler = std::mem::take(&mut self.sampler);
         let draw = |head| {
             sampler.drawn.slots = Vec::new();
             if self.leave(head) > f32::NEG_INFINITY {
                 let mut random = self.random(head);
-                self.draw(head, by_weight, &mut sampler.drawn, &mut random);
+                self.draw(head, BY_WEIGHT, &mut sampler.drawn, &mut random);
             }
             std::mem::take(&mut sampler.drawn)
         };

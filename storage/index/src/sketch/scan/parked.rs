@@ -92,7 +92,7 @@ impl SketchScan<'_> {
     /// The scan is empty then.
     pub fn park(&mut self, how: Attend) -> Parked {
         self.find_for(how);
-        let drawn = self.draw_ahead(how.certificate);
+        let drawn = self.draw_ahead();
         self.bring_near(&drawn);
         let covered = (0..self.table.heads())
             .map(|head| self.covered_by_candidates(head))

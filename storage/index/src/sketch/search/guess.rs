@@ -8,10 +8,6 @@ use crate::sketch::column::Column;
 
 /// Groups looked at.
 const SAMPLE: usize = 256;
-/// Groups that the guess looks at in a column of at most so many: of all of a short one it would take as long as the scan itself. Floors
-/// decide what a scan keeps at hand and not what is chosen of it.
-const ROUGH: usize = 96;
-const SHORT: usize = 1024;
 /// One in so many keys is few.
 const FEW: usize = 100;
 
@@ -39,17 +35,11 @@ pub(in crate::sketch) struct Lean {
 }
 
 impl Table {
-    /// Takes the sample that leans are found by.
-    pub(super) fn look_closer(column: &Column, masks: &Masks, room: &mut Room) {
-        room.sample.take(column, masks, SAMPLE);
-    }
-
     /// Floors of all heads.
     pub(super) fn guess(&self, column: &Column, masks: &Masks, wanted: &[(usize, f32)], room: &mut Room) {
         let heads = self.heads();
         room.floors.clear();
-        let rough = if column.groups() <= SHORT { ROUGH } else { SAMPLE };
-        room.sample.take(column, masks, rough);
+        room.sample.take(column, masks);
         room.few = true;
         for (head, &(count, mass)) in wanted.iter().enumerate() {
             let sequence = masks.sequence(head, heads);
@@ -108,9 +98,9 @@ impl Table {
 }
 
 impl Sample {
-    /// Takes at most `most` groups of `column`.
-    fn take(&mut self, column: &Column, masks: &Masks, most: usize) {
-        self.every = column.groups().div_ceil(most).max(1);
+    /// Takes the groups of `column`.
+    fn take(&mut self, column: &Column, masks: &Masks) {
+        self.every = column.groups().div_ceil(SAMPLE).max(1);
         self.codes.clear();
         self.steps.clear();
         self.sequence = None;
