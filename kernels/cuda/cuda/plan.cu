@@ -2,8 +2,9 @@
 // without the 64 x N matrix ever being in memory; then a head's tiles from its best diagonals.
 //
 // Rows come in parts, each planned for from its own queries and the keys up to its end; a launch takes some heads of some parts,
-// an *item* each. For FlexPrefill, which looks at the last 128 queries, a part has two: one for each 64 of them. Both passes over the keys give a warp 16 of the 64 queries and all of a CTA's keys, 64 at a time. Which keys a
-// CTA has follows from their positions alone, so that an item's sums have the same bits in any company and on any GPU.
+// an *item* each. For FlexPrefill, which looks at the last 128 queries, a part has two: one for each 64 of them. Both passes over
+// the keys give a warp 16 of the 64 queries and all of a CTA's keys, 64 at a time. Which keys a CTA has follows from their positions
+// alone, so that an item's sums have the same bits in any company and on any GPU.
 #include "planner.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"

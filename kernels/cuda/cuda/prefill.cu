@@ -15,25 +15,15 @@ __device__ __forceinline__ u32 lane_anew() {
     return lane;
 }
 
-constexpr u64 NOT_A_RUN = ~0ull;
-constexpr int COLUMNS = int(0x80000000u);
-
-// What is found out about a tile once, by one thread, two tiles ahead.
-struct Found {
-    u64 run;   // where its rows lie one after another, from k or v; NOT_A_RUN if they do not, or not all are there
-    int first; // position of its first key, or COLUMNS
-};
-
 template <bool IS_BF16, u32 D>
 struct Prefill {
-    static constexpr u32 WORDS = D / 8, STEPS = D / 16, PLANE = TILE * D * 2, STAGES = 2, FOUND = 4;
+    static constexpr u32 WORDS = D / 8, STEPS = D / 16, PLANE = TILE * D * 2, STAGES = 2;
     const PrefillParams& params;
     const Sequence& sequence;
     const List& list;
     const u32 &tile_count, &column_count, &end;
     u32 queries; // [panels][ROWS] of 128 bytes, swizzled; then the stages: keys, values; 1024-aligned
     int* keys;   // [STAGES][TILE], positions of gathered keys
-    Found* tiles; // [FOUND], by index
 
     __device__ __forceinline__ static u32 head() { return blockIdx.y; }
     __device__ __forceinline__ const u32* numbers() const { return reinterpret_cast<const u32*>(params.numbers); }
@@ -53,24 +43,20 @@ struct Prefill {
         }
     }
 
-    __device__ __forceinline__ void find(u32 index) const {
-        Found& found = tiles[index % FOUND];
-        found = {NOT_A_RUN, COLUMNS};
-        if (index >= tile_count) return;
-        found.first = tile_first(numbers(), list, end, index);
-        const u32 first = u32(found.first);
-        const bool one_page = sequence.pages == 0 || (first % TILE == 0 && params.view.page_tokens % TILE == 0);
-        if (found.first >= 0 && first + TILE <= sequence.tokens && one_page)
-            found.run = row_offset(params.view, sequence.pages, head() / params.heads_per_kv, first);
+    // Whether the rows of a tile are all there and lie one after another, as nearly all do.
+    __device__ __forceinline__ bool is_run(int first) const {
+        const bool one_page = sequence.pages == 0 || (u32(first) % TILE == 0 && params.view.page_tokens % TILE == 0);
+        return first >= 0 && u32(first) + TILE <= sequence.tokens && one_page;
     }
 
     __device__ __forceinline__ void load(u32 index, u32 stage) const {
         constexpr u32 AT_ONCE = THREADS / WORDS; // rows; a multiple of eight, so that a thread's have one swizzle
-        const u32 word = threadIdx.x % WORDS, own = threadIdx.x / WORDS;
+        const u32 word = threadIdx.x % WORDS, own = threadIdx.x / WORDS, kv_head = head() / params.heads_per_kv;
         const u32 to_k = stage_at(stage) + (word >> 3) * TILE_PANEL + swizzle<128>(own, word & 7u), to_v = to_k + PLANE;
-        const Found found = tiles[index % FOUND];
-        if (found.run != NOT_A_RUN) {
-            u64 from = found.run + own * params.view.token_stride + word * 16;
+        const bool gathered = index >= tile_count;
+        const int first = gathered ? 0 : tile_first(numbers(), list, end, index);
+        if (!gathered && is_run(first)) {
+            u64 from = row_offset(params.view, sequence.pages, kv_head, u32(first)) + own * params.view.token_stride + word * 16;
 #pragma unroll 4
             for (u32 i = 0; i < TILE / AT_ONCE; ++i) {
                 copy_async(to_k + i * AT_ONCE * 128, reinterpret_cast<const void*>(params.view.k + from));
@@ -79,9 +65,6 @@ struct Prefill {
             }
             return;
         }
-        const bool gathered = found.first == COLUMNS;
-        const int first = gathered ? 0 : found.first;
-        const u32 kv_head = head() / params.heads_per_kv;
         const u32 first_column = gathered ? (index - tile_count) * TILE : 0;
 #pragma unroll 1
         for (u32 i = 0; i < TILE / AT_ONCE; ++i) {
@@ -165,9 +148,9 @@ struct Prefill {
     __device__ __forceinline__ void mask(float (&s)[8][4], u32 index, u32 stage, u32 half) const {
         const u32 lane = lane_anew(), t = lane & 3u;
         const int row = int(end - ROWS + (threadIdx.x & ~31u) + 16 * half + (lane >> 2));
-        const int first = tiles[index % FOUND].first;
-        const bool gathered = first == COLUMNS;
-        if (first >= 0 && first + int(TILE) <= int(end - ROWS) + 1) return;
+        const bool gathered = index >= tile_count;
+        const int first = gathered ? 0 : tile_first(numbers(), list, end, index);
+        if (!gathered && first >= 0 && first + int(TILE) <= int(end - ROWS) + 1) return;
 #pragma unroll
         for (u32 n = 0; n < 8; ++n) {
 #pragma unroll
@@ -209,7 +192,6 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
     using Body = Prefill<IS_BF16, D>;
     extern __shared__ u8 dynamic[];
     __shared__ int keys[Body::STAGES * TILE];
-    __shared__ Found tiles[Body::FOUND];
     const u32 head = blockIdx.y, place = gridDim.x - 1 - blockIdx.x; // the longest first
     const HeadLists lists = reinterpret_cast<const HeadLists*>(params.heads)[head];
     // What is asked for once per tile stays in shared memory: registers are for the sums.
@@ -219,16 +201,14 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
     const Sequence& sequence = sequence_of(params, place);
     const u32 block = place - sequence.first_block;
     const u32 end = sequence.offset + (block + 1) * ROWS, queries = (shared_address(dynamic) + 1023u) & ~1023u;
-    const Body body{params, sequence, list, counts[0], counts[1], counts[2], queries, keys, tiles};
     if (threadIdx.x == 0) {
         counts[2] = end;
         list = reinterpret_cast<const List*>(params.lists)[lists.first + (sequence.first_list + block) * lists.step];
         counts[0] = tiles_below(numbers, list, end);
         counts[1] = columns_below(numbers, list, end);
-        body.find(0);
-        body.find(1);
     }
     __syncthreads();
+    const Body body{params, sequence, list, counts[0], counts[1], counts[2], queries, keys};
     const u32 count = body.count();
 
     float o[2][D / 8][4], m[2][2], l[2][2];
@@ -251,7 +231,6 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
         __syncthreads();
         if (i + 1 < count) body.load(i + 1, stage ^ 1u);
         commit_copies();
-        if (threadIdx.x == 0) body.find(i + 2);
         float s[2][8][4];
         body.scores(s, stage);
 #pragma unroll

@@ -59,9 +59,10 @@ constexpr u32 COPIER_REGISTERS = 40, MULTIPLIER_REGISTERS = 232; // of a thread;
 constexpr u32 MULTIPLYING_WARPS = 8;
 
 // Tiles of WIDE_M rows of x by BN rows of w, one after another: a warpgroup copies, running ahead over the border of tiles; two
-// multiply, 64 rows of x each, and put their sums while the next tile's operands arrive. A CTA has the tiles from blockIdx.x on that
-// are gridDim.x apart, of those that `there(index)` is true of. `copy(index, step, to, barrier)` gives a step's tensor copies, x at `to` and w behind it,
-// in boxes of 64 rows; `put(index, half, c)` takes the sums of rows from 64 half on, where a thread has rows g and g + 8 of its warp's 16.
+// multiply, 64 rows of x each, and put their sums while the next tile's operands arrive. A CTA has the tiles from blockIdx.x on
+// that are gridDim.x apart, of those that `is_there(index)` is true of. `copy(index, step, to, barrier)` gives a step's tensor
+// copies, x at `to` and w behind it, in boxes of 64 rows; `put(index, half, c)` takes the sums of rows from 64 half on, where a
+// thread has rows g and g + 8 of its warp's 16.
 template <bool IS_BF16, u32 BN, u32 STAGES, class There, class Copy, class Put>
 __device__ __forceinline__ void multiply_wide(u32 tiles, u32 steps, There is_there, Copy copy, Put put) {
     constexpr u32 X_BYTES = WIDE_M * 128, STAGE = X_BYTES + BN * 128;

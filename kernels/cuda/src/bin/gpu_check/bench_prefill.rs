@@ -143,9 +143,7 @@ impl Inputs {
         let view = KvView::fresh(self.layer.shape(), &self.k, &self.v, self.tokens)?;
         let query = Query::bits(&self.q, self.layer.dtype);
         let scale = sharpened * self.layer.scale();
-        median(gpu, self.tokens, || {
-            planner.build(gpu, 0, query, &rows, &view, scale).map(|_| ())
-        })
+        median(gpu, 0, || planner.build(gpu, 0, query, &rows, &view, scale).map(|_| ()))
     }
 
     /// Milliseconds of attention over such a list, and its tiles beside those of dense attention.

@@ -112,7 +112,12 @@ impl Held {
     }
 
     pub(crate) fn view(&self) -> Result<KvView<'_>, GpuError> {
-        let (shape, tokens) = (self.shape, self.rows.tokens);
+        self.view_below(self.rows.tokens)
+    }
+
+    /// Of the positions below `tokens`.
+    pub(crate) fn view_below(&self, tokens: usize) -> Result<KvView<'_>, GpuError> {
+        let shape = self.shape;
         let view = match self.form {
             Form::Block => KvView::block(shape, &self.bytes, self.room, tokens),
             Form::Records => KvView::records(shape, &self.bytes, self.room, tokens),

@@ -108,6 +108,27 @@ pub(crate) fn planned(gpu: &Gpu, rng: &mut StdRng, cases: usize, tally: &mut Tal
         case.x_attention(&lists, tally);
         case.flex_prefill(&lists, &planner.flex_chosen()?, tally);
         let expected = case.attended(&lists);
+        // Any part of them, planned for alone, has the same lists.
+        let nth = rng.random_range(0..rows.sparse.len().div_ceil(rows.part_rows));
+        let first = rows.sparse.start + nth * rows.part_rows;
+        let part = first..rows.sparse.end.min(first + rows.part_rows);
+        let alone = SparseRows {
+            rows: part.len(),
+            sparse: 0..part.len(),
+            part_rows: part.len(),
+        };
+        let (query, view) = (
+            q.rows(part.clone(), q_heads * shape.head_dim)?,
+            held.view_below(case.offset() + part.end)?,
+        );
+        planner.build(gpu, 1, query, &alone, &view, SCALE)?;
+        let blocks = part.start / ROWS..part.end.div_ceil(ROWS);
+        let same = planner
+            .lists()?
+            .iter()
+            .zip(&lists)
+            .all(|(alone, all)| *alone == all[blocks.clone()]);
+        case.wrong(!same, tally, "other lists than the part's alone");
         for &products in products(gpu) {
             let prefill = Prefill {
                 rows: rows.rows,

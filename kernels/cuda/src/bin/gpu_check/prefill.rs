@@ -1,5 +1,7 @@
 //! Prefill against its reference.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use kvasir_cuda::{
     Buffer, DeviceTiles, Dtype, Gpu, GpuError, HeadMask, KvShape, Mask, Prefill, Products, Query, plan::ROWS, reference,
@@ -36,6 +38,11 @@ impl Queries {
 
     pub(crate) fn query(&self) -> Query<'_> {
         Query::bits(&self.bits, self.dtype)
+    }
+
+    /// Rows of `width` numbers each.
+    pub(crate) fn rows(&self, rows: Range<usize>, width: usize) -> Result<Query<'_>, GpuError> {
+        Query::rows(&self.bits, self.dtype, rows, width)
     }
 }
 
