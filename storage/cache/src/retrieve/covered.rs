@@ -122,6 +122,7 @@ impl Covered<'_> {
             keys: self.keys,
             k: k.max(1),
             effort,
+            mass: 1.0,
             excluded: self.excluded,
         }
     }
