@@ -5,7 +5,8 @@
 //!
 //! Noise along 32 directions of falling spread; queries near a few keys. Kinds alternate and each figure is the median. "From
 //! memory" goes through contexts of which none is left in a cache. With any number of keys as many are attended to as 1 % of
-//! 131,072, and twice as many scored.
+//! 131,072, and twice as many scored. The four heads of a group are asked twice: apart, so that hardly a key serves two of them, and
+//! alike, so that together they want some 2.8 times the keys of one, which real groups of four do.
 
 use std::{
     hint::black_box,
@@ -22,6 +23,8 @@ use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 const ATTENDED: usize = 1310;
 /// KV heads of all layers of a model.
 const MODEL_HEADS: usize = 256;
+/// What heads that ask alike have in common, as a share of the variance of their scores.
+const ALIKE: f32 = 0.3;
 const D: usize = 128;
 const BLOCK: usize = 64;
 
@@ -126,6 +129,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .map(|i| 0.15 * keys[(i / D * 7919 + 5) % count * D + i % D].to_f32())
         .collect();
     let one = &q[..4 * D];
+    // What all heads ask for and what each asks for: of independent parts the lengths add up as squares.
+    let alike: Vec<f32> = (0..4 * D)
+        .map(|i| ALIKE.sqrt() * q[4 * D * (sequences - 1) + i % D] + (1.0 - ALIKE).sqrt() * one[i])
+        .collect();
     let how = Attend {
         target_mass: 0.95,
         k_max: Some(ATTENDED),
@@ -140,7 +147,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut copy = vec![0_u8; sketches.len()];
     let mut scan = SketchScan::new(format, 1.0 / (D as f32).sqrt());
     let mut found = SketchAttended::default();
-    let mut times = [const { Vec::new() }; 8];
+    let mut times = [const { Vec::new() }; 10];
     for _ in 0..rounds {
         let mut note = |at: usize, time: f64| times[at].push(time);
         let start = Instant::now();
@@ -160,10 +167,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             3,
             timed(&mut scan, warm, one, |scan| scan.attend_into(certified, &mut found))?,
         );
+        note(
+            8,
+            timed(&mut scan, warm, &alike, |scan| scan.attend_into(how, &mut found))?,
+        );
     }
     for round in 0..rounds {
         let mut note = |at: usize, time: f64| times[at].push(time);
-        let cold = |at: usize| (&contexts[(2 * round + at) % contexts.len()], &basis);
+        let cold = |at: usize| (&contexts[(3 * round + at) % contexts.len()], &basis);
         let candidates = |scan: &mut SketchScan<'_>| {
             black_box(scan.candidates(2 * ATTENDED));
         };
@@ -172,9 +183,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             5,
             timed(&mut scan, cold(1), one, |scan| scan.attend_into(how, &mut found))?,
         );
+        note(
+            9,
+            timed(&mut scan, cold(2), &alike, |scan| scan.attend_into(how, &mut found))?,
+        );
         if round % 4 == 0 {
             let attend = |scan: &mut SketchScan<'_>| scan.attend_into(how, &mut found);
-            note(6, timed(&mut scan, cold(2), &q, attend)?);
+            note(6, timed(&mut scan, cold(3), &q, attend)?);
             let mut alone = 0.0;
             for (context, q) in contexts.iter().zip(q.chunks(4 * D)) {
                 alone += timed(&mut scan, (context, &basis), q, |scan| {
@@ -187,27 +202,48 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     timed(&mut scan, (&contexts[0], &basis), one, |scan| {
         scan.attend_into(how, &mut found)
     })?;
-    let [copy, scan, attend, certified, cold_scan, cold, shared, alone] = times.each_mut().map(|times| median(times));
+    let (scored, attended) = (found.keys_scored, found.keys.iter().sum::<usize>());
+    timed(&mut scan, (&contexts[0], &basis), &alike, |scan| {
+        scan.attend_into(how, &mut found)
+    })?;
+    let [
+        copy,
+        scan,
+        attend,
+        certified,
+        cold_scan,
+        cold,
+        shared,
+        alone,
+        same,
+        cold_same,
+    ] = times.each_mut().map(|times| median(times));
     writeln!(
         out,
         "4 query heads: copy {copy:.0} us; scan and choice {scan:.0} us, from memory {cold_scan:.0}; with it attend {attend:.0} us, \
-         from memory {cold:.0}; with certificate {certified:.0} us; {} keys scored, {} attended",
+         from memory {cold:.0}; with certificate {certified:.0} us; {scored} keys scored, {attended} attended"
+    )?;
+    writeln!(
+        out,
+        "4 query heads alike: attend {same:.0} us, from memory {cold_same:.0}; {} keys scored, {:.2} times those of one head",
         found.keys_scored,
-        found.keys.iter().sum::<usize>()
+        found.keys_scored as f64 / (2 * ATTENDED) as f64
     )?;
     writeln!(
         out,
         "{sequences} sequences over one context {shared:.0} us, over one each {alone:.0} us: {:.2} times the tokens",
         alone / shared
     )?;
-    let mut walls: Vec<f64> = (0..rounds.min(5))
-        .map(|_| token(&contexts, &basis, one, how, threads))
-        .collect();
-    writeln!(
-        out,
-        "a token of {MODEL_HEADS} KV heads on {threads} threads, from memory: {:.1} ms",
-        median(&mut walls)
-    )?;
+    for (name, q) in [("apart", one), ("alike", &alike)] {
+        let mut walls: Vec<f64> = (0..rounds.min(5))
+            .map(|_| token(&contexts, &basis, q, how, threads))
+            .collect();
+        writeln!(
+            out,
+            "a token of {MODEL_HEADS} KV heads on {threads} threads, from memory, heads {name}: {:.1} ms",
+            median(&mut walls)
+        )?;
+    }
     Ok(())
 }
 
