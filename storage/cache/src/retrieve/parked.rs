@@ -250,7 +250,11 @@ mod tests {
                 ..Extra::default()
             };
             let case = format!("{found:?} of {expected:?}, usually {usual}");
-            assert_eq!(covers_too_little(&extra, &expected, usual, wanted), too_little, "{case}");
+            assert_eq!(
+                covers_too_little(&extra, &expected, usual, wanted),
+                too_little,
+                "{case}"
+            );
         }
     }
 }
