@@ -53,4 +53,5 @@ pub use config::{
 };
 pub use offload::PushStep;
 pub use pusher::{Pushed, Pusher};
+pub use retrieval::Hints;
 pub use worker::Worker;

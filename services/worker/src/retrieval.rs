@@ -23,6 +23,7 @@ use std::ops::Range;
 use crate::request::Attention;
 
 pub(crate) use auto::{Experience, ReplyShape};
+pub use hints::Hints;
 pub(crate) use link::{Link, LinkAround, LinkPlan, LinkShape};
 pub(crate) use open::{OpenStream, Opening, open};
 pub(crate) use row_cache::rows_within;

@@ -14,10 +14,14 @@ const PAUSE_MAX: u32 = 1024;
 
 /// What hints of a sequence came to, layer by layer.
 #[derive(Clone, Debug)]
-pub(crate) struct Hints {
+pub struct Hints {
     /// First layer that may have one.
     from: usize,
     layers: Vec<Layer>,
+    /// Layer of the last hint. The query before the hinted one is answered only after it was sent.
+    sent: Option<usize>,
+    /// Layer of the query that is not answered yet, and whether it had a hint.
+    asked: Option<(usize, bool)>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,26 +37,40 @@ struct Layer {
 
 impl Hints {
     /// Of so many layers, none before `from`.
-    pub(crate) fn new(layers: usize, from: usize) -> Self {
+    pub fn new(layers: usize, from: usize) -> Self {
         Self {
             from,
             layers: vec![Layer::default(); layers],
+            sent: None,
+            asked: None,
         }
     }
 
     /// Whether the next query of `layer` is worth a hint.
-    pub(crate) fn wants(&self, layer: usize) -> bool {
+    pub fn wants(&self, layer: usize) -> bool {
         layer >= self.from && self.layers.get(layer).is_some_and(|layer| layer.pause == 0)
     }
 
-    /// A query of `layer` was answered; `served` says whether its hint was of use, where there was one.
-    pub(crate) fn answered(&mut self, layer: usize, served: Option<bool>) {
-        let Some(layer) = self.layers.get_mut(layer) else {
+    /// A hint for `layer` was sent.
+    pub fn sent(&mut self, layer: usize) {
+        self.sent = Some(layer);
+    }
+
+    /// The query of `layer` was sent.
+    pub fn asked(&mut self, layer: usize) {
+        let had_hint = self.sent.take_if(|sent| *sent == layer).is_some();
+        self.asked = Some((layer, had_hint));
+    }
+
+    /// That query was answered; `served` says whether its hint was of use.
+    pub fn answered(&mut self, served: bool) {
+        let Some((layer, had_hint)) = self.asked.take() else {
             return;
         };
-        match served {
-            None => layer.pause = layer.pause.saturating_sub(1),
-            Some(served) => layer.note(served),
+        match self.layers.get_mut(layer) {
+            Some(layer) if had_hint => layer.note(served),
+            Some(layer) => layer.pause = layer.pause.saturating_sub(1),
+            None => {}
         }
     }
 }
@@ -81,16 +99,31 @@ impl Layer {
 mod tests {
     use super::*;
 
-    /// What a layer gets in each of `tokens`, where a hint serves as `serves` says: `+` and `-` for hints that served and did not, `.` for
+    /// One token over layers `0..layers`, in a worker's order: a layer's query, the next one's hint, the layer's answer. Tells of
+    /// `layer` whether its hint served, `None` where it had none.
+    fn token(hints: &mut Hints, layers: usize, layer: usize, serves: bool) -> Option<bool> {
+        let mut had = None;
+        for at in 0..layers {
+            hints.asked(at);
+            if at + 1 < layers && hints.wants(at + 1) {
+                hints.sent(at + 1);
+                had = had.or((at + 1 == layer).then_some(serves));
+            }
+            hints.answered(at != layer || serves);
+        }
+        had
+    }
+
+    /// What layer 3 gets in each of `tokens`, where a hint serves as `serves` says: `+` and `-` for hints that served and did not, `.` for
     /// none.
     fn run(tokens: usize, serves: impl Fn(usize) -> bool) -> String {
-        let mut hints = Hints::new(4, 3);
+        let mut hints = Hints::new(6, 3);
         let mut told = String::new();
-        for token in 0..tokens {
-            let served = hints.wants(3).then(|| serves(token));
+        for at in 0..tokens {
+            let served = token(&mut hints, 6, 3, serves(at));
             told.push(served.map_or('.', |served| if served { '+' } else { '-' }));
-            hints.answered(3, served);
         }
+        assert!(hints.wants(4), "the other layers' hints serve");
         told
     }
 
@@ -119,13 +152,20 @@ mod tests {
         let mut hints = Hints::new(6, 3);
         let wanted = |hints: &Hints| (0..8).filter(|&layer| hints.wants(layer)).collect::<Vec<_>>();
         assert_eq!(wanted(&hints), [3, 4, 5]);
-        (0..4).for_each(|_| hints.answered(4, Some(false)));
-        assert_eq!(wanted(&hints), [3, 5]);
-        // What does not exist has no say.
-        hints.answered(77, Some(false));
-        assert_eq!(wanted(&hints), [3, 5]);
-        (0..PAUSE_FIRST).for_each(|_| hints.answered(4, None));
-        assert_eq!(wanted(&hints), [3, 4, 5]);
+        let mut answer = |layer: usize, hinted: bool, times: u32| {
+            for _ in 0..times {
+                if hinted {
+                    hints.sent(layer);
+                }
+                hints.asked(layer);
+                hints.answered(false);
+            }
+            wanted(&hints)
+        };
+        assert_eq!(answer(4, true, 4), [3, 5]);
+        // What does not exist has no say, nor a hint for another layer than is asked.
+        assert_eq!(answer(77, true, 4), [3, 5]);
+        assert_eq!(answer(4, false, PAUSE_FIRST), [3, 4, 5]);
         assert_eq!(wanted(&Hints::new(6, usize::MAX)), [] as [usize; 0]);
     }
 }

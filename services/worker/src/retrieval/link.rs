@@ -34,8 +34,6 @@ pub(crate) struct Link {
     form: Form,
     shape: LinkShape,
     hints: Hints,
-    /// Layer of the last hint, until its query is answered.
-    hinted: Option<usize>,
     next: u64,
     asked: Option<Asked>,
     /// The last query, where its answer is attended to here.
@@ -120,7 +118,6 @@ impl Link {
                     plan.hint_from
                 },
             ),
-            hinted: None,
             next: 0,
             asked: None,
             q: Vec::new(),
@@ -165,6 +162,7 @@ impl Link {
             local_lse: self.local_lse.get(layer).cloned().unwrap_or_default(),
         })?;
         self.asked = Some(asked);
+        self.hints.asked(layer);
         Ok(())
     }
 
@@ -179,7 +177,7 @@ impl Link {
     /// Why retrieval is at an end.
     pub(crate) fn hint(&mut self, layer: usize, q: &[f32]) -> Result<(), String> {
         self.check(q)?;
-        self.hinted = Some(layer);
+        self.hints.sent(layer);
         self.wire.hint(Hint {
             layer: layer as u16,
             q: q.to_vec(),
@@ -222,8 +220,7 @@ impl Link {
             Some(Shortfall::MissingBlocks) => return Err("the store lost blocks of the context".to_owned()),
         }
         let layer = usize::from(asked.layer);
-        let had_hint = self.hinted.take_if(|hinted| *hinted == layer).is_some();
-        self.hints.answered(layer, had_hint.then_some(reply.report.hinted));
+        self.hints.answered(reply.report.hinted);
         self.note(&reply, waits);
         self.partial(layer, reply.found)
     }

@@ -13,6 +13,7 @@ use kvasir_client::{
 };
 use kvasir_model::{StepAborted, StepHooks};
 use kvasir_simd::Partial;
+use kvasir_worker::Hints;
 use tokio::runtime::Runtime;
 
 use super::forward::Forward;
@@ -90,6 +91,7 @@ pub(super) struct Remote<'a> {
     runtime: &'a Runtime,
     stream: DecodeStream,
     asking: Asking,
+    hints: Hints,
     sequence: u64,
     layer: usize,
     since: Since,
@@ -119,6 +121,7 @@ impl<'a> Remote<'a> {
         Ok(Self {
             runtime,
             stream,
+            hints: Hints::new(forward.shape().layers, asking.hint_from.unwrap_or(usize::MAX)),
             asking,
             sequence: 0,
             layer: 0,
@@ -157,6 +160,7 @@ impl StepHooks for Remote<'_> {
     fn remote_begin(&mut self, layer: usize, _: usize, q: &[f32]) -> Result<(), StepAborted> {
         self.layer = layer;
         self.sequence += 1;
+        self.hints.asked(layer);
         if let Some(queries) = self.queries.get_mut(layer) {
             queries.extend_from_slice(q);
         }
@@ -174,7 +178,7 @@ impl StepHooks for Remote<'_> {
     }
 
     fn wants_predicted(&self, _: usize) -> bool {
-        self.asking.hint_from.is_some_and(|from| self.layer + 1 >= from)
+        self.hints.wants(self.layer + 1)
     }
 
     fn predicted(&mut self, layer: usize, _: usize, q: &[f32]) -> Result<(), StepAborted> {
@@ -184,6 +188,7 @@ impl StepHooks for Remote<'_> {
             local_lse: Vec::new(),
         };
         self.since.hints += 1;
+        self.hints.sent(layer);
         self.runtime.block_on(self.stream.hint(hint)).map_err(aborted)
     }
 
@@ -191,6 +196,7 @@ impl StepHooks for Remote<'_> {
         let begun = Instant::now();
         let reply = self.runtime.block_on(self.stream.receive()).map_err(aborted)?;
         self.since.waited += begun.elapsed();
+        self.hints.answered(reply.report.hinted);
         self.since.reports.push(reply.report);
         match reply.found {
             Found::Attend { o, lse } => Ok(Some(Partial { o, lse })),
