@@ -7,6 +7,10 @@
 //! from before the query is sent until the reply is read, less what the store says that it needed.
 #![expect(clippy::print_stdout, reason = "an example's output is its purpose")]
 
+#[path = "common/fixture.rs"]
+#[expect(dead_code, reason = "shared with examples that run two processes")]
+mod fixture;
+
 use std::{
     hint::black_box,
     time::{Duration, Instant},
@@ -15,17 +19,17 @@ use std::{
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use half::f16;
-use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, RopeStyle, Tenant};
+use kvasir_block::{BlockHash, Checksum};
 use kvasir_client::{
     AttendOptions, BulkDecode, ClientConfig, DecodeStream, Form, IndexChoice, LayerBlock, Namespace, OpenContext,
     Query, Reply, StoreClient,
 };
-use kvasir_runtime::Runtime;
-use kvasir_store::{Store, StoreConfig};
+use kvasir_runtime::{Runtime, units::ByteSize};
+use kvasir_store::Store;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 const Q_HEADS: usize = 9;
-const BLOCKS: u8 = 3;
+const BLOCKS: usize = 3;
 /// Queries of one path before it is the other's turn.
 const TURN: usize = 50;
 
@@ -35,12 +39,7 @@ fn main() -> anyhow::Result<()> {
     let (queries, work) = (number(4000)?, Duration::from_micros(number(500)? as u64));
     let runtime = tokio::runtime::Runtime::new()?;
     let dir = tempfile::tempdir()?;
-    let config = StoreConfig {
-        listen: ([127, 0, 0, 1], 0).into(),
-        admin_listen: ([127, 0, 0, 1], 0).into(),
-        data_dir: dir.path().join("store"),
-        ..StoreConfig::default()
-    };
+    let config = fixture::config(dir.path(), ByteSize::gib(1));
     let store = runtime.block_on(Store::start(&config, &Runtime::new()))?;
     let (mut grpc, mut bulk) = runtime.block_on(open(&store))?;
     let mut q = Vec::with_capacity(Q_HEADS * 64);
@@ -111,9 +110,9 @@ fn query(sequence: u64, q: &[f32]) -> Query {
 async fn open(store: &Store) -> anyhow::Result<(DecodeStream, BulkDecode)> {
     let client = StoreClient::new(ClientConfig::to(format!("http://{}", store.grpc_addr())))?;
     let namespace = client
-        .open_namespace(&Tenant::new("default").context("a tenant's name")?, &schema())
+        .open_namespace(&fixture::tenant()?, &fixture::schema("decode_ping", 3, 0))
         .await?;
-    let chain: Vec<BlockHash> = (0..BLOCKS).map(|at| BlockHash::from_bytes([at; 32])).collect();
+    let chain: Vec<BlockHash> = (0..BLOCKS).map(|at| fixture::name(0, at)).collect();
     put(&client, &namespace, &chain).await?;
     let context = OpenContext {
         chain,
@@ -146,26 +145,4 @@ async fn put(client: &StoreClient, namespace: &Namespace, chain: &[BlockHash]) -
     let outcomes = stream.finish().await?;
     ensure!(outcomes.len() == chain.len(), "{outcomes:?}");
     Ok(())
-}
-
-fn schema() -> KvSchema {
-    KvSchema {
-        model: "shape of SmolLM2-135M, one layer".to_owned(),
-        weights_sha256: [1; 32],
-        tokenizer_sha256: [2; 32],
-        adapter_sha256: None,
-        layers: 1,
-        kv_heads: 3,
-        head_dim: 64,
-        block_tokens: 64,
-        dtype: Dtype::F16,
-        attention: "full".to_owned(),
-        rope_theta: 1e5,
-        rope_dims: 64,
-        rope_style: RopeStyle::Halves,
-        rope_scaling: "none".to_owned(),
-        tp_rank: 0,
-        tp_world: 1,
-        numerics: "test/1".to_owned(),
-    }
 }
