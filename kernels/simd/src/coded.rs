@@ -269,6 +269,44 @@ pub fn coded_scan(
     coded_scan_on(Isa::active(), queries, heads, keys, first, out);
 }
 
+/// As [`coded_scan`], of the groups of `list` alone, which rise. Their sums are one per listed group: `[heads][sums_stride]`.
+///
+/// Of sums the order is: the pairs of neighbours; then pair `l` and `l + 4`, `l + 2`, `l + 1`.
+///
+/// # Panics
+/// As [`coded_scan`], and if a group that is listed is none of the keys.
+pub fn coded_scan_listed(
+    queries: &CodedQueries,
+    heads: std::ops::Range<usize>,
+    keys: CodedKeys<'_>,
+    first: usize,
+    list: &[u32],
+    out: &mut Found<'_>,
+) {
+    coded_scan_listed_on(Isa::active(), queries, heads, keys, (first, list), out);
+}
+
+fn coded_scan_listed_on(
+    isa: Isa,
+    queries: &CodedQueries,
+    heads: std::ops::Range<usize>,
+    keys: CodedKeys<'_>,
+    (first, list): (usize, &[u32]),
+    out: &mut Found<'_>,
+) {
+    let (groups, lines) = check(queries, &keys);
+    assert!(
+        list.iter().all(|group| (*group as usize) < groups),
+        "coded: groups of the keys are listed"
+    );
+    check_scan(queries, lines, first % UNIT + groups * GROUP);
+    check_room(heads.len(), (list.len(), list.len()), out);
+    let _ = isa;
+    each_strip(queries, heads, keys, first, out, |call, found| {
+        scalar::scan_listed(call, list, found);
+    });
+}
+
 fn coded_scan_on(
     isa: Isa,
     queries: &CodedQueries,
@@ -278,51 +316,70 @@ fn coded_scan_on(
     out: &mut Found<'_>,
 ) {
     let (groups, lines) = check(queries, &keys);
-    let count = heads.len();
+    check_scan(queries, lines, first % UNIT + groups * GROUP);
+    check_room(heads.len(), (groups, groups.div_ceil(RUN_GROUPS)), out);
+    each_strip(queries, heads, keys, first, out, |call, found| match isa {
+        // SAFETY: an `Isa` that reaches a kernel was detected; shapes and room were asserted above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::scan(call, found) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::scan(call, found) },
+        _ => scalar::scan(call, found),
+    });
+}
+
+/// # Panics
+/// If queries are not for whole keys of so many lines, or the last key lies beyond the unit.
+fn check_scan(queries: &CodedQueries, lines: usize, end: usize) {
     assert!(
         lines * 8 == queries.nibbles && lines >= 4,
         "coded: a scan reads whole keys"
     );
-    assert!(
-        first % UNIT + groups * GROUP <= UNIT,
-        "coded: keys of one unit of {UNIT}"
-    );
+    assert!(end <= UNIT, "coded: keys of one unit of {UNIT}");
+}
+
+/// # Panics
+/// If there is no room for what `count` heads may find in so many groups, and so many sums of each.
+fn check_room(count: usize, (groups, sums): (usize, usize), out: &Found<'_>) {
     assert!(
         out.floors.len() == count && out.counts.len() == count,
         "coded: a floor and a count per head"
     );
-    let runs = groups.div_ceil(RUN_GROUPS);
     assert!(
         count == 0
             || (out.kept.len() >= count * out.stride
                 && out.counts.iter().all(|count| count + room_for(groups) <= out.stride)
-                && runs <= out.sums_stride
-                && out.sums.len() >= (count - 1) * out.sums_stride + runs),
+                && sums <= out.sums_stride
+                && out.sums.len() >= (count - 1) * out.sums_stride + sums),
         "coded: room for what is found of each head"
     );
-    let mut at = 0;
-    while at < count {
-        let strip = STRIP.min(count - at);
+}
+
+/// Calls `scan` for as many queries at a time as share unpacked digits.
+fn each_strip<'a>(
+    queries: &'a CodedQueries,
+    heads: std::ops::Range<usize>,
+    keys: CodedKeys<'a>,
+    first: usize,
+    out: &mut Found<'_>,
+    mut scan: impl FnMut(Call<'a>, &mut Found<'_>),
+) {
+    for at in (0..heads.len()).step_by(STRIP) {
+        let strip = STRIP.min(heads.len() - at);
         let call = Call::new(queries, heads.start + at..heads.start + at + strip, keys, first % UNIT);
-        let found = &mut Found {
-            floors: &out.floors[at..at + strip],
-            kept: &mut out.kept[at * out.stride..],
-            stride: out.stride,
-            counts: &mut out.counts[at..at + strip],
-            sums: &mut out.sums[at * out.sums_stride..],
-            sums_stride: out.sums_stride,
-            few: out.few,
-        };
-        match isa {
-            // SAFETY: an `Isa` that reaches a kernel was detected; shapes and room were asserted above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::scan(call, found) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::scan(call, found) },
-            _ => scalar::scan(call, found),
-        }
-        at += strip;
+        scan(
+            call,
+            &mut Found {
+                floors: &out.floors[at..at + strip],
+                kept: &mut out.kept[at * out.stride..],
+                stride: out.stride,
+                counts: &mut out.counts[at..at + strip],
+                sums: &mut out.sums[at * out.sums_stride..],
+                sums_stride: out.sums_stride,
+                few: out.few,
+            },
+        );
     }
 }
 

@@ -50,7 +50,8 @@ pub use activations::Activations;
 pub use attend::{Segment, attend};
 pub use cast::{cast_f16, read_f16};
 pub use coded::{
-    CodedKeys, CodedQueries, Found, GROUP, Level, Line, RUN_GROUPS, SLOTS, UNIT, coded_levels, coded_scan, room_for,
+    CodedKeys, CodedQueries, Found, GROUP, Level, Line, RUN_GROUPS, SLOTS, UNIT, coded_levels, coded_scan,
+    coded_scan_listed, room_for,
 };
 pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, gelu_mul, rms_norm, silu_mul};
@@ -59,7 +60,7 @@ pub use matmul::{matmul, matmul_many};
 pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;
-pub use rows::{Scattered, project, score_rows, score_slots, weigh_dense, weigh_rows, weigh_slots};
+pub use rows::{SEGMENT, Scattered, project, score_rows, score_slots, weigh_dense, weigh_rows, weigh_slots};
 pub use scan::{exp2_weights, log_sum_exp2, scores, weighted_values};
 pub use top_k::top_k;
 pub use weights::{ShapeError, Weights};

@@ -21,8 +21,12 @@ const NEAR: usize = 64;
 /// Queries that share a converted row.
 const HEADS: usize = 4;
 
+/// Slots that may be in an order of their own.
+pub const SEGMENT: usize = 1024;
+
 /// Rows of equally long blocks that lie anywhere. Row `slot` is row `slot % each` of block `slot / each`, where `each` is the
-/// slots of a block, whole groups of sixteen; blocks may have fewer rows than slots.
+/// slots of a block, whole groups of sixteen; blocks may have fewer rows than slots. The slots of a first few segments may be in
+/// [another order](Self::ordered).
 #[derive(Clone, Copy, Debug)]
 pub struct Scattered<'a> {
     blocks: &'a [&'a [f16]],
@@ -30,6 +34,8 @@ pub struct Scattered<'a> {
     groups: u32,
     /// What a number of a group is multiplied with for its block, in 34 bits below the point.
     inverse: u64,
+    /// Of the first slots, where in its segment the row is.
+    order: &'a [u16],
 }
 
 impl<'a> Scattered<'a> {
@@ -48,12 +54,31 @@ impl<'a> Scattered<'a> {
             groups: groups as u32,
             // Rounded up: exact for fewer than 2^30 groups, since the excess times 16 stays below one.
             inverse: (1_u64 << 34).div_ceil(groups as u64),
+            order: &[],
         }
+    }
+
+    /// With segments in an order of their own: what was row `order[slot]` of a segment is row `slot` of it.
+    ///
+    /// # Panics
+    /// If these are not whole segments of [`SEGMENT`] slots, or those are not whole blocks.
+    #[must_use]
+    pub fn ordered(self, order: &'a [u16]) -> Self {
+        assert!(
+            order.is_empty()
+                || order.len().is_multiple_of(SEGMENT) && SEGMENT.is_multiple_of(self.groups as usize * 16),
+            "scattered: an order is of whole segments, which are whole blocks"
+        );
+        Self { order, ..self }
     }
 
     /// Block of a slot, and the row in it.
     #[inline(always)]
     pub fn place(&self, slot: u32) -> (usize, usize) {
+        let slot = match self.order.get(slot as usize) {
+            Some(row) => slot / SEGMENT as u32 * SEGMENT as u32 + u32::from(*row),
+            None => slot,
+        };
         let block = (u64::from(slot / 16) * self.inverse) >> 34;
         (block as usize, (slot - block as u32 * self.groups * 16) as usize)
     }

@@ -42,24 +42,40 @@ pub(super) fn levels(call: Call<'_>, out: &mut [u16]) {
 pub(super) fn scan(call: Call<'_>, out: &mut Found<'_>) {
     let groups = call.keys.masks.len();
     for head in 0..call.heads.len() {
-        let floor = out.floors[head].0.max(Level::LOWEST.0);
-        let kept = &mut out.kept[head * out.stride..][..out.stride];
         for (run, first) in (0..groups).step_by(RUN_GROUPS).enumerate() {
             let mut sums = [[0.0_f32; 8]; 2];
             for at in first..(first + RUN_GROUPS).min(groups) {
-                let mut levels = group(&call, head, at);
-                for (key, level) in levels.iter_mut().enumerate().filter(|(_, level)| **level >= floor) {
-                    kept[out.counts[head]] = u32::from(*level) << 16 | (call.first + at * GROUP + key) as u32;
-                    out.counts[head] += 1;
-                    *level = 0;
-                }
-                for (sum, pair) in sums[at % 2].iter_mut().zip(levels.as_chunks::<2>().0) {
-                    *sum += Level(pair[0]).weight() + Level(pair[1]).weight();
-                }
+                let pairs = keep(&call, head, at, out);
+                sums[at % 2].iter_mut().zip(pairs).for_each(|(sum, pair)| *sum += pair);
             }
-            let sums: [f32; 8] = std::array::from_fn(|l| sums[0][l] + sums[1][l]);
-            let four: [f32; 4] = std::array::from_fn(|l| sums[l] + sums[l + 4]);
-            out.sums[head * out.sums_stride + run] = (four[0] + four[2]) + (four[1] + four[3]);
+            out.sums[head * out.sums_stride + run] = sum(std::array::from_fn(|l| sums[0][l] + sums[1][l]));
         }
     }
+}
+
+pub(super) fn scan_listed(call: Call<'_>, list: &[u32], out: &mut Found<'_>) {
+    for head in 0..call.heads.len() {
+        for (at, listed) in list.iter().enumerate() {
+            out.sums[head * out.sums_stride + at] = sum(keep(&call, head, *listed as usize, out));
+        }
+    }
+}
+
+/// Keeps what reaches the floor in a group; weights of the others, by pairs of neighbours.
+fn keep(call: &Call<'_>, head: usize, at: usize, out: &mut Found<'_>) -> [f32; 8] {
+    let floor = out.floors[head].0.max(Level::LOWEST.0);
+    let kept = &mut out.kept[head * out.stride..][..out.stride];
+    let mut levels = group(call, head, at);
+    for (key, level) in levels.iter_mut().enumerate().filter(|(_, level)| **level >= floor) {
+        kept[out.counts[head]] = u32::from(*level) << 16 | (call.first + at * GROUP + key) as u32;
+        out.counts[head] += 1;
+        *level = 0;
+    }
+    std::array::from_fn(|l| Level(levels[2 * l]).weight() + Level(levels[2 * l + 1]).weight())
+}
+
+/// Pair `l` and `l + 4`, `l + 2`, `l + 1`.
+fn sum(pairs: [f32; 8]) -> f32 {
+    let four: [f32; 4] = std::array::from_fn(|l| pairs[l] + pairs[l + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }

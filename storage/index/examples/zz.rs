@@ -1,0 +1,198 @@
+//! Microseconds of a sketch scan and of attention through it, of one KV head of 131,072 keys, one thread, beside a copy of the
+//! sketch's bytes; then of a whole token of a model with 256 KV heads, on all threads.
+//!
+//! `cargo run --release -p kvasir-index --example sketch -- [rounds [sequences [keys [threads]]]]`
+//!
+//! Noise along 32 directions of falling spread; queries near a few keys. Kinds alternate and each figure is the median. "From
+//! memory" goes through contexts of which none is left in a cache. With any number of keys as many are attended to as 1 % of
+//! 131,072, and twice as many scored. The four heads of a group are asked twice: apart, so that hardly a key serves two of them, and
+//! alike, so that together they want some 2.8 times the keys of one, which real groups of four do.
+
+use std::{
+    hint::black_box,
+    io::Write as _,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Instant,
+};
+
+use half::f16;
+use kvasir_index::{Attend, Column, Excluded, HeadBasis, Segment, SketchAttended, SketchFormat, SketchScan};
+use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+
+/// Keys that a head attends to; scored are twice as many.
+const ATTENDED: usize = 1310;
+/// KV heads of all layers of a model.
+const MODEL_HEADS: usize = 256;
+/// What heads that ask alike have in common, as a share of the variance of their scores.
+const ALIKE: f32 = 0.3;
+const D: usize = 128;
+const BLOCK: usize = 64;
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// Keys, values and sketches of one KV head.
+struct Context {
+    keys: Vec<f16>,
+    values: Vec<f16>,
+    column: Column,
+}
+
+impl Context {
+    fn segments(&self) -> impl Iterator<Item = Option<Segment<'_>>> {
+        let blocks = self.keys.chunks(BLOCK * D).zip(self.values.chunks(BLOCK * D));
+        blocks.enumerate().map(|(at, (keys, values))| {
+            Some(Segment {
+                keys,
+                values,
+                position: at * BLOCK,
+            })
+        })
+    }
+}
+
+/// Scans `context` for `q`; what is asked of it then is `ask`. Microseconds of both.
+fn timed<'a>(
+    scan: &mut SketchScan<'a>,
+    (context, basis): (&'a Context, &HeadBasis),
+    q: &[f32],
+    ask: impl FnOnce(&mut SketchScan<'a>),
+) -> Result<f64, Box<dyn std::error::Error>> {
+    let start = Instant::now();
+    scan.begin(q, basis)?;
+    scan.scan_column(&context.column, context.segments(), &[Excluded::none()])?;
+    ask(scan);
+    Ok(start.elapsed().as_secs_f64() * 1e6)
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
+    let rounds = args.next().unwrap_or(Ok(31))?;
+    let sequences = args.next().unwrap_or(Ok(16))?.max(1);
+    let count = args.next().unwrap_or(Ok(131_072))?.next_multiple_of(BLOCK);
+    let threads = match args.next() {
+        Some(threads) => threads?.max(1),
+        None => std::thread::available_parallelism()?.get(),
+    };
+    let mut rng = SmallRng::seed_from_u64(1);
+    let mut noise = |count: usize| -> Vec<f32> {
+        (0..count)
+            .map(|_| (0..4).map(|_| rng.random_range(-1.0..1.0_f32)).sum())
+            .collect()
+    };
+    let spread = |i: usize| 4.0 / (1.0 + (i % D) as f32 / 3.0);
+    let keys: Vec<f16> = noise(count * D)
+        .iter()
+        .enumerate()
+        .map(|(i, x)| f16::from_f32(x * spread(i)))
+        .collect();
+    let values: Vec<f16> = noise(count * D).into_iter().map(f16::from_f32).collect();
+    let (mut to_keys, mut to_queries) = (vec![0.0; 32 * D], vec![0.0; 32 * D]);
+    for i in 0..32 {
+        (to_keys[i * D + i], to_queries[i * D + i]) = (1.0 / spread(i), spread(i));
+    }
+    let basis = HeadBasis {
+        mean: vec![0.0; D],
+        keys: to_keys,
+        queries: to_queries,
+        streaming: false,
+    };
+    let format = SketchFormat::new(D);
+    let each = format.bytes(BLOCK);
+    let mut sketches = Vec::with_capacity(count / BLOCK * each);
+    let mut column = Column::new(format);
+    let mut room = Vec::new();
+    let start = Instant::now();
+    for (at, (keys, values)) in keys.chunks(BLOCK * D).zip(values.chunks(BLOCK * D)).enumerate() {
+        column.push_missing(BLOCK)?;
+        column.sketch(at, &basis, keys, values, &mut room)?;
+        sketches.extend_from_slice(&room);
+    }
+    let encode = start.elapsed().as_secs_f64() * 1e6 / (count / BLOCK) as f64;
+    // Equal contexts in memory of their own: each is cold when its turn comes, as one of many KV heads is.
+    let contexts: Vec<Context> = (0..sequences.max(2_000_000 / count).clamp(2, 16))
+        .map(|_| Context {
+            keys: keys.clone(),
+            values: values.clone(),
+            column: column.clone(),
+        })
+        .collect();
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "sketching a block of 64 keys, d {D}: {encode:.1} us; {each} bytes; {count} keys, {:.2} MB as scanned",
+        column.bytes() as f64 * 1e-6
+    )?;
+    let q: Vec<f32> = (0..4 * sequences * D)
+        .map(|i| 0.15 * keys[(i / D * 7919 + 5) % count * D + i % D].to_f32())
+        .collect();
+    let one = &q[..4 * D];
+    // What all heads ask for and what each asks for: of independent parts the lengths add up as squares.
+    let alike: Vec<f32> = (0..4 * D)
+        .map(|i| ALIKE.sqrt() * q[4 * D * (sequences - 1) + i % D] + (1.0 - ALIKE).sqrt() * one[i])
+        .collect();
+    let how = Attend {
+        target_mass: 0.95,
+        k_max: Some(ATTENDED),
+        effort: 2.0 * ATTENDED as f32 / count as f32,
+        certificate: false,
+        ..Attend::default()
+    };
+    let certified = Attend {
+        certificate: true,
+        ..how
+    };
+    let mode = std::env::var("MODE").unwrap_or_default();
+    let mut scan = SketchScan::new(format, 1.0 / (D as f32).sqrt());
+    let mut found = SketchAttended::default();
+    let mut t = Vec::new();
+    for r in 0..rounds {
+        let c = (
+            &contexts[if mode.contains("cold") { r % contexts.len() } else { 0 }],
+            &basis,
+        );
+        let time = if mode.contains("attend") {
+            timed(
+                &mut scan,
+                c,
+                if mode.contains("alike") { &alike } else { one },
+                |scan| scan.attend_into(how, &mut found),
+            )?
+        } else if mode.contains("shared") {
+            timed(&mut scan, c, &q, |scan| scan.attend_into(how, &mut found))?
+        } else {
+            timed(&mut scan, c, one, |scan| {
+                black_box(scan.candidates(2 * ATTENDED));
+            })?
+        };
+        t.push(time);
+    }
+    writeln!(out, "{mode}: {:.0} us", median(&mut t))?;
+    Ok(())
+}
+
+/// Milliseconds until all heads of a model have attended, each to the next of the contexts.
+fn token(contexts: &[Context], basis: &HeadBasis, q: &[f32], how: Attend, threads: usize) -> f64 {
+    let next = AtomicUsize::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let mut scan = SketchScan::new(SketchFormat::new(D), 1.0 / (D as f32).sqrt());
+                let mut found = SketchAttended::default();
+                loop {
+                    let head = next.fetch_add(1, Ordering::Relaxed);
+                    if head >= MODEL_HEADS {
+                        break;
+                    }
+                    let context = (&contexts[head % contexts.len()], basis);
+                    timed(&mut scan, context, q, |scan| scan.attend_into(how, &mut found))
+                        .expect("a context of its own");
+                }
+            });
+        }
+    });
+    start.elapsed().as_secs_f64() * 1e3
+}
