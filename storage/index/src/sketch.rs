@@ -20,6 +20,7 @@
 //! those of six directions and the two second ones, and each line after it has eight directions more. With 32 bytes there are 32
 //! directions, each of two digits, the 32 upper ones first.
 
+mod cluster;
 mod column;
 mod format;
 mod index;

@@ -2,11 +2,17 @@
 //!
 //! Derived from the sketches of blocks and never stored. A scan over blocks as they come would wait for each block's header and
 //! skip over its means; here a core reads one stream.
+//!
+//! A *slot* is a key's place in the order of scanning. Slots are in the order of positions, blocks rounded up to groups of sixteen,
+//! but for the first segments once they are [clustered](Column::cluster).
+
+mod clustered;
 
 use half::f16;
-use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS};
+use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS, SEGMENT};
 
 use super::{
+    cluster::SEGMENT_GROUPS,
     format::{RUN, SketchFormat, View, encode_block_and, invalid},
     slopes::Slopes,
 };
@@ -33,8 +39,14 @@ pub struct Column {
     means: Vec<f16>,
     /// Keys per run.
     run_keys: Vec<f32>,
-    /// Of the blocks that were learnt from.
+    /// Of what was learnt from.
     slopes: Slopes,
+    /// Of clustered segments, what [`super::cluster::Clustered::order`] is of one.
+    order: Vec<u16>,
+    /// A key per group of clustered segments, sixteen a group, and their steps and masks.
+    centroids: Vec<Line>,
+    centroid_steps: Vec<f32>,
+    centroid_masks: Vec<u16>,
 }
 
 impl Column {
@@ -52,6 +64,10 @@ impl Column {
             means: Vec::new(),
             run_keys: Vec::new(),
             slopes: Slopes::default(),
+            order: Vec::new(),
+            centroids: Vec::new(),
+            centroid_steps: Vec::new(),
+            centroid_masks: Vec::new(),
         }
     }
 
@@ -64,6 +80,10 @@ impl Column {
         self.means.clear();
         self.run_keys.clear();
         self.slopes.clear();
+        self.order.clear();
+        self.centroids.clear();
+        self.centroid_steps.clear();
+        self.centroid_masks.clear();
     }
 
     /// Appends a block by its sketch.
@@ -106,9 +126,9 @@ impl Column {
 
     /// Whether the column learns from block `at` how values go with keys, which makes the estimate of what an answer does not attend
     /// to much better. A sketch does not say it, so a block whose sketch was made before is shown by [`Column::learn`]; some blocks
-    /// of a context say it for all.
+    /// of a context say it for all. Once segments are clustered they say it.
     pub fn learns(&self, at: usize) -> bool {
-        self.format.values && at.is_multiple_of(LEARN_EVERY)
+        self.format.values && self.order.is_empty() && at.is_multiple_of(LEARN_EVERY)
     }
 
     /// Learns from a block that was given by [`Column::set`].
@@ -201,6 +221,9 @@ impl Column {
         } else {
             self.last_keys()
         };
+        if at * self.block_groups() * GROUP < self.order.len() {
+            return Err(invalid("block", format!("block {at} is in a clustered segment")));
+        }
         if at >= self.blocks || keys != expected {
             return Err(invalid(
                 "block",
@@ -268,6 +291,9 @@ impl Column {
             + self.means.len() * 2
             + self.run_keys.len() * 4
             + self.slopes.bytes()
+            + self.order.len() * 2
+            + self.centroids.len() * 64
+            + self.centroid_steps.len() * 6
     }
 
     pub(super) fn slopes(&self) -> &Slopes {
@@ -327,24 +353,30 @@ impl Column {
         }
     }
 
-    /// Appends to `masks` which keys of blocks from `first` on are searched, where block `i` lies at `position(i)`; answers how
-    /// many.
+    /// Appends to `masks` which keys of blocks from `first` on are searched, where block `i` lies at `position(i)`, none of it if that is
+    /// `None`; answers how many.
     pub(super) fn searched(
         &self,
         first: usize,
         excluded: &Excluded,
-        position: impl Fn(usize) -> u32,
+        position: impl Fn(usize) -> Option<u32>,
         masks: &mut Vec<u16>,
     ) -> usize {
         let each = self.block_groups();
         let start = masks.len();
         masks.resize(start + self.groups() - first * each, 0);
         for block in first..self.blocks {
-            let at = position(block);
+            let Some(at) = position(block) else { continue };
             let keys = self.block_keys.min(self.keys - block * self.block_keys) as u32;
             let words = &mut masks[start + (block - first) * each..];
             for part in excluded.searched(at..at + keys) {
                 set(words, (part.start - at) as usize, (part.end - at) as usize);
+            }
+        }
+        if first == 0 {
+            let clustered = masks[start..].chunks_exact_mut(SEGMENT_GROUPS);
+            for (words, order) in clustered.zip(self.order.chunks_exact(SEGMENT)) {
+                reorder(words, order);
             }
         }
         let mut count = 0;
@@ -353,6 +385,18 @@ impl Column {
             count += mask.count_ones() as usize;
         }
         count
+    }
+}
+
+/// Puts the bits of a segment in its order.
+fn reorder(words: &mut [u16], order: &[u16]) {
+    if words.iter().all(|word| *word == words[0]) && (words[0] == 0 || words[0] == u16::MAX) {
+        return;
+    }
+    let before: [u16; SEGMENT_GROUPS] = std::array::from_fn(|group| words[group]);
+    for (word, rows) in words.iter_mut().zip(order.chunks_exact(GROUP)) {
+        let bit = |row: u16| (before[usize::from(row) / GROUP] >> (usize::from(row) % GROUP)) & 1;
+        *word = rows.iter().rev().fold(0, |word, row| word << 1 | bit(*row));
     }
 }
 

@@ -12,6 +12,8 @@ pub(super) const RANK: usize = 32;
 pub(super) const LEADING: usize = 2;
 /// Keys per mean of values.
 pub(super) const RUN: usize = 64;
+/// Lines of 64 bytes that a group of keys has at most.
+pub(super) const LINES_MAX: usize = 2 * RANK / 8;
 /// Keys of a block at most.
 const KEYS_MAX: usize = 256;
 /// Keys of a block mostly.
@@ -98,6 +100,53 @@ impl SketchFormat {
     pub(super) fn leading_digits(self, digits: &[f32], lines: usize) -> Vec<f32> {
         let (low, high) = digits.split_at(self.nibbles() / 2);
         [&low[..4 * lines], &high[..4 * lines]].concat()
+    }
+
+    /// Digits of a group of sixteen keys from their coordinates `z[direction][key]`, where one is worth `step`.
+    pub(super) fn quantise(self, z: &[[f32; GROUP]], step: f32, codes: &mut [u8]) {
+        let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+        let mut digits = [[0_u8; GROUP]; 2 * RANK];
+        let two = self.nibbles() - self.directions();
+        for (at, digits) in digits.iter_mut().enumerate().take(self.nibbles()) {
+            let (direction, second) = self.digit(at);
+            let inverse = if direction < LEADING { 0.5 * inverse } else { inverse };
+            for (digit, &z) in digits.iter_mut().zip(&z[direction]) {
+                // A cast of a float saturates, and takes NaN to 0.
+                *digit = if direction < two {
+                    let code = (z * inverse * 16.0 + 128.0).clamp(0.0, 255.0) as u8;
+                    if second { code & 15 } else { code >> 4 }
+                } else {
+                    (z * inverse + 8.0).clamp(0.0, 15.0) as u8
+                };
+            }
+        }
+        let half = codes.len() / GROUP;
+        for (line, bytes) in codes.chunks_exact_mut(64).enumerate() {
+            for (slot, key) in SLOTS.into_iter().enumerate() {
+                for i in 0..4 {
+                    bytes[slot * 4 + i] = digits[line * 4 + i][key] | digits[half + line * 4 + i][key] << 4;
+                }
+            }
+        }
+    }
+
+    /// Coordinates `z[direction][key]` of a group of sixteen keys from its digits: what they stand for in a product.
+    pub(super) fn coordinates(self, step: f32, codes: &[Line], z: &mut [[f32; GROUP]]) {
+        z.fill([0.0; GROUP]);
+        let half = self.nibbles() / 2;
+        for at in 0..self.nibbles() {
+            let (direction, second) = self.digit(at);
+            let (wide, worth) = (
+                if direction < LEADING { 2.0 } else { 1.0 },
+                if second { 0.0625 } else { 1.0 },
+            );
+            let (line, byte, high) = (&codes[at % half / 4].0, at % 4, at >= half);
+            for (slot, key) in SLOTS.into_iter().enumerate() {
+                let code = line[slot * 4 + byte];
+                let digit = f32::from(if high { code >> 4 } else { code & 15 });
+                z[direction][key] += (digit - 7.5) * worth * wide * step;
+            }
+        }
     }
 
     /// Bytes of the sketch of a block of `keys` keys.
@@ -243,12 +292,11 @@ fn encode(format: SketchFormat, basis: &HeadBasis, keys: &[f16], z: &mut [[f32; 
     let step = if rms.is_finite() { rms * STEP } else { 1.0 };
     put_header(n, step, &mask[..n.div_ceil(GROUP)], block);
     let codes = &mut block[SketchFormat::codes_at(n)..format.means_at(n)];
-    let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
     for (z, codes) in z
         .chunks_exact(directions)
         .zip(codes.chunks_exact_mut(GROUP * format.nibbles() / 2))
     {
-        quantise(format, z, inverse, codes);
+        format.quantise(z, step, codes);
     }
 }
 
@@ -262,34 +310,8 @@ fn put_header(keys: usize, step: f32, masks: &[u16], block: &mut [u8]) {
     }
 }
 
-/// Digits of a group of sixteen keys from their coordinates `z[direction][key]`.
-fn quantise(format: SketchFormat, z: &[[f32; GROUP]], inverse: f32, codes: &mut [u8]) {
-    let mut digits = [[0_u8; GROUP]; 2 * RANK];
-    let two = format.nibbles() - format.directions();
-    for (at, digits) in digits.iter_mut().enumerate().take(format.nibbles()) {
-        let (direction, second) = format.digit(at);
-        let inverse = if direction < LEADING { 0.5 * inverse } else { inverse };
-        for (digit, &z) in digits.iter_mut().zip(&z[direction]) {
-            // A cast of a float saturates, and takes NaN to 0.
-            *digit = if direction < two {
-                let code = (z * inverse * 16.0 + 128.0).clamp(0.0, 255.0) as u8;
-                if second { code & 15 } else { code >> 4 }
-            } else {
-                (z * inverse + 8.0).clamp(0.0, 15.0) as u8
-            };
-        }
-    }
-    let half = codes.len() / GROUP;
-    for (line, bytes) in codes.chunks_exact_mut(64).enumerate() {
-        for (slot, key) in SLOTS.into_iter().enumerate() {
-            for i in 0..4 {
-                bytes[slot * 4 + i] = digits[line * 4 + i][key] | digits[half + line * 4 + i][key] << 4;
-            }
-        }
-    }
-}
-
-fn mean_values(values: &[f16], d: usize, means: &mut [u8]) {
+/// Means of the values of every run, as bytes; values that are not finite are left out.
+pub(super) fn mean_values(values: &[f16], d: usize, means: &mut [u8]) {
     let mut rows: Vec<&[f16]> = Vec::with_capacity(RUN);
     let (mut sum, ones) = (vec![0.0_f32; d], [1.0_f32; RUN]);
     for (run, mean) in values.chunks(RUN * d).zip(means.chunks_exact_mut(2 * d)) {

@@ -136,7 +136,7 @@ impl KeyIndex for Sketch {
         let (mut table, mut masks, mut room) = (Table::default(), Masks::default(), Room::default());
         table.begin(self.format, search.q, &self.basis, search.scale, room.weights());
         let mut words = Vec::new();
-        let searched = column.searched(0, search.excluded, |block| (block * BLOCK) as u32, &mut words);
+        let searched = column.searched(0, search.excluded, |block| Some((block * BLOCK) as u32), &mut words);
         masks.words.push(words);
         masks.searched.push(searched);
         if search.mass < 1.0 && searched > 0 {

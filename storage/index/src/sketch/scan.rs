@@ -52,8 +52,8 @@ pub struct SketchScan<'a> {
     predicted: bool,
     /// Candidates were found before and stay.
     parked: bool,
-    /// Slots of the blocks that they were found in.
-    parked_slots: usize,
+    /// What they were found in.
+    parked_in: Slots,
     /// What was drawn with them for a sample, by head.
     drawn: Vec<certificate::Drawn>,
     cost: Cost,
@@ -189,7 +189,7 @@ impl<'a> SketchScan<'a> {
         self.masks.searched.resize(excluded.len(), 0);
         let sequences = self.masks.words.iter_mut().zip(&mut self.masks.searched);
         for ((words, searched), excluded) in sequences.zip(excluded) {
-            *searched += own.searched(block, excluded, |_| start, words);
+            *searched += own.searched(block, excluded, |_| Some(start), words);
         }
         self.keys.push(segment.keys);
         self.values.push(segment.values);
@@ -213,16 +213,12 @@ impl<'a> SketchScan<'a> {
     ) -> Result<(), IndexError> {
         let d = self.head_dim();
         let each = column.block_keys();
-        let mut missing = Vec::new();
         let mut end = 0;
         for segment in segments {
-            let segment = segment.unwrap_or_else(|| {
-                missing.push(self.keys.len());
-                Segment {
-                    keys: &[],
-                    values: &[],
-                    position: end,
-                }
+            let segment = segment.unwrap_or(Segment {
+                keys: &[],
+                values: &[],
+                position: end,
             });
             let (start, _) = self.check(&segment, excluded);
             end = start as usize + each;
@@ -246,15 +242,8 @@ impl<'a> SketchScan<'a> {
         }
         for excluded in excluded {
             let mut words = Vec::with_capacity(column.groups());
-            let mut searched = column.searched(0, excluded, |block| self.positions[block], &mut words);
-            for &block in &missing {
-                let groups = column.block_groups();
-                let end = ((block + 1) * groups).min(words.len());
-                for word in &mut words[block * groups..end] {
-                    searched -= word.count_ones() as usize;
-                    *word = 0;
-                }
-            }
+            let there = |block: usize| (!self.keys[block].is_empty()).then(|| self.positions[block]);
+            let searched = column.searched(0, excluded, there, &mut words);
             self.masks.words.push(words);
             self.masks.searched.push(searched);
         }
@@ -315,7 +304,9 @@ impl<'a> SketchScan<'a> {
     /// Token positions of the at most `count` best keys per head by sketch alone, the union rising: what a prediction parks.
     pub fn candidates(&mut self, count: usize) -> Vec<u32> {
         self.find(&|_| (count, 1.0));
-        self.union.iter().map(|slot| self.position(slot)).collect()
+        let mut positions: Vec<u32> = self.union.iter().map(|slot| self.position(slot)).collect();
+        positions.sort_unstable();
+        positions
     }
 
     /// The union of the `k` best keys of each query head among re-scored candidates: at most the share `effort` of the keys
@@ -336,11 +327,13 @@ impl<'a> SketchScan<'a> {
             finite.for_each(|at| self.union.insert(slots[at]));
         }
         let mut rows = Rows::default();
-        for slot in self.union.iter() {
+        rows.places.extend(self.union.iter().map(|slot| {
             let (block, row) = self.place(slot);
-            rows.positions.push(self.position(slot));
-            rows.places.push((block as u32, row as u32));
-        }
+            (block as u32, row as u32)
+        }));
+        rows.places.sort_unstable();
+        let position = |&(block, row): &(u32, u32)| self.positions[block as usize] + row;
+        rows.positions.extend(rows.places.iter().map(position));
         rows.mass = (0..self.table.heads()).map(|head| self.mass_of_union(head)).collect();
         rows
     }
@@ -401,9 +394,17 @@ impl<'a> SketchScan<'a> {
         self.column().map_or(0, |column| column.groups() * GROUP)
     }
 
+    /// What slots are those of.
+    fn scanned(&self) -> Slots {
+        Slots {
+            all: self.slots(),
+            clustered: self.column().map_or(0, |column| column.order().len()),
+        }
+    }
+
     /// Block and row in it of a slot.
     fn place(&self, slot: u32) -> (usize, usize) {
-        Scattered::new(&[], 1, self.column().map_or(1, Column::block_groups)).place(slot)
+        scattered(self.column(), &[], 1).place(slot)
     }
 
     fn position(&self, slot: u32) -> u32 {
@@ -418,6 +419,19 @@ impl<'a> SketchScan<'a> {
             self.table.levels(column, words, groups, head, levels);
         }
     }
+}
+
+/// Rows of a column's blocks by slot.
+fn scattered<'a>(column: Option<&'a Column>, blocks: &'a [&'a [f16]], head_dim: usize) -> Scattered<'a> {
+    let (groups, order) = column.map_or((1, &[][..]), |column| (column.block_groups(), column.order()));
+    Scattered::new(blocks, head_dim, groups).ordered(order)
+}
+
+/// How many slots there are, and how many of them are in clustered segments: with other numbers they are other keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Slots {
+    all: usize,
+    clustered: usize,
 }
 
 /// The keys that a share of `effort` is of `searched`, at least 1.

@@ -5,6 +5,7 @@
 //! begin, then one scan keeps those and sums up the rest.
 
 mod choose;
+mod first;
 mod guess;
 mod room;
 
@@ -75,6 +76,11 @@ pub(super) struct Table {
     pub(super) total: Vec<f64>,
     /// Per head; empty of a column that has learnt no slopes.
     pub(super) leans: Vec<Lean>,
+    /// Per head and run, the level of the average of what its mean stands for: of the run where it is of alike keys, otherwise of
+    /// all. Empty as `leans` is.
+    centres: Vec<Level>,
+    /// Bytes of codes that the last scan read.
+    pub(super) coded_bytes: usize,
     /// Weight of what is attended to elsewhere and counts as covered, per head; empty where nothing is.
     pub(super) beside: Vec<f64>,
 }
@@ -147,6 +153,14 @@ impl Table {
         &self.left[head * self.runs..][..self.runs]
     }
 
+    /// Score above the average key's of what the mean of a slot's run stands for.
+    pub(super) fn centre(&self, head: usize, slot: u32) -> f32 {
+        let run = slot as usize / (GROUP * RUN_GROUPS);
+        self.centres
+            .get(head * self.runs + run)
+            .map_or(0.0, |level| level.above_average())
+    }
+
     /// The queries for the leading lines of keys.
     pub(super) fn leading(&self, format: SketchFormat, lines: usize) -> CodedQueries {
         let (mut queries, mut digits) = (CodedQueries::default(), Vec::new());
@@ -176,7 +190,7 @@ impl Table {
 
     /// Bytes that grow with keys.
     pub(super) fn bytes(&self) -> usize {
-        (self.left.len() + self.along.len()) * 4 + self.leans.len() * size_of::<Lean>()
+        (self.left.len() + self.along.len()) * 4 + self.centres.len() * 2 + self.leans.len() * size_of::<Lean>()
     }
 
     /// Levels of some groups for one head.
@@ -218,24 +232,28 @@ impl Table {
         let wanted: Vec<(usize, f32)> = (0..heads)
             .map(|head| ask(masks.searched.get(masks.sequence(head, heads)).copied().unwrap_or(0)))
             .collect();
+        self.coded_bytes = 0;
+        self.near(column, room);
         self.guess(column, masks, &wanted, room);
         self.scan(column, masks, 0..heads, room);
-        self.leans.clear();
         for (head, wanted) in wanted.into_iter().enumerate() {
             let passed = self.choose(head, wanted, column, masks, room, out);
-            if !column.slopes().is_empty() {
-                let lean = self.lean(head, passed, masks, room);
-                self.leans.push(lean);
+            if let Some(lean) = self.leans.get_mut(head) {
+                let scanned = (self.total[head] - passed.weight).max(0.0);
+                lean.left = scanned * lean.away + passed.moment;
             }
         }
     }
 
-    /// Scans all keys for `heads`, from their floors on.
+    /// Scans for `heads`, from their floors on: of clustered segments what may reach them, and all other keys.
     fn scan(&mut self, column: &Column, masks: &Masks, heads: Range<usize>, room: &mut Room) {
-        let groups = column.groups();
+        let (groups, clustered) = (column.groups(), column.clustered_groups());
         room.found[heads.clone()].fill(0);
-        for first in (0..groups).step_by(TILE) {
-            let tile = first..(first + TILE).min(groups);
+        let mut first = 0;
+        while first < groups {
+            // Tiles end where units do.
+            let end = (first / TILE + 1) * TILE;
+            let tile = first..end.min(if first < clustered { clustered } else { groups });
             if (first * GROUP).is_multiple_of(UNIT) {
                 let all = room.found.len();
                 let at = first * GROUP / UNIT * all;
@@ -249,20 +267,33 @@ impl Table {
                 while end < heads.end && masks.sequence(end, self.heads()) == sequence {
                     end += 1;
                 }
-                let mut found = Found {
-                    floors: &room.floors[at..end],
-                    kept: &mut room.kept[at * room.stride..],
-                    stride: room.stride,
-                    counts: &mut room.found[at..end],
-                    sums: &mut self.left[at * self.runs + first / RUN_GROUPS..],
-                    sums_stride: self.runs,
-                    few: room.few,
-                };
-                let keys = column.coded(tile.clone(), &masks.words[sequence]);
-                coded_scan(&self.coded, at..end, keys, first * GROUP, &mut found);
+                if first < clustered {
+                    self.scan_near(column, &masks.words[sequence], at..end, tile.clone(), room);
+                } else {
+                    self.scan_all(column, &masks.words[sequence], at..end, tile.clone(), room);
+                }
                 at = end;
             }
+            if first >= clustered {
+                self.coded_bytes += tile.len() * column.format().group_bytes();
+            }
+            first = tile.end;
         }
+    }
+
+    /// All groups of a tile.
+    fn scan_all(&mut self, column: &Column, words: &[u16], heads: Range<usize>, tile: Range<usize>, room: &mut Room) {
+        let mut found = Found {
+            floors: &room.floors[heads.clone()],
+            kept: &mut room.kept[heads.start * room.stride..],
+            stride: room.stride,
+            counts: &mut room.found[heads.clone()],
+            sums: &mut self.left[heads.start * self.runs + tile.start / RUN_GROUPS..],
+            sums_stride: self.runs,
+            few: room.few,
+        };
+        let keys = column.coded(tile.clone(), words);
+        coded_scan(&self.coded, heads, keys, tile.start * GROUP, &mut found);
     }
 }
 

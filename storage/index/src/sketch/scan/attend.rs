@@ -1,6 +1,6 @@
 //! Partial attention: chosen keys exactly, the tail by its sketches.
 
-use kvasir_simd::{Level, Scattered, exp2_weights, weigh_dense, weigh_slots};
+use kvasir_simd::{Level, exp2_weights, weigh_dense, weigh_slots};
 
 use super::{
     SketchScan,
@@ -8,7 +8,7 @@ use super::{
     choose::Choice,
     log_add,
     rescore::{RUN_SLOTS, each_tile},
-    share_of,
+    scattered, share_of,
 };
 use crate::sketch::{column::Column, search::Candidates};
 
@@ -73,8 +73,8 @@ pub struct SketchAttended {
 /// Keys of a run that one chosen one stands for when its others' value is estimated, where the column knows no slopes: found on
 /// real text, where 0 gives 1.4 times the error.
 const LIKE_CHOSEN: f32 = 8.0;
-/// The same of what slopes leave of the difference: 0, 2 and 8 are within a tenth of it.
-const LIKE_CHOSEN_BESIDE_SLOPES: f32 = 4.0;
+/// The same of what slopes leave of the difference: 0, 4 and 8 err by up to a tenth more.
+const LIKE_CHOSEN_BESIDE_SLOPES: f32 = 2.0;
 
 /// Buffers of an answer.
 #[derive(Default)]
@@ -88,7 +88,7 @@ pub(super) struct Tail {
     runs: Vec<f32>,
     /// Keys chosen per run, then what each of them stands for.
     taken: Vec<f32>,
-    /// Per head, how far the scores of what is estimated lie above the average key's, over their variance.
+    /// Per head, how far the scores of what is estimated lie above their runs', over their variance.
     leans: Vec<f32>,
 }
 
@@ -164,7 +164,7 @@ impl SketchScan<'_> {
             self.choose(head, how, &mut tail, out);
         }
         out.value_rows = self.union.count();
-        let rows = Scattered::new(&self.values, d, self.column().map_or(1, Column::block_groups));
+        let rows = scattered(self.column.or(self.own.as_ref()), &self.values, d);
         let chosen = &tail.chosen;
         each_tile(chosen, self.slots(), &mut self.rows.next, |head, at| {
             let sums = &mut out.o[head * d..][..d];
@@ -289,15 +289,19 @@ impl SketchScan<'_> {
         for (slot, weight) in chosen.iter().zip(&mut tail.chosen.scores[start..]) {
             *weight += tail.taken[(slot / RUN_SLOTS) as usize];
         }
-        // And they differ from their run's mean by how far their scores do, but for what chosen ones stood for already.
+        // And they differ from their run's mean by how far their scores do from its, but for what chosen ones stood for already.
         if let Some(lean) = lean {
             let levels = &self.candidates.levels[self.candidates.of(head)];
-            let above = |level: &Level| f64::from(level.above_average() - lean.mean);
-            let scored = levels.iter().zip(&tail.weights);
-            let scored: f64 = scored.map(|(level, weight)| f64::from(*weight) * above(level)).sum();
+            let above = |level: &Level, slot: u32| f64::from(level.above_average() - self.table.centre(head, slot));
+            let scored = levels.iter().zip(slots).zip(&tail.weights);
+            let scored: f64 = scored
+                .map(|((level, slot), weight)| f64::from(*weight) * above(level, *slot))
+                .sum();
             let picked = tail.choice.picked.iter().zip(chosen);
             let stood_for: f64 = picked
-                .map(|(at, slot)| f64::from(tail.taken[(slot / RUN_SLOTS) as usize]) * above(&levels[*at as usize]))
+                .map(|(at, slot)| {
+                    f64::from(tail.taken[(slot / RUN_SLOTS) as usize]) * above(&levels[*at as usize], *slot)
+                })
                 .sum();
             let sum = lean.left * f64::from(scale) + scored * f64::from(factor) - stood_for;
             tail.leans[head] = (sum / f64::from(lean.variance)) as f32;

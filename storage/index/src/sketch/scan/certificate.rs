@@ -5,6 +5,9 @@
 //! mean and three standard errors are a bound that holds nearly always where sketches are good. Drawing within shares makes the true
 //! error smaller than the stated one. The draw is seeded from the query and the number of keys: an answer is a function of its inputs.
 //!
+//! Of groups that a scan did not read, and of the others in their run, a key's weight by sketch is a share of what is left of the run:
+//! keys are drawn by what they count for.
+//!
 //! Where sketches err by several powers of two, most of the mass is in few keys whose sketch is far too low: a sample mostly
 //! misses them, and its variance with them. Errors of sketches are sums of many small ones, so exact over sketched weight is
 //! about log-normal: the upper limit of the mean of such a distribution (Cox's, in Zhou and Gao 1997) knows of keys that were
@@ -13,7 +16,7 @@
 use half::f16;
 use kvasir_simd::{GROUP, Level, RUN_GROUPS, score_rows};
 
-use super::SketchScan;
+use super::{SketchScan, rescore::RUN_SLOTS};
 
 const BY_WEIGHT: usize = 115;
 const EVENLY: usize = 13;
@@ -47,8 +50,8 @@ pub(super) struct Sampler<'a> {
 /// Keys that were drawn for one head. Which ones is a matter of the weights by sketch alone: with a prediction it is done ahead.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Drawn {
-    /// Slots with their levels, those by weight first.
-    slots: Vec<(u32, Level)>,
+    /// Slots with what they count for by sketch, those by weight first.
+    slots: Vec<(u32, f32)>,
     /// How many were to be drawn by weight.
     asked: usize,
     /// How many were.
@@ -57,7 +60,7 @@ pub(super) struct Drawn {
 
 impl Drawn {
     /// Bytes of one that is drawn ahead, at most.
-    pub(super) const BYTES_MAX: usize = (BY_WEIGHT + EVENLY) * size_of::<(u32, Level)>();
+    pub(super) const BYTES_MAX: usize = (BY_WEIGHT + EVENLY) * size_of::<(u32, f32)>();
 
     /// Which ones.
     pub(super) fn slots(&self) -> impl Iterator<Item = u32> {
@@ -65,7 +68,7 @@ impl Drawn {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.slots.len() * size_of::<(u32, Level)>()
+        self.slots.len() * size_of::<(u32, f32)>()
     }
 }
 
@@ -135,8 +138,8 @@ impl<'a> SketchScan<'a> {
     fn errors(&self, head: usize, sampler: &Sampler<'a>) -> Errors {
         let Drawn { slots, by_weight, .. } = &sampler.drawn;
         let own = slots.iter().zip(&sampler.scores).take(*by_weight);
-        let errors = own.filter(|(_, score)| score.is_finite()).map(|((_, level), score)| {
-            let by_sketch = self.by_sketch(head, f64::from(level.weight()));
+        let errors = own.filter(|(_, score)| score.is_finite()).map(|((_, weight), score)| {
+            let by_sketch = self.by_sketch(head, f64::from(*weight));
             f64::from(score - by_sketch) * std::f64::consts::LN_2
         });
         Errors::of(errors)
@@ -149,7 +152,7 @@ impl<'a> SketchScan<'a> {
         drawn.slots.clear();
         self.draw_by_weight(head, slots, (total, by_weight), &mut drawn.slots, random);
         (drawn.asked, drawn.by_weight) = (by_weight, drawn.slots.len());
-        let mut levels = [0; GROUP * RUN_GROUPS];
+        let mut run = Run::default();
         for _ in 0..EVENLY {
             // A slot that cannot be drawn is drawn again; where nearly all are scored some draws come to nothing, which the
             // estimate counts as keys without mass outside.
@@ -158,11 +161,10 @@ impl<'a> SketchScan<'a> {
                 if slots.binary_search(&slot).is_ok() {
                     continue;
                 }
-                let group = slot as usize / GROUP;
-                self.levels(head, group..group + 1, &mut levels);
-                let level = Level(levels[slot as usize % GROUP]);
-                if level >= Level::LOWEST {
-                    drawn.slots.push((slot, level));
+                self.run(head, (slot / RUN_SLOTS) as usize, slots, &mut run);
+                let at = (slot % RUN_SLOTS) as usize;
+                if run.levels[at] > 0 {
+                    drawn.slots.push((slot, run.weight(at)));
                     break;
                 }
             }
@@ -205,8 +207,8 @@ impl<'a> SketchScan<'a> {
             };
         }
         let (mut sum, mut squares) = (0.0_f64, 0.0_f64);
-        for ((_, level), score) in sampler.drawn.slots.iter().zip(&sampler.scores) {
-            let weight = f64::from(level.weight());
+        for ((_, weight), score) in sampler.drawn.slots.iter().zip(&sampler.scores) {
+            let weight = f64::from(*weight);
             let chance = (sampler.drawn.asked as f64 * weight / total.max(f64::MIN_POSITIVE)
                 + EVENLY as f64 / others.max(1) as f64)
                 / draws;
@@ -231,13 +233,12 @@ impl<'a> SketchScan<'a> {
         head: usize,
         slots: &[u32],
         (total, count): (f64, usize),
-        drawn: &mut Vec<(u32, Level)>,
+        drawn: &mut Vec<(u32, f32)>,
         random: &mut Random,
     ) {
         let mut targets = (0..count).map(|share| (share as f64 + random.next()) / count as f64 * total);
         let Some(mut target) = targets.next() else { return };
-        let groups = self.slots() / GROUP;
-        let mut levels = [0; GROUP * RUN_GROUPS];
+        let mut own = Run::default();
         let mut before = 0.0_f64;
         for (run, weight) in self.table.left(head).iter().enumerate() {
             let weight = f64::from(*weight);
@@ -245,21 +246,13 @@ impl<'a> SketchScan<'a> {
                 before += weight;
                 continue;
             }
-            let first = run * RUN_GROUPS;
-            let own = first..(first + RUN_GROUPS).min(groups);
-            let from = (first * GROUP) as u32;
-            let mut scored = &slots[slots.partition_point(|slot| *slot < from)..];
-            self.levels(head, own.clone(), &mut levels);
+            self.run(head, run, slots, &mut own);
             let mut sum = before;
-            for (slot, level) in (from..).zip(&levels[..own.len() * GROUP]) {
-                if scored.first() == Some(&slot) {
-                    scored = &scored[1..];
-                    continue;
-                }
-                let level = Level(*level);
-                sum += f64::from(level.weight());
-                while level >= Level::LOWEST && target < sum {
-                    drawn.push((slot, level));
+            for (at, slot) in (run as u32 * RUN_SLOTS..).enumerate().take(own.levels.len()) {
+                let weight = own.weight(at);
+                sum += f64::from(weight);
+                while weight > 0.0 && target < sum {
+                    drawn.push((slot, weight));
                     match targets.next() {
                         Some(next) => target = next,
                         None => return,
@@ -268,6 +261,46 @@ impl<'a> SketchScan<'a> {
             }
             before += weight;
         }
+    }
+
+    /// What is left of a run, of which `slots` are scored.
+    fn run(&self, head: usize, run: usize, slots: &[u32], out: &mut Run) {
+        let first = run * RUN_GROUPS;
+        let own = first..(first + RUN_GROUPS).min(self.slots() / GROUP);
+        out.levels.fill(0);
+        self.levels(head, own, &mut out.levels);
+        let from = run as u32 * RUN_SLOTS;
+        let scored = &slots[slots.partition_point(|slot| *slot < from)..];
+        for slot in scored.iter().take_while(|slot| **slot - from < RUN_SLOTS) {
+            out.levels[(slot - from) as usize] = 0;
+        }
+        let weights = out.levels.iter().map(|level| f64::from(Level(*level).weight()));
+        let sum: f64 = weights.sum();
+        let left = self.table.left(head)[run];
+        out.share = if sum > 0.0 { (f64::from(left) / sum) as f32 } else { 0.0 };
+    }
+}
+
+/// Keys of a run that were not scored.
+struct Run {
+    /// 0 of those that were, and of those that are not searched.
+    levels: [u16; RUN_SLOTS as usize],
+    /// What each counts for, of its own weight.
+    share: f32,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self {
+            levels: [0; RUN_SLOTS as usize],
+            share: 0.0,
+        }
+    }
+}
+
+impl Run {
+    fn weight(&self, at: usize) -> f32 {
+        Level(self.levels[at]).weight() * self.share
     }
 }
 

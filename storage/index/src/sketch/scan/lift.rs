@@ -5,13 +5,14 @@
 //! like them: their exact weight is multiplied by `t` over their size. Sums of weights and of weighted values are then unbiased,
 //! and `o` is their ratio. `u` is drawn from the query, the slot and a seed: an answer is a function of what is asked.
 
-use kvasir_simd::{GROUP, Level, RUN_GROUPS, Scattered, exp2_weights, score_slots, weigh_slots};
+use kvasir_simd::{GROUP, Level, RUN_GROUPS, exp2_weights, score_slots, weigh_slots};
 
 use super::{
     SketchScan,
     attend::{SketchAttended, reset},
     certificate::{Random, mix},
     rescore::RUN_SLOTS,
+    scattered,
 };
 use crate::sketch::{column::Column, search::Kind};
 
@@ -47,13 +48,12 @@ impl SketchScan<'_> {
         let mut lift = std::mem::take(&mut self.lift);
         for head in 0..heads {
             let next = self.draw_by_priority(head, k, seed, &mut lift);
-            let groups = self.column().map_or(1, Column::block_groups);
             lift.slots.clear();
             lift.slots.extend(lift.drawn.iter().map(|drawn| drawn.slot));
             lift.slots.iter().for_each(|slot| self.union.insert(*slot));
             lift.scores.resize(lift.slots.len(), 0.0);
             let q = &self.q[head * d..][..d];
-            let rows = Scattered::new(&self.keys, d, groups);
+            let rows = scattered(self.column.or(self.own.as_ref()), &self.keys, d);
             score_slots(q, rows, &lift.slots, self.scale, &mut lift.scores);
             for score in &mut lift.scores {
                 *score = if score.is_finite() { *score } else { f32::NEG_INFINITY };
@@ -68,7 +68,7 @@ impl SketchScan<'_> {
             if lse > f32::NEG_INFINITY {
                 let factor = (high - lse).exp2();
                 lift.weights.iter_mut().for_each(|weight| *weight *= factor);
-                let rows = Scattered::new(&self.values, d, groups);
+                let rows = scattered(self.column.or(self.own.as_ref()), &self.values, d);
                 weigh_slots(&lift.weights, rows, &lift.slots, &mut out.o[head * d..][..d]);
             }
             out.lse.push(lse);

@@ -6,7 +6,7 @@
 use half::f16;
 use kvasir_simd::{GROUP, RUN_GROUPS};
 
-use super::{Attend, SketchScan, certificate::Drawn};
+use super::{Attend, SketchScan, Slots, certificate::Drawn};
 use crate::{
     IndexError,
     sketch::{
@@ -27,7 +27,7 @@ pub struct Parked {
     /// By head, see [`Parked::covered`].
     covered: Vec<f32>,
     /// Of all blocks, searched or not.
-    slots: usize,
+    slots: Slots,
 }
 
 impl Parked {
@@ -103,7 +103,7 @@ impl SketchScan<'_> {
             candidates: std::mem::take(&mut self.candidates),
             drawn,
             covered,
-            slots: self.slots(),
+            slots: self.scanned(),
         };
         // They were given room for what was kept of a scan before the best were chosen.
         parked.candidates.slots.shrink_to_fit();
@@ -147,7 +147,7 @@ impl SketchScan<'_> {
         self.clear();
         self.q.clear();
         self.q.extend_from_slice(q);
-        (self.table, self.candidates, self.parked_slots) = (parked.table, parked.candidates, parked.slots);
+        (self.table, self.candidates, self.parked_in) = (parked.table, parked.candidates, parked.slots);
         (self.forecast, self.drawn) = (parked.q, parked.drawn);
         self.parked = true;
         self.predicted = true;

@@ -2,13 +2,10 @@
 
 use std::ops::Range;
 
-use kvasir_simd::{GROUP, Level, RUN_GROUPS, Scattered, score_slots};
+use kvasir_simd::{GROUP, Level, RUN_GROUPS, score_slots};
 
-use super::SketchScan;
-use crate::sketch::{
-    column::Column,
-    search::{Candidates, Kind},
-};
+use super::{SketchScan, scattered};
+use crate::sketch::search::{Candidates, Kind};
 
 /// Slots that heads go through side by side: a quarter of a megabyte of keys of 128, of which many heads together read most.
 const TILE: u32 = 1024;
@@ -54,11 +51,11 @@ impl SketchScan<'_> {
             self.candidates.ends.resize(self.table.heads(), 0);
             return;
         };
-        if !(self.parked && self.parked_slots == column.groups() * GROUP) {
+        if !(self.parked && self.parked_in == self.scanned()) {
             self.drawn.clear();
             self.table
                 .find(column, &self.masks, &mut self.room, ask, &mut self.candidates);
-            self.cost.bytes_read += column.coded_bytes() as u64;
+            self.cost.bytes_read += self.table.coded_bytes as u64;
         }
         for slot in &self.candidates.slots {
             self.union.insert(*slot);
@@ -70,7 +67,7 @@ impl SketchScan<'_> {
         let d = self.head_dim();
         let mut scores = std::mem::take(&mut self.candidates.scores);
         scores.resize(self.candidates.slots.len(), 0.0);
-        let rows = Scattered::new(&self.keys, d, self.column().map_or(1, Column::block_groups));
+        let rows = scattered(self.column.or(self.own.as_ref()), &self.keys, d);
         let (q, slots) = (&self.q, &self.candidates.slots);
         each_tile(&self.candidates, self.slots(), &mut self.rows.next, |head, at| {
             score_slots(

@@ -5,7 +5,7 @@ use kvasir_simd::{GROUP, Level, RUN_GROUPS, UNIT};
 use super::{BUCKET, Candidates, Kind, Masks, Room, Table, sum};
 use crate::sketch::column::Column;
 
-/// What was kept by a scan and did not stay: the sum of its weights, and of weights times scores above the average key's.
+/// What was kept by a scan and did not stay: the sum of its weights, and of weights times scores above its run's.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Passed {
     pub(super) weight: f64,
@@ -88,6 +88,11 @@ impl Table {
         out.levels.resize(start + kept.len(), Level(0));
         let mut passed = Passed::default();
         let left = &mut self.left[head * self.runs..][..self.runs];
+        let centres = self.centres.get(head * self.runs..).unwrap_or_default();
+        let centre = |slot: u32| {
+            let level = centres.get(slot as usize / (GROUP * RUN_GROUPS));
+            level.map_or(0.0, |level| level.above_average())
+        };
         let (heads, mut end) = (room.found.len(), start);
         let starts = room.before.iter().skip(head).step_by(heads).copied();
         let ends = starts.clone().skip(1).chain([kept.len()]);
@@ -103,7 +108,7 @@ impl Table {
                     let weight = Level(level).weight();
                     left[slot as usize / (GROUP * RUN_GROUPS)] += weight;
                     passed.weight += f64::from(weight);
-                    passed.moment += f64::from(weight) * f64::from(Level(level).above_average());
+                    passed.moment += f64::from(weight) * f64::from(Level(level).above_average() - centre(slot));
                 }
             }
         }
