@@ -12,7 +12,7 @@ use half::f16;
 use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS, SEGMENT};
 
 use super::{
-    cluster::SEGMENT_GROUPS,
+    cluster::{SAMPLES, SEGMENT_GROUPS},
     format::{RUN, SketchFormat, View, encode_block_and, invalid},
     slopes::Slopes,
 };
@@ -47,6 +47,10 @@ pub struct Column {
     centroids: Vec<Line>,
     centroid_steps: Vec<f32>,
     centroid_masks: Vec<u16>,
+    /// Of each clustered segment samples of its keys, of all of them the first, then the second, ..
+    samples: [Vec<Line>; SAMPLES],
+    /// Per clustered segment.
+    sample_steps: Vec<f32>,
 }
 
 impl Column {
@@ -68,6 +72,8 @@ impl Column {
             centroids: Vec::new(),
             centroid_steps: Vec::new(),
             centroid_masks: Vec::new(),
+            samples: [const { Vec::new() }; SAMPLES],
+            sample_steps: Vec::new(),
         }
     }
 
@@ -84,6 +90,8 @@ impl Column {
         self.centroids.clear();
         self.centroid_steps.clear();
         self.centroid_masks.clear();
+        self.samples.iter_mut().for_each(Vec::clear);
+        self.sample_steps.clear();
     }
 
     /// Appends a block by its sketch.
@@ -292,8 +300,9 @@ impl Column {
             + self.run_keys.len() * 4
             + self.slopes.bytes()
             + self.order.len() * 2
-            + self.centroids.len() * 64
+            + self.centroids.len() * 2 * 64
             + self.centroid_steps.len() * 6
+            + self.sample_steps.len() * 4
     }
 
     pub(super) fn slopes(&self) -> &Slopes {

@@ -233,7 +233,7 @@ impl Table {
             .map(|head| ask(masks.searched.get(masks.sequence(head, heads)).copied().unwrap_or(0)))
             .collect();
         self.coded_bytes = 0;
-        self.near(column, room);
+        self.score_centroids(column, room);
         self.guess(column, masks, &wanted, room);
         self.scan(column, masks, 0..heads, room);
         for (head, wanted) in wanted.into_iter().enumerate() {
@@ -249,6 +249,9 @@ impl Table {
     fn scan(&mut self, column: &Column, masks: &Masks, heads: Range<usize>, room: &mut Room) {
         let (groups, clustered) = (column.groups(), column.clustered_groups());
         room.found[heads.clone()].fill(0);
+        for head in heads.clone().filter(|_| clustered > 0) {
+            self.list(head, &masks.words[masks.sequence(head, self.heads())], room);
+        }
         let mut first = 0;
         while first < groups {
             // Tiles end where units do.
@@ -268,7 +271,7 @@ impl Table {
                     end += 1;
                 }
                 if first < clustered {
-                    self.scan_near(column, &masks.words[sequence], at..end, tile.clone(), room);
+                    self.scan_listed(column, &masks.words[sequence], at..end, tile.clone(), room);
                 } else {
                     self.scan_all(column, &masks.words[sequence], at..end, tile.clone(), room);
                 }

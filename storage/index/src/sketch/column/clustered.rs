@@ -19,7 +19,7 @@ const LEARN_EVERY: usize = 4;
 
 impl Column {
     /// Bytes that clustering adds for every group of sixteen keys, at most.
-    pub const CLUSTERED_GROUP_BYTES: usize = GROUP * 2 + 33;
+    pub const CLUSTERED_GROUP_BYTES: usize = GROUP * 2 + 2 * 32 + 1;
 
     /// The blocks of the segment that [`Column::cluster`] clusters next; `None` while it is not there whole, and for blocks that do
     /// not fill segments of 1,024 keys: of fewer than 16 keys, or not a power of two of them.
@@ -91,7 +91,20 @@ impl Column {
             .resize(self.centroid_steps.len() + centroids, found.step);
         self.centroid_masks
             .resize(self.centroid_masks.len() + centroids, u16::MAX);
+        for (samples, own) in self.samples.iter_mut().zip(&found.samples) {
+            samples.extend_from_slice(own);
+        }
+        self.sample_steps.push(found.step);
         Ok(())
+    }
+
+    /// Sample `sample` of every clustered segment, of which those keys are searched that `masks` names.
+    pub(in crate::sketch) fn sample<'a>(&'a self, sample: usize, masks: &'a [u16]) -> CodedKeys<'a> {
+        CodedKeys {
+            codes: &self.samples[sample],
+            steps: &self.sample_steps,
+            masks,
+        }
     }
 
     /// Row in its segment of each slot of those that are clustered, which are the first.

@@ -4,25 +4,33 @@
 use kvasir_simd::{CodedKeys, CodedQueries, GROUP, Level, Line, RUN_GROUPS, coded_levels};
 
 use super::{BUCKET, Kind, Masks, Room, Table};
-use crate::sketch::column::Column;
+use crate::sketch::{
+    cluster::{SAMPLES, SEGMENT_GROUPS, sampled},
+    column::Column,
+};
 
-/// Groups looked at: as many of a short column, of a longer one as many as below, or one in so many.
-const SAMPLE: usize = 256;
-const SAMPLE_MAX: usize = 1024;
-const SAMPLE_EVERY: usize = 64;
-/// Of the best keys of a sample, or of as many as are wanted where that is more, gaps to their centroids are known.
-const GAP_OF: f64 = 0.03;
-/// How many of them find their group scanned.
-const GAP_SHARE: f64 = 0.98;
 /// One in so many keys is few.
 const FEW: usize = 100;
+/// Groups looked at of keys that are not clustered.
+const SAMPLE: usize = 256;
+/// Of clustered ones there are samples of sixteen keys of a segment, of which all are looked at while there are no more than so many.
+const SAMPLES_MAX: usize = 1024;
+/// Of the best keys of a sample, or of as many as are wanted where that is more, it is known how far below them their centroids lie.
+const GAP_OF: f64 = 0.03;
+/// Of so many of them the group is not scanned.
+const GAP_LOST: f64 = 0.03;
 
-/// Every so many groups of a column, side by side.
+/// Some of a column's keys: samples of its clustered segments, then whole groups.
 #[derive(Debug, Default)]
 pub(super) struct Sample {
+    /// Samples of each clustered segment, and how many such segments there are.
+    samples: usize,
+    segments: usize,
+    /// Of other groups every so many, side by side.
     every: usize,
     codes: Vec<Line>,
     steps: Vec<f32>,
+    /// Of samples, then of groups.
     masks: Vec<u16>,
     /// Whose masks these are.
     sequence: Option<usize>,
@@ -48,8 +56,8 @@ impl Table {
     pub(super) fn guess(&mut self, column: &Column, masks: &Masks, wanted: &[(usize, f32)], room: &mut Room) {
         let heads = self.heads();
         room.floors.clear();
-        room.near.gaps.clear();
-        room.near.excess.clear();
+        room.first.gaps.clear();
+        room.first.excess.clear();
         room.sample.take(column, masks);
         room.few = true;
         let learnt = !column.slopes().is_empty();
@@ -67,25 +75,26 @@ impl Table {
                 Kind::Exact => Level::LOWEST,
                 Kind::Sketched if count >= searched && mass >= 1.0 => Level::LOWEST,
                 Kind::Sketched => {
-                    let levels = room.sample.levels(&self.coded, head, masks, sequence);
+                    room.sample.look(&self.coded, head, column, masks, sequence);
+                    let levels = &room.sample.levels;
                     let share = count as f64 / searched as f64;
-                    let floor = sampled(levels, share, &mut room.counts);
+                    let floor = best(levels, share, &mut room.counts);
                     if column.clustered_groups() > 0 {
-                        let high = sampled(levels, share.max(GAP_OF), &mut room.counts);
-                        gap = room.sample.gap(room.near.levels(head), floor, high);
+                        let high = best(levels, share.max(GAP_OF), &mut room.counts);
+                        gap = room.sample.gap(room.first.levels(head), floor, high);
                     }
                     floor
                 }
             };
             room.floors.push(floor);
-            room.near.gaps.push(gap.0);
-            room.near.excess.push(gap.1);
+            room.first.gaps.push(gap.0);
+            room.first.excess.push(gap.1);
             if learnt {
                 let centres = &mut self.centres[head * self.runs..][..self.runs];
                 self.leans.push(match self.kinds[head] {
                     Kind::Sketched if searched > 0 => {
-                        room.sample.levels(&self.coded, head, masks, sequence);
-                        room.sample.lean(room.near.levels(head), floor, centres)
+                        room.sample.look(&self.coded, head, column, masks, sequence);
+                        room.sample.lean(room.first.levels(head), floor, centres)
                     }
                     _ => Lean::default(),
                 });
@@ -95,14 +104,20 @@ impl Table {
 }
 
 impl Sample {
-    /// Takes the groups of `column`.
+    /// Takes those of `column`.
     fn take(&mut self, column: &Column, masks: &Masks) {
-        let groups = (column.groups() / SAMPLE_EVERY).clamp(SAMPLE, SAMPLE_MAX);
-        self.every = column.groups().div_ceil(groups).max(1);
+        self.segments = column.clustered_groups() / SEGMENT_GROUPS;
+        self.samples = (SAMPLES_MAX / self.segments.max(1)).clamp(1, SAMPLES);
+        self.every = if self.segments > 0 {
+            // As many of these keys as of those.
+            SEGMENT_GROUPS / self.samples
+        } else {
+            column.groups().div_ceil(SAMPLE).max(1)
+        };
         self.codes.clear();
         self.steps.clear();
         (self.sequence, self.head) = (None, None);
-        for group in (0..column.groups()).step_by(self.every) {
+        for group in (column.clustered_groups()..column.groups()).step_by(self.every) {
             let keys = column.coded(group..group + 1, &masks.words[0]);
             self.codes.extend_from_slice(keys.codes);
             self.steps.extend_from_slice(keys.steps);
@@ -110,91 +125,116 @@ impl Sample {
     }
 
     /// Levels of a head of `sequence`; 0 of what it does not search.
-    fn levels(&mut self, queries: &CodedQueries, head: usize, masks: &Masks, sequence: usize) -> &[u16] {
+    fn look(&mut self, queries: &CodedQueries, head: usize, column: &Column, masks: &Masks, sequence: usize) {
         if self.sequence.replace(sequence) != Some(sequence) {
-            let words = masks.words[sequence].iter().step_by(self.every);
-            self.masks.clear();
-            self.masks.extend(words);
+            self.mask(&masks.words[sequence]);
+            self.head = None;
         }
         if self.head.replace(head) == Some(head) {
-            return &self.levels;
+            return;
         }
         self.levels.resize(self.masks.len() * GROUP, 0);
+        let (masks, others) = self.masks.split_at(self.samples * self.segments);
+        let (levels, rest) = self.levels.split_at_mut(masks.len() * GROUP);
+        let each = self.segments.max(1);
+        let samples = masks.chunks(each).zip(levels.chunks_mut(each * GROUP));
+        for (sample, (masks, levels)) in samples.enumerate() {
+            let stride = levels.len();
+            coded_levels(queries, head..head + 1, column.sample(sample, masks), levels, stride);
+        }
         let keys = CodedKeys {
             codes: &self.codes,
             steps: &self.steps,
-            masks: &self.masks,
+            masks: others,
         };
-        let stride = self.levels.len();
-        coded_levels(queries, head..head + 1, keys, &mut self.levels, stride);
-        &self.levels
+        let stride = rest.len();
+        coded_levels(queries, head..head + 1, keys, rest, stride);
     }
 
-    /// Of the keys from `high` on, how far most lie above their group's centroid, whose levels are `near`; and what a key of groups
-    /// further below `floor` weighs on average, over what their centroid does.
+    /// Which keys of the sample are searched, given `words` of all groups.
+    fn mask(&mut self, words: &[u16]) {
+        let (clustered, others) = words.split_at(self.segments * SEGMENT_GROUPS);
+        self.masks.clear();
+        for sample in 0..self.samples {
+            let segments = clustered.chunks_exact(SEGMENT_GROUPS);
+            self.masks.extend(segments.map(|words| {
+                (0..GROUP).fold(0, |mask, at| {
+                    let (group, key) = sampled(sample, at);
+                    mask | ((words[group] >> key) & 1) << at
+                })
+            }));
+        }
+        self.masks.extend(others.iter().step_by(self.every));
+    }
+
+    /// Levels of the keys of clustered segments, each with its group.
+    fn clustered(&self) -> impl Iterator<Item = (u16, usize)> {
+        let own = &self.levels[..self.samples * self.segments * GROUP];
+        own.chunks_exact(GROUP).enumerate().flat_map(|(of, levels)| {
+            let (sample, segment) = (of / self.segments, of % self.segments);
+            let group = move |at| segment * SEGMENT_GROUPS + sampled(sample, at).0;
+            levels.iter().enumerate().map(move |(at, level)| (*level, group(at)))
+        })
+    }
+
+    /// How far below `floor` the centroids lie, whose levels are `near`, of most keys that are on it or above; keys from `high` to it
+    /// are taken for ones that are on it. And what a key of groups still further below weighs on average, over what their centroid does.
     fn gap(&mut self, near: &[u16], floor: Level, high: Level) -> (u16, f32) {
-        let groups = || self.levels.chunks(GROUP).zip(near.iter().step_by(self.every));
-        self.gaps.clear();
-        for (levels, near) in groups() {
-            let above = levels.iter().filter(|level| **level >= high.0);
-            self.gaps.extend(above.map(|level| level.saturating_sub(*near)));
-        }
-        if self.gaps.is_empty() {
-            // Nothing is known: all are scanned.
-            return (u16::MAX, 1.0);
-        }
-        let most = ((self.gaps.len() - 1) as f64 * GAP_SHARE).ceil() as usize;
-        let gap = *self.gaps.select_nth_unstable(most).1;
+        let mut gaps = std::mem::take(&mut self.gaps);
+        gaps.clear();
+        let above = self.clustered().filter(|(level, _)| *level >= high.0);
+        gaps.extend(above.map(|(level, group)| level.min(floor.0).saturating_sub(near[group])));
+        let most = gaps.len().saturating_sub(1 + (gaps.len() as f64 * GAP_LOST) as usize);
+        // Where nothing is known all are scanned.
+        let gap = if gaps.is_empty() {
+            u16::MAX
+        } else {
+            *gaps.select_nth_unstable(most).1
+        };
+        self.gaps = gaps;
         let from = floor.0.saturating_sub(gap);
-        let (mut exact, mut near_by) = (0.0_f64, 0.0_f64);
-        for (levels, near) in groups().filter(|(_, near)| **near < from) {
-            let searched = levels.iter().filter(|level| **level > 0);
-            exact += searched
-                .clone()
-                .map(|level| f64::from(Level(*level).weight()))
-                .sum::<f64>();
-            near_by += f64::from(Level(*near).weight()) * searched.count() as f64;
+        let (mut exact, mut by_centroid) = (0.0_f64, 0.0_f64);
+        let below = self
+            .clustered()
+            .filter(|(level, group)| *level > 0 && near[*group] < from);
+        for (level, group) in below {
+            exact += f64::from(Level(level).weight());
+            by_centroid += f64::from(Level(near[group]).weight());
         }
-        let excess = if near_by > 0.0 { exact / near_by } else { 1.0 };
+        let excess = if by_centroid > 0.0 { exact / by_centroid } else { 1.0 };
         (gap, excess as f32)
     }
 
-    /// How scores lie whose levels were asked for last: `centres` are told what the mean of each run stands for.
+    /// How scores lie whose levels were looked at last: `centres` of runs that are not clustered are told what their mean stands for.
     fn lean(&self, near: &[u16], floor: Level, centres: &mut [Level]) -> Lean {
-        let mut sum = 0_u64;
-        let mut count = 0_u32;
+        let (mut sum, mut count) = (0_u64, 0_u32);
         for level in self.levels.iter().filter(|level| **level > 0) {
             sum += u64::from(*level);
             count += 1;
         }
         let mean = Level((sum / u64::from(count.max(1))) as u16);
-        let runs = near.chunks_exact(RUN_GROUPS);
-        let clustered = runs.len();
-        for (centre, near) in centres.iter_mut().zip(runs) {
-            let sum: u32 = near.iter().map(|level| u32::from(*level)).sum();
-            *centre = Level((sum / RUN_GROUPS as u32) as u16);
-        }
-        centres[clustered..].fill(mean);
+        centres[near.len() / RUN_GROUPS..].fill(mean);
+        let centre = |group: usize| {
+            let run = &near[group / RUN_GROUPS * RUN_GROUPS..][..RUN_GROUPS];
+            Level((run.iter().map(|level| u32::from(*level)).sum::<u32>() / RUN_GROUPS as u32) as u16)
+        };
         let (mut squares, mut weights, mut moments) = (0.0_f64, 0.0_f64, 0.0_f64);
-        for (at, levels) in self.levels.chunks(GROUP).enumerate() {
-            let centre = centres[at * self.every / RUN_GROUPS].above_average();
-            let (mut square, mut weight, mut moment) = (0.0_f32, 0.0_f32, 0.0_f32);
-            for level in levels {
-                let searched = *level >= Level::LOWEST.0;
-                let above = if searched {
-                    Level(*level).above_average() - centre
+        let mut note = |level: u16, centre: Level| {
+            if level > 0 {
+                let above = f64::from(Level(level).above_average() - centre.above_average());
+                let weight = if level < floor.0 {
+                    f64::from(Level(level).weight())
                 } else {
                     0.0
                 };
-                square += above * above;
-                let below = if *level < floor.0 { Level(*level).weight() } else { 0.0 };
-                weight += below;
-                moment += below * above;
+                squares += above * above;
+                weights += weight;
+                moments += weight * above;
             }
-            squares += f64::from(square);
-            weights += f64::from(weight);
-            moments += f64::from(moment);
-        }
+        };
+        self.clustered().for_each(|(level, group)| note(level, centre(group)));
+        let others = &self.levels[self.samples * self.segments * GROUP..];
+        others.iter().for_each(|level| note(*level, mean));
         Lean {
             variance: (squares / f64::from(count.max(1))) as f32,
             away: if weights > 0.0 { moments / weights } else { 0.0 },
@@ -204,7 +244,7 @@ impl Sample {
 }
 
 /// Level of about the best `share` of the keys of a sample.
-fn sampled(levels: &[u16], share: f64, counts: &mut Vec<u32>) -> Level {
+fn best(levels: &[u16], share: f64, counts: &mut Vec<u32>) -> Level {
     counts.clear();
     counts.resize(usize::from(u16::MAX / BUCKET) + 1, 0);
     for level in levels {
