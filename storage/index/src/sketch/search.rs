@@ -8,6 +8,7 @@ mod choose;
 mod first;
 mod guess;
 mod room;
+mod sample;
 
 use std::ops::Range;
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use kvasir_simd::{GROUP, Level, UNIT, room_for};
 
-use super::{TILE, first::First, guess::Sample};
+use super::{TILE, first::First, sample::Sample};
 
 /// What a scan needs and keeps for the next one.
 #[derive(Debug, Default)]
