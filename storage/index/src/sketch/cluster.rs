@@ -23,7 +23,7 @@ const FALL: f32 = -0.7;
 /// Samples of a segment: a group of sixteen keys each, of every so many groups one.
 pub(super) const SAMPLES: usize = SEGMENT_GROUPS / GROUP;
 
-/// Group in its segment, and key in that, of key `at` of a sample.
+/// Group in its segment, and key in that, of key `at` of a sample: of run `at` the group of that number.
 pub(super) const fn sampled(sample: usize, at: usize) -> (usize, usize) {
     let group = at * SAMPLES + sample;
     (group, (group * 5 + 3) % GROUP)
@@ -39,7 +39,8 @@ pub(super) struct Clustered {
     pub(super) masks: Vec<u16>,
     /// A key per group, sixteen a group of their own.
     pub(super) centroids: Vec<Line>,
-    pub(super) samples: [Vec<Line>; SAMPLES],
+    /// [`SAMPLES`] groups.
+    pub(super) samples: Vec<Line>,
     /// Coordinates, per group `[direction][key]`.
     pub(super) z: Vec<[f32; GROUP]>,
 }
@@ -78,7 +79,7 @@ pub(super) fn cluster(format: SketchFormat, codes: &[Line], steps: &[f32], masks
         codes: Vec::with_capacity(codes.len()),
         masks: moved,
         centroids: Vec::with_capacity(codes.len() / GROUP),
-        samples: [const { Vec::new() }; SAMPLES],
+        samples: vec![Line([0; 64]); SAMPLES * lines],
         z,
     };
     let mut room = [0; LINES_MAX * 64];
@@ -100,8 +101,7 @@ pub(super) fn cluster(format: SketchFormat, codes: &[Line], steps: &[f32], masks
             code(&centroids[..directions], &mut out.centroids);
         }
     }
-    for (sample, to) in out.samples.iter_mut().enumerate() {
-        to.resize(lines, Line([0; 64]));
+    for (sample, to) in out.samples.chunks_exact_mut(lines).enumerate() {
         for (slot, key) in SLOTS.into_iter().enumerate() {
             let (group, from) = sampled(sample, key);
             let from = SLOTS.iter().position(|key| *key == from).unwrap_or_default();

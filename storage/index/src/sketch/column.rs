@@ -12,7 +12,7 @@ use half::f16;
 use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS};
 
 use super::{
-    cluster::{SAMPLES, SEGMENT_GROUPS},
+    cluster::SEGMENT_GROUPS,
     format::{RUN, SketchFormat, View, encode_block_and, invalid},
     slopes::Slopes,
 };
@@ -47,10 +47,8 @@ pub struct Column {
     centroids: Vec<Line>,
     centroid_steps: Vec<f32>,
     centroid_masks: Vec<u16>,
-    /// Of each clustered segment samples of its keys, of all of them the first, then the second, ..
-    samples: [Vec<Line>; SAMPLES],
-    /// Per clustered segment.
-    sample_steps: Vec<f32>,
+    /// Samples of clustered segments: groups of sixteen keys each.
+    samples: Vec<Line>,
 }
 
 impl Column {
@@ -72,8 +70,7 @@ impl Column {
             centroids: Vec::new(),
             centroid_steps: Vec::new(),
             centroid_masks: Vec::new(),
-            samples: [const { Vec::new() }; SAMPLES],
-            sample_steps: Vec::new(),
+            samples: Vec::new(),
         }
     }
 
@@ -90,8 +87,7 @@ impl Column {
         self.centroids.clear();
         self.centroid_steps.clear();
         self.centroid_masks.clear();
-        self.samples.iter_mut().for_each(Vec::clear);
-        self.sample_steps.clear();
+        self.samples.clear();
     }
 
     /// Appends a block by its sketch.
@@ -300,9 +296,8 @@ impl Column {
             + self.run_keys.len() * 4
             + self.slopes.bytes()
             + self.order.len() * 2
-            + self.centroids.len() * 2 * 64
+            + (self.centroids.len() + self.samples.len()) * 64
             + self.centroid_steps.len() * 6
-            + self.sample_steps.len() * 4
     }
 
     pub(super) fn slopes(&self) -> &Slopes {

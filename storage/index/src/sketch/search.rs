@@ -23,6 +23,8 @@ use crate::HeadBasis;
 
 /// Groups of one call: their codes stay in the second cache while all heads scan them.
 const TILE: usize = 256;
+/// Of so many clustered groups or fewer all are scanned: they are few, and known better then.
+const SHORT: usize = 1024;
 /// Levels per bucket of the guess: an eighth of a power of two.
 const BUCKET: u16 = 16;
 

@@ -1,13 +1,13 @@
 //! The segments of a column that are clustered.
 
 use half::f16;
-use kvasir_simd::{CodedKeys, GROUP, RUN_GROUPS, SEGMENT};
+use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS, SEGMENT};
 
 use super::Column;
 use crate::{
     IndexError,
     sketch::{
-        cluster::{SEGMENT_GROUPS, cluster},
+        cluster::{SAMPLES, SEGMENT_GROUPS, cluster},
         format::{SketchFormat, invalid, mean_values},
     },
 };
@@ -91,20 +91,18 @@ impl Column {
             .resize(self.centroid_steps.len() + centroids, found.step);
         self.centroid_masks
             .resize(self.centroid_masks.len() + centroids, u16::MAX);
-        for (samples, own) in self.samples.iter_mut().zip(&found.samples) {
-            samples.extend_from_slice(own);
-        }
-        self.sample_steps.push(found.step);
+        self.samples.extend_from_slice(&found.samples);
         Ok(())
     }
 
-    /// Sample `sample` of every clustered segment, of which those keys are searched that `masks` names.
-    pub(in crate::sketch) fn sample<'a>(&'a self, sample: usize, masks: &'a [u16]) -> CodedKeys<'a> {
-        CodedKeys {
-            codes: &self.samples[sample],
-            steps: &self.sample_steps,
-            masks,
-        }
+    /// Codes of sample `at` of a clustered segment, and their step.
+    pub(in crate::sketch) fn sample(&self, segment: usize, at: usize) -> (&[Line], f32) {
+        let lines = self.lines();
+        let first = (segment * SAMPLES + at) * lines;
+        (
+            &self.samples[first..first + lines],
+            self.steps[segment * SEGMENT_GROUPS],
+        )
     }
 
     /// Row in its segment of each slot of those that are clustered, which are the first.

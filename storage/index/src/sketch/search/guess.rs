@@ -3,7 +3,7 @@
 
 use kvasir_simd::Level;
 
-use super::{Kind, Masks, Room, Table};
+use super::{Kind, Masks, Room, SHORT, Table};
 use crate::sketch::column::Column;
 
 /// One in so many keys is few.
@@ -49,7 +49,8 @@ impl Table {
                     room.sample.look(&self.coded, head, column, masks, sequence);
                     let share = count as f64 / searched as f64;
                     let floors = room.sample.floors([share, share.max(GAP_OF)]);
-                    if column.clustered_groups() > 0 {
+                    gap.0 = u16::MAX;
+                    if column.clustered_groups() > SHORT {
                         gap = room.sample.gap(room.first.levels(head), floors);
                     }
                     floors[0]

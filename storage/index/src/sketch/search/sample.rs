@@ -3,30 +3,28 @@
 
 use kvasir_simd::{CodedKeys, CodedQueries, GROUP, Level, Line, RUN_GROUPS, coded_levels};
 
-use super::{BUCKET, Lean, Masks};
+use super::{BUCKET, Lean, Masks, SHORT};
 use crate::sketch::{
     cluster::{SAMPLES, SEGMENT_GROUPS, sampled},
     column::Column,
 };
 
-/// Groups looked at of keys that are not clustered.
+/// Groups looked at, of samples and others.
 const SAMPLE: usize = 256;
-/// Of clustered ones there are samples of sixteen keys of a segment, of which all are looked at while there are no more than so many.
-const SAMPLES_MAX: usize = 1024;
 /// Of so many of a head's best keys the group is not scanned.
 const LOST: f64 = 0.03;
 
 /// Some of a column's keys: samples of its clustered segments, then whole groups.
 #[derive(Debug, Default)]
 pub(super) struct Sample {
-    /// Samples of each clustered segment, and how many such segments there are.
-    samples: usize,
-    segments: usize,
-    /// Of other groups every so many, side by side.
+    /// Samples of clustered segments: the segment, and which of its samples.
+    samples: Vec<(u32, u32)>,
+    /// Of other groups, from one on, every so many.
+    from: usize,
     every: usize,
+    /// Of samples, then of groups, side by side.
     codes: Vec<Line>,
     steps: Vec<f32>,
-    /// Of samples, then of groups.
     masks: Vec<u16>,
     /// Whose masks these are.
     sequence: Option<usize>,
@@ -41,25 +39,45 @@ pub(super) struct Sample {
 impl Sample {
     /// Takes those of `column`.
     pub(super) fn take(&mut self, column: &Column, masks: &Masks) {
-        self.segments = column.clustered_groups() / SEGMENT_GROUPS;
-        self.samples = (SAMPLES_MAX / self.segments.max(1)).clamp(1, SAMPLES);
-        self.every = if self.segments > 0 {
-            // As many of these keys as of those.
-            SEGMENT_GROUPS / self.samples
+        let (clustered, groups) = (column.clustered_groups(), column.groups());
+        // Samples of few segments would be few keys.
+        let samples = if clustered > SHORT {
+            clustered / SEGMENT_GROUPS * SAMPLES
         } else {
-            column.groups().div_ceil(SAMPLE).max(1)
+            0
         };
+        let apart = if samples > 0 {
+            samples.div_ceil(SAMPLE)
+        } else {
+            groups.div_ceil(SAMPLE).max(1)
+        };
+        self.samples.clear();
         self.codes.clear();
         self.steps.clear();
         (self.sequence, self.head) = (None, None);
-        for group in (column.clustered_groups()..column.groups()).step_by(self.every) {
+        for at in (0..samples).step_by(apart) {
+            // Of segments by turns another one.
+            let (segment, own) = (at / SAMPLES, (at + at / SAMPLES) % SAMPLES);
+            let (codes, step) = column.sample(segment, own);
+            self.codes.extend_from_slice(codes);
+            self.steps.push(step);
+            self.samples.push((segment as u32, own as u32));
+        }
+        // As many of these keys as of those.
+        self.every = if samples > 0 {
+            apart * SEGMENT_GROUPS / SAMPLES
+        } else {
+            apart
+        };
+        self.from = if samples > 0 { clustered } else { 0 };
+        for group in (self.from..groups).step_by(self.every) {
             let keys = column.coded(group..group + 1, &masks.words[0]);
             self.codes.extend_from_slice(keys.codes);
             self.steps.extend_from_slice(keys.steps);
         }
     }
 
-    /// Levels of a head of `sequence`; 0 of what it does not search.
+    /// Finds the levels of a head of `sequence`; 0 of what it does not search.
     pub(super) fn look(
         &mut self,
         queries: &CodedQueries,
@@ -76,57 +94,40 @@ impl Sample {
             return;
         }
         self.levels.resize(self.masks.len() * GROUP, 0);
-        let (masks, others) = self.masks.split_at(self.samples * self.segments);
-        let (levels, rest) = self.levels.split_at_mut(masks.len() * GROUP);
-        let each = self.segments.max(1);
-        let samples = masks.chunks(each).zip(levels.chunks_mut(each * GROUP));
-        for (sample, (masks, levels)) in samples.enumerate() {
-            let stride = levels.len();
-            coded_levels(queries, head..head + 1, column.sample(sample, masks), levels, stride);
-        }
         let keys = CodedKeys {
             codes: &self.codes,
             steps: &self.steps,
-            masks: others,
+            masks: &self.masks,
         };
-        let stride = rest.len();
-        coded_levels(queries, head..head + 1, keys, rest, stride);
+        let stride = self.levels.len();
+        coded_levels(queries, head..head + 1, keys, &mut self.levels, stride);
         self.count();
     }
 
     /// Which keys of the sample are searched, given `words` of all groups.
     fn mask(&mut self, words: &[u16]) {
-        let (clustered, others) = words.split_at(self.segments * SEGMENT_GROUPS);
+        let (own, others) = words.split_at(self.from);
         self.masks.clear();
-        for sample in 0..self.samples {
-            let segments = clustered.chunks_exact(SEGMENT_GROUPS);
-            self.masks.extend(segments.map(|words| {
-                (0..GROUP).fold(0, |mask, at| {
-                    let (group, key) = sampled(sample, at);
-                    mask | ((words[group] >> key) & 1) << at
-                })
-            }));
-        }
+        self.masks.extend(self.samples.iter().map(|&(segment, sample)| {
+            let words = &own[segment as usize * SEGMENT_GROUPS..][..SEGMENT_GROUPS];
+            (0..GROUP).fold(0, |mask, at| {
+                let (group, key) = sampled(sample as usize, at);
+                mask | ((words[group] >> key) & 1) << at
+            })
+        }));
         self.masks.extend(others.iter().step_by(self.every));
     }
 
     /// Of clustered segments, the levels of sixteen keys and those of their groups in `near`; and the level of the centroid of the run of
     /// each.
     fn clustered<'a>(&'a self, near: &'a [u16]) -> impl Iterator<Item = ([u16; GROUP], [u16; GROUP], [Level; GROUP])> {
-        let own = &self.levels[..self.samples * self.segments * GROUP];
-        own.as_chunks::<GROUP>().0.iter().enumerate().map(|(at, levels)| {
-            let (sample, segment) = (at / self.segments, at % self.segments);
-            let near = &near[segment * SEGMENT_GROUPS..][..SEGMENT_GROUPS];
-            let groups = std::array::from_fn(|at| near[sampled(sample, at).0]);
+        let samples = self.levels.as_chunks::<GROUP>().0.iter().zip(&self.samples);
+        samples.map(|(levels, &(segment, sample))| {
+            let near = &near[segment as usize * SEGMENT_GROUPS..][..SEGMENT_GROUPS];
             // A sample has a key of every run, in their order.
-            let runs = near.as_chunks::<RUN_GROUPS>().0;
-            let centre =
-                |run: &[u16; RUN_GROUPS]| run.iter().map(|level| u32::from(*level)).sum::<u32>() / RUN_GROUPS as u32;
-            (
-                *levels,
-                groups,
-                std::array::from_fn(|at| Level(centre(&runs[at]) as u16)),
-            )
+            let runs: [[u16; RUN_GROUPS]; GROUP] = near.as_chunks().0.first_chunk().copied().unwrap_or_default();
+            let groups = runs.map(|run| run[sample as usize]);
+            (*levels, groups, runs.map(centre))
         })
     }
 
@@ -198,16 +199,18 @@ impl Sample {
     /// How the scores of the head that was looked at last lie. `centres` of runs that are not clustered are told what their mean stands
     /// for.
     pub(super) fn lean(&self, near: &[u16], floor: Level, centres: &mut [Level]) -> Lean {
-        let others = self.levels[self.samples * self.segments * GROUP..]
-            .as_chunks::<GROUP>()
-            .0;
+        let others = &self.levels.as_chunks::<GROUP>().0[self.samples.len()..];
         let sum_of = |levels: &[u16]| levels.iter().map(|level| u32::from(*level)).sum::<u32>();
         let count: u64 = self.counts.iter().map(|count| u64::from(*count)).sum();
         let sum: u64 = self.levels.chunks(GROUP).map(|levels| u64::from(sum_of(levels))).sum();
         let mean = Level(sum.checked_div(count).unwrap_or_default() as u16);
         centres[near.len() / RUN_GROUPS..].fill(mean);
         let (mut squares, mut weights, mut moments) = (0.0_f64, 0.0_f64, 0.0_f64);
-        let others = others.iter().map(|levels| (*levels, [mean; GROUP]));
+        let others = others.iter().enumerate().map(|(at, levels)| {
+            let run = (self.from + at * self.every) / RUN_GROUPS;
+            let centre = near.as_chunks().0.get(run).map_or(mean, |run| centre(*run));
+            (*levels, [centre; GROUP])
+        });
         let clustered = self.clustered(near).map(|(levels, _, centres)| (levels, centres));
         for (levels, centres) in clustered.chain(others) {
             let (mut square, mut weight, mut moment) = (0.0_f32, 0.0_f32, 0.0_f32);
@@ -229,4 +232,9 @@ impl Sample {
             left: 0.0,
         }
     }
+}
+
+/// Level of the centroid of a run whose groups' have these.
+fn centre([a, b, c, d]: [u16; RUN_GROUPS]) -> Level {
+    Level(((u32::from(a) + u32::from(b) + u32::from(c) + u32::from(d)) / RUN_GROUPS as u32) as u16)
 }
