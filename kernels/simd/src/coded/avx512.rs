@@ -81,8 +81,10 @@ unsafe fn each<P: Places, T: Take<H>, const H: usize, const LINES: usize>(call: 
     let nibble = _mm512_set1_epi8(15);
     let mut maps = Maps::new(call);
     for first in (0..places.len()).step_by(RUN_GROUPS) {
-        let four = Four::new(call, places, first);
-        maps.follow(four.steps);
+        // SAFETY: this function's own contract.
+        let four = unsafe { Four::new(call, places, first) };
+        // SAFETY: as above.
+        unsafe { maps.follow(four.steps) };
         let mut products = [[zero; RUN_GROUPS]; H];
         for (products, weights) in products.iter_mut().zip(call.heads) {
             *products = [_mm512_set1_epi32(weights.start); RUN_GROUPS];
@@ -162,7 +164,7 @@ impl<P: Places, const H: usize> Take<H> for Keep<'_, '_, P, H> {
                         .kept
                         .as_mut_ptr()
                         .add(head * self.out.stride + self.counts[head]);
-                    four::keep(&near[head].0, reached[head], &four.keys, to);
+                    four::keep::<P>(&near[head].0, reached[head], &four.keys, to);
                 }
                 self.counts[head] += reached[head].count_ones() as usize;
             }
