@@ -17,25 +17,47 @@ pub(super) struct Four {
     pub(super) next: [usize; RUN_GROUPS],
     /// Of each, its first key.
     pub(super) keys: [u32; RUN_GROUPS],
-    pub(super) steps: [f32; RUN_GROUPS],
+    pub(super) steps: __m128,
     /// Which keys are searched, of two groups each; none of a group that is there again.
     pub(super) words: [u32; 2],
 }
 
 impl Four {
     /// From the place `first` on, which is one.
+    ///
+    /// # Safety
+    /// All places are groups of the keys.
     #[inline(always)]
-    pub(super) fn new(call: &Call<'_>, places: impl Places, first: usize) -> Self {
-        let last = places.len() - 1;
-        let at: [usize; RUN_GROUPS] = std::array::from_fn(|i| places.group((first + i).min(last)));
-        let word = |i: usize| if first + i <= last { call.keys.masks[at[i]] } else { 0 };
-        let words = |i: usize| u32::from(word(i)) | u32::from(word(i + 1)) << 16;
+    pub(super) unsafe fn new(call: &Call<'_>, places: impl Places, first: usize) -> Self {
+        let (len, on) = (places.len(), first + AHEAD * RUN_GROUPS);
+        let at: [usize; RUN_GROUPS] = if first + RUN_GROUPS <= len {
+            std::array::from_fn(|i| places.group(first + i))
+        } else {
+            std::array::from_fn(|i| places.group((first + i).min(len - 1)))
+        };
+        let next = if on + RUN_GROUPS <= len {
+            std::array::from_fn(|i| places.group(on + i))
+        } else {
+            at
+        };
+        let (steps, masks) = (call.keys.steps, call.keys.masks);
+        // SAFETY: this function's own contract, and SSE is in every x86-64 processor.
+        let (steps, mut words) = unsafe {
+            let step = |i: usize| *steps.get_unchecked(at[i]);
+            let word = |i: usize| u32::from(*masks.get_unchecked(at[i]));
+            let words = [word(0) | word(1) << 16, word(2) | word(3) << 16];
+            (_mm_setr_ps(step(0), step(1), step(2), step(3)), words)
+        };
+        if first + RUN_GROUPS > len {
+            let there = u64::MAX >> (GROUP * (first + RUN_GROUPS - len));
+            words = [words[0] & there as u32, words[1] & (there >> 32) as u32];
+        }
         Self {
             at,
-            next: std::array::from_fn(|i| places.group((first + AHEAD * RUN_GROUPS + i).min(last))),
+            next,
             keys: at.map(|at| (call.first + at * GROUP) as u32),
-            steps: at.map(|at| call.keys.steps[at]),
-            words: [words(0), words(2)],
+            steps,
+            words,
         }
     }
 }
@@ -46,7 +68,7 @@ pub(super) struct Maps {
     units: __m512,
     rests: __m512,
     reaches: __m512i,
-    steps: [f32; RUN_GROUPS],
+    steps: __m128,
     /// The groups have one step, as those of a block do.
     one: bool,
     /// As [`super::super::Map`]'s, of which they are lower halves.
@@ -83,7 +105,7 @@ impl Maps {
             units,
             rests,
             reaches,
-            steps: [f32::NAN; RUN_GROUPS],
+            steps: _mm_set1_ps(f32::NAN),
             one: false,
             doubled: [0; 16],
             factor: [0; 16],
@@ -93,15 +115,23 @@ impl Maps {
         }
     }
 
-    /// [`super::super::Map::new`] of each head and group. Blocks have steps of their own, so these may be new ones at each iteration.
+    /// For groups of these steps. Blocks have steps of their own, so they may be new ones at each iteration.
+    #[inline(always)]
+    pub(super) unsafe fn follow(&mut self, steps: __m128) {
+        // SAFETY: SSE is in every x86-64 processor; the rest is this function's own contract.
+        unsafe {
+            if _mm_movemask_ps(_mm_cmpeq_ps(steps, self.steps)) != 0b1111 {
+                self.change(steps);
+            }
+        }
+    }
+
+    /// [`super::super::Map::new`] of each head and group.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
-    pub(super) fn follow(&mut self, steps: [f32; RUN_GROUPS]) {
-        if steps == self.steps {
-            return;
-        }
+    fn change(&mut self, steps: __m128) {
         self.steps = steps;
-        self.one = steps == [steps[0]; RUN_GROUPS];
+        self.one = _mm_movemask_ps(_mm_cmpeq_ps(steps, _mm_broadcastss_ps(steps))) == 0b1111;
         let round = |x: __m512| {
             let moved = _mm512_castps_si512(_mm512_add_ps(x, _mm512_set1_ps(ROUNDS)));
             _mm512_sub_epi32(moved, _mm512_set1_epi32(ROUNDS.to_bits() as i32))
@@ -112,9 +142,7 @@ impl Maps {
                 _mm512_set1_epi32(127),
             )))
         };
-        // SAFETY: the load covers the four steps.
-        let steps = _mm512_broadcast_f32x4(unsafe { _mm_loadu_ps(steps.as_ptr()) });
-        let unit = _mm512_mul_ps(self.units, steps);
+        let unit = _mm512_mul_ps(self.units, _mm512_broadcast_f32x4(steps));
         let exponent = _mm512_srli_epi32::<23>(_mm512_castps_si512(unit));
         let doubled = _mm512_max_epi32(
             _mm512_sub_epi32(exponent, _mm512_set1_epi32(126)),
@@ -138,6 +166,8 @@ impl Maps {
             // SAFETY: the store covers the sixteen elements of the array.
             unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), lanes) };
         }
+        // From memory numbers get into whole registers with least work; a compiler would take them from registers if it could.
+        std::hint::black_box(self);
     }
 
     /// Levels of each head's products in the order of the keys, two groups a register; 0 for keys that are not searched.
@@ -153,12 +183,12 @@ impl Maps {
             if self.one && !self.wide && words == [u32::MAX; 2] {
                 for (head, levels) in levels.iter_mut().enumerate() {
                     let lane = head * RUN_GROUPS;
-                    let doubled = _mm512_set1_epi16(self.doubled[lane] as i16);
+                    let doubled = _mm_cvtsi32_si128(self.doubled[lane]);
                     let factor = _mm512_set1_epi16(self.factor[lane] as i16);
                     let offset = _mm512_set1_epi16(self.offset[lane] as i16);
                     for (pair, level) in levels.iter_mut().enumerate() {
                         let product = self.lower(&products[head], pair);
-                        let scaled = _mm512_mulhrs_epi16(_mm512_sllv_epi16(product, doubled), factor);
+                        let scaled = _mm512_mulhrs_epi16(_mm512_sll_epi16(product, doubled), factor);
                         *level = _mm512_adds_epi16(scaled, offset);
                     }
                 }
@@ -267,44 +297,66 @@ pub(super) fn store(levels: [__m512i; 2], out: &mut [u16; RUN_GROUPS * GROUP]) {
     }
 }
 
-/// Levels of four groups.
+/// Levels of four groups, and more, so that one behind the last may be read.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-pub(super) struct Near(pub(super) [u16; RUN_GROUPS * GROUP]);
+pub(super) struct Near(pub(super) [u16; (RUN_GROUPS + 2) * GROUP]);
 
-impl Default for Near {
-    fn default() -> Self {
-        Self([0; RUN_GROUPS * GROUP])
+impl Near {
+    #[inline(always)]
+    pub(super) fn new() -> Self {
+        Self([0; (RUN_GROUPS + 2) * GROUP])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn fill(&mut self, levels: [__m512i; 2]) {
+        if let Some(own) = self.0.first_chunk_mut() {
+            store(levels, own);
+        }
     }
 }
 
-/// Writes what is `reached` of four groups whose first keys are `keys`.
+/// Writes what is `reached` of four groups whose first keys are `keys`, and answers where the next goes.
 ///
 /// # Safety
 /// There is room for as many as are reached, and for a register more.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
-pub(super) unsafe fn keep(
-    levels: &[u16; RUN_GROUPS * GROUP],
+pub(super) unsafe fn keep<P: Places>(
+    near: &Near,
     reached: u64,
     keys: &[u32; RUN_GROUPS],
     mut to: *mut u32,
-) {
+) -> *mut u32 {
     /// So many are written one by one, whether there are as many or not: that takes nothing from the products, which need
     /// other parts of the core, and branches are guessed right.
     const SOME: u32 = 4;
-    if reached.count_ones() <= SOME {
+    let count = reached.count_ones();
+    if count <= SOME {
         let mut left = reached;
+        let levels = std::hint::black_box(near.0.as_ptr());
         for at in 0..SOME as usize {
-            let key = left.trailing_zeros() as usize % levels.len();
+            // Of none, one behind the last.
+            let key = left.trailing_zeros() as usize;
             left &= left.wrapping_sub(1);
-            // SAFETY: this function's own contract.
-            unsafe { *to.add(at) = u32::from(levels[key]) << 16 | (keys[key / GROUP] + (key % GROUP) as u32) };
+            let index = if P::APART {
+                keys[key / GROUP % RUN_GROUPS] as u16 + (key % GROUP) as u16
+            } else {
+                (keys[0] as u16).wrapping_add(key as u16)
+            };
+            // SAFETY: this function's own contract; halves of a number, the lower one first.
+            unsafe {
+                let halves = to.add(at).cast::<u16>();
+                *halves = index;
+                *halves.add(1) = *levels.add(key);
+            }
         }
-        return;
+        // SAFETY: this function's own contract.
+        return unsafe { to.add(count as usize) };
     }
     let index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (at, (levels, first)) in levels.as_chunks::<GROUP>().0.iter().zip(keys).enumerate() {
+    for (at, (levels, first)) in near.0.as_chunks::<GROUP>().0.iter().zip(keys).enumerate() {
         let own = _mm512_add_epi32(index, _mm512_set1_epi32(*first as i32));
         let these = (reached >> (at * GROUP)) as u16;
         // SAFETY: the load covers sixteen levels, the rest is this function's own contract; compressed in a register, since to memory
@@ -316,4 +368,5 @@ pub(super) unsafe fn keep(
             to = to.add(these.count_ones() as usize);
         }
     }
+    to
 }
