@@ -188,7 +188,9 @@ impl<'a> Served<'a> {
         }
         // As a store's are once it had the time.
         while let Some(blocks) = column.next_segment() {
-            let values: Vec<&[f16]> = blocks.map(|at| &prefill.values[at * BLOCK * d..][..BLOCK * d]).collect();
+            let values: Vec<&[f16]> = blocks
+                .map(|at| &prefill.values[at * BLOCK * d..][..BLOCK * d])
+                .collect();
             column.cluster(&values)?;
         }
         Ok(Self {

@@ -86,6 +86,8 @@ impl Table {
         let start = out.slots.len();
         out.slots.resize(start + kept.len(), 0);
         out.levels.resize(start + kept.len(), Level(0));
+        room.passed.resize(room.passed.len().max(kept.len()), (0, Level(0)));
+        let mut others = 0;
         let mut passed = Passed::default();
         let left = &mut self.left[head * self.runs..][..self.runs];
         let centres = self.centres.get(head * self.runs..).unwrap_or_default();
@@ -104,13 +106,15 @@ impl Table {
                 let stays = (level > edge) | tie;
                 (out.slots[end], out.levels[end]) = (slot, Level(level));
                 end += usize::from(stays);
-                if !stays {
-                    let weight = Level(level).weight();
-                    left[slot as usize / (GROUP * RUN_GROUPS)] += weight;
-                    passed.weight += f64::from(weight);
-                    passed.moment += f64::from(weight) * f64::from(Level(level).above_average() - centre(slot));
-                }
+                room.passed[others] = (slot, Level(level));
+                others += usize::from(!stays);
             }
+        }
+        for (slot, level) in &room.passed[..others] {
+            let weight = level.weight();
+            left[*slot as usize / (GROUP * RUN_GROUPS)] += weight;
+            passed.weight += f64::from(weight);
+            passed.moment += f64::from(weight) * f64::from(level.above_average() - centre(*slot));
         }
         out.slots.truncate(end);
         out.levels.truncate(end);

@@ -46,7 +46,7 @@ impl Table {
                 Kind::Exact => Level::LOWEST,
                 Kind::Sketched if count >= searched && mass >= 1.0 => Level::LOWEST,
                 Kind::Sketched => {
-                    room.sample.look(&self.coded, head, column, masks, sequence);
+                    room.sample.look(&self.coded, head, masks, sequence);
                     let share = count as f64 / searched as f64;
                     let floors = room.sample.floors([share, share.max(GAP_OF)]);
                     gap.0 = u16::MAX;
@@ -63,7 +63,7 @@ impl Table {
                 let centres = &mut self.centres[head * self.runs..][..self.runs];
                 self.leans.push(match self.kinds[head] {
                     Kind::Sketched if searched > 0 => {
-                        room.sample.look(&self.coded, head, column, masks, sequence);
+                        room.sample.look(&self.coded, head, masks, sequence);
                         room.sample.lean(room.first.levels(head), floor, centres)
                     }
                     _ => Lean::default(),

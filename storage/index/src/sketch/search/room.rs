@@ -11,6 +11,8 @@ use super::{TILE, first::First, sample::Sample};
 pub(in crate::sketch) struct Room {
     pub(super) weights: Vec<f32>,
     pub(super) counts: Vec<u32>,
+    /// What was kept of a head and does not stay.
+    pub(super) passed: Vec<(u32, Level)>,
     pub(super) sample: Sample,
     pub(super) first: First,
     pub(super) floors: Vec<Level>,

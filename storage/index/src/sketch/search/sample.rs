@@ -1,7 +1,9 @@
 //! A sample of a column's keys, and what it says of a head: from which level on its best keys lie, how far below them their
 //! centroids, and how the scores of the others.
 
-use kvasir_simd::{CodedKeys, CodedQueries, GROUP, Level, Line, RUN_GROUPS, coded_levels};
+use kvasir_simd::{
+    CodedKeys, CodedQueries, GROUP, Level, Line, RUN_GROUPS, Spread, coded_levels, gaps, pick, spread, weights_beside,
+};
 
 use super::{BUCKET, Lean, Masks, SHORT};
 use crate::sketch::{
@@ -9,8 +11,9 @@ use crate::sketch::{
     column::Column,
 };
 
-/// Groups looked at, of samples and others.
+/// Groups looked at, of samples and others: as many, or of a long column one in so many and at most four times as many.
 const SAMPLE: usize = 256;
+const SAMPLE_OF: usize = 64;
 /// Of so many of a head's best keys the group is not scanned.
 const LOST: f64 = 0.03;
 
@@ -30,9 +33,13 @@ pub(super) struct Sample {
     sequence: Option<usize>,
     /// Of which head.
     head: Option<usize>,
-    levels: Vec<u16>,
-    /// Keys of the head last looked at, by level.
+    levels: Vec<[u16; GROUP]>,
+    /// Searched keys of the head last looked at, and by level.
+    searched: usize,
     counts: Vec<u32>,
+    /// Levels of what stands for each key: of a sample's keys their groups' centroids, of all keys their runs'.
+    groups: Vec<[u16; GROUP]>,
+    centres: Vec<[u16; GROUP]>,
     gaps: Vec<u16>,
 }
 
@@ -47,7 +54,7 @@ impl Sample {
             0
         };
         let apart = if samples > 0 {
-            samples.div_ceil(SAMPLE)
+            samples.div_ceil((groups / SAMPLE_OF).clamp(SAMPLE, 4 * SAMPLE))
         } else {
             groups.div_ceil(SAMPLE).max(1)
         };
@@ -78,14 +85,7 @@ impl Sample {
     }
 
     /// Finds the levels of a head of `sequence`; 0 of what it does not search.
-    pub(super) fn look(
-        &mut self,
-        queries: &CodedQueries,
-        head: usize,
-        column: &Column,
-        masks: &Masks,
-        sequence: usize,
-    ) {
+    pub(super) fn look(&mut self, queries: &CodedQueries, head: usize, masks: &Masks, sequence: usize) {
         if self.sequence.replace(sequence) != Some(sequence) {
             self.mask(&masks.words[sequence]);
             self.head = None;
@@ -93,14 +93,15 @@ impl Sample {
         if self.head.replace(head) == Some(head) {
             return;
         }
-        self.levels.resize(self.masks.len() * GROUP, 0);
+        self.levels.resize(self.masks.len(), [0; GROUP]);
         let keys = CodedKeys {
             codes: &self.codes,
             steps: &self.steps,
             masks: &self.masks,
         };
-        let stride = self.levels.len();
-        coded_levels(queries, head..head + 1, keys, &mut self.levels, stride);
+        let levels = self.levels.as_flattened_mut();
+        let stride = levels.len();
+        coded_levels(queries, head..head + 1, keys, levels, stride);
         self.count();
     }
 
@@ -118,35 +119,23 @@ impl Sample {
         self.masks.extend(others.iter().step_by(self.every));
     }
 
-    /// Of clustered segments, the levels of sixteen keys and those of their groups in `near`; and the level of the centroid of the run of
-    /// each.
-    fn clustered<'a>(&'a self, near: &'a [u16]) -> impl Iterator<Item = ([u16; GROUP], [u16; GROUP], [Level; GROUP])> {
-        let samples = self.levels.as_chunks::<GROUP>().0.iter().zip(&self.samples);
-        samples.map(|(levels, &(segment, sample))| {
-            let near = &near[segment as usize * SEGMENT_GROUPS..][..SEGMENT_GROUPS];
-            // A sample has a key of every run, in their order.
-            let runs: [[u16; RUN_GROUPS]; GROUP] = near.as_chunks().0.first_chunk().copied().unwrap_or_default();
-            let groups = runs.map(|run| run[sample as usize]);
-            (*levels, groups, runs.map(centre))
-        })
-    }
-
     /// Counts keys by level.
     fn count(&mut self) {
         self.counts.clear();
         self.counts.resize(usize::from(u16::MAX / BUCKET) + 1, 0);
-        for level in &self.levels {
+        for level in self.levels.as_flattened() {
             self.counts[usize::from(level / BUCKET)] += 1;
         }
         // Nothing that is searched has a level of the first bucket.
-        self.counts[0] = 0;
+        self.searched = self.levels.len() * GROUP - std::mem::take(&mut self.counts[0]) as usize;
+        let highest = self.levels.as_flattened().iter().copied().max().unwrap_or_default();
+        self.counts.truncate(usize::from(highest / BUCKET) + 1);
     }
 
     /// Level of about the best `share` of the counted keys.
     fn best(&self, share: f64) -> Level {
-        let sampled: u32 = self.counts.iter().sum();
         // A few more than wanted: too many cost less than another scan.
-        let mut left = (f64::from(sampled) * share * 1.125).ceil() as usize;
+        let mut left = (self.searched as f64 * share * 1.125).ceil() as usize;
         let below = self.counts.iter().rposition(|&count| {
             let enough = left <= count as usize;
             left = left.saturating_sub(count as usize);
@@ -157,6 +146,19 @@ impl Sample {
         })
     }
 
+    /// Takes the levels of the centroids of all clustered groups of the head that was looked at last.
+    fn stand_for(&mut self, near: &[u16]) {
+        self.groups.clear();
+        self.centres.clear();
+        let runs = near.as_chunks::<RUN_GROUPS>().0;
+        for &(segment, sample) in &self.samples {
+            let own = runs[segment as usize * GROUP..].first_chunk();
+            let (groups, centres) = own.map_or(([0; GROUP], [0; GROUP]), |own| pick(own, sample as usize));
+            self.groups.push(groups);
+            self.centres.push(centres);
+        }
+    }
+
     /// Levels of about the best keys of the head that was looked at last, by share of all; the second of a larger share.
     pub(super) fn floors(&self, shares: [f64; 2]) -> [Level; 2] {
         shares.map(|share| self.best(share))
@@ -165,76 +167,46 @@ impl Sample {
     /// How far below `floor` the centroids lie, whose levels are `near`, of most keys that are on it or above; keys from `high` to it
     /// are taken for ones that are on it. And what a key of groups still further below weighs on average, over what their centroid does.
     pub(super) fn gap(&mut self, near: &[u16], [floor, high]: [Level; 2]) -> (u16, f32) {
-        let mut gaps = std::mem::take(&mut self.gaps);
-        gaps.clear();
-        for (levels, groups, _) in self.clustered(near) {
-            for (level, group) in levels.into_iter().zip(groups).filter(|(level, _)| *level >= high.0) {
-                gaps.push(level.min(floor.0).saturating_sub(group));
-            }
-        }
-        let most = gaps.len().saturating_sub(1 + (gaps.len() as f64 * LOST) as usize);
+        self.stand_for(near);
+        let levels = &self.levels[..self.samples.len()];
+        let found = &mut self.gaps;
+        found.clear();
+        gaps(levels, &self.groups, high, floor, found);
+        let most = found.len().saturating_sub(1 + (found.len() as f64 * LOST) as usize);
         // Where nothing is known all are scanned.
-        let gap = if gaps.is_empty() {
+        let gap = if found.is_empty() {
             u16::MAX
         } else {
-            *gaps.select_nth_unstable(most).1
+            *found.select_nth_unstable(most).1
         };
-        self.gaps = gaps;
-        let from = floor.0.saturating_sub(gap);
-        let (mut exact, mut by_centroid) = (0.0_f64, 0.0_f64);
-        for (levels, groups, _) in self.clustered(near) {
-            let (mut own, mut by_group) = (0.0_f32, 0.0_f32);
-            for (level, group) in levels.into_iter().zip(groups) {
-                let counts = (level > 0) & (group < from);
-                own += if counts { Level(level).weight() } else { 0.0 };
-                by_group += if counts { Level(group).weight() } else { 0.0 };
-            }
-            exact += f64::from(own);
-            by_centroid += f64::from(by_group);
-        }
+        let (exact, by_centroid) = weights_beside(levels, &self.groups, floor.0.saturating_sub(gap));
         let excess = if by_centroid > 0.0 { exact / by_centroid } else { 1.0 };
         (gap, excess as f32)
     }
 
     /// How the scores of the head that was looked at last lie. `centres` of runs that are not clustered are told what their mean stands
     /// for.
-    pub(super) fn lean(&self, near: &[u16], floor: Level, centres: &mut [Level]) -> Lean {
-        let others = &self.levels.as_chunks::<GROUP>().0[self.samples.len()..];
-        let sum_of = |levels: &[u16]| levels.iter().map(|level| u32::from(*level)).sum::<u32>();
-        let count: u64 = self.counts.iter().map(|count| u64::from(*count)).sum();
-        let sum: u64 = self.levels.chunks(GROUP).map(|levels| u64::from(sum_of(levels))).sum();
-        let mean = Level(sum.checked_div(count).unwrap_or_default() as u16);
+    pub(super) fn lean(&mut self, near: &[u16], floor: Level, centres: &mut [Level]) -> Lean {
+        self.stand_for(near);
+        let sum_of = |levels: &[u16; GROUP]| u64::from(levels.iter().map(|level| u32::from(*level)).sum::<u32>());
+        let sum: u64 = self.levels.iter().map(sum_of).sum();
+        let mean = Level(sum.checked_div(self.searched as u64).unwrap_or_default() as u16);
         centres[near.len() / RUN_GROUPS..].fill(mean);
-        let (mut squares, mut weights, mut moments) = (0.0_f64, 0.0_f64, 0.0_f64);
-        let others = others.iter().enumerate().map(|(at, levels)| {
-            let run = (self.from + at * self.every) / RUN_GROUPS;
-            let centre = near.as_chunks().0.get(run).map_or(mean, |run| centre(*run));
-            (*levels, [centre; GROUP])
-        });
-        let clustered = self.clustered(near).map(|(levels, _, centres)| (levels, centres));
-        for (levels, centres) in clustered.chain(others) {
-            let (mut square, mut weight, mut moment) = (0.0_f32, 0.0_f32, 0.0_f32);
-            for (level, centre) in levels.into_iter().zip(centres) {
-                let above = Level(level).above_average() - centre.above_average();
-                let above = if level > 0 { above } else { 0.0 };
-                let below = if level < floor.0 { Level(level).weight() } else { 0.0 };
-                square += above * above;
-                weight += below;
-                moment += below * above;
-            }
-            squares += f64::from(square);
-            weights += f64::from(weight);
-            moments += f64::from(moment);
+        let runs = near.as_chunks().0;
+        for at in 0..self.levels.len() - self.samples.len() {
+            let run = runs.get((self.from + at * self.every) / RUN_GROUPS);
+            let centre = run.map_or(mean.0, |run| pick(&[*run; GROUP], 0).1[0]);
+            self.centres.push([centre; GROUP]);
         }
+        let Spread {
+            squares,
+            weights,
+            moments,
+        } = spread(&self.levels, &self.centres, floor);
         Lean {
-            variance: (squares / count.max(1) as f64) as f32,
+            variance: (squares / self.searched.max(1) as f64) as f32,
             away: if weights > 0.0 { moments / weights } else { 0.0 },
             left: 0.0,
         }
     }
-}
-
-/// Level of the centroid of a run whose groups' have these.
-fn centre([a, b, c, d]: [u16; RUN_GROUPS]) -> Level {
-    Level(((u32::from(a) + u32::from(b) + u32::from(c) + u32::from(d)) / RUN_GROUPS as u32) as u16)
 }
