@@ -25,8 +25,10 @@ use crate::HeadBasis;
 const TILE: usize = 256;
 /// Of so many clustered groups or fewer all are scanned: they are few, and known better then.
 const SHORT: usize = 1024;
-/// Levels per bucket of the guess: an eighth of a power of two.
-const BUCKET: u16 = 16;
+/// The same where few of them are scanned.
+const LISTED_TILE: usize = 1024;
+/// Levels per bucket of the guess: a 32nd of a power of two.
+const BUCKET: u16 = 4;
 
 /// What a query head is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -258,8 +260,12 @@ impl Table {
         let mut first = 0;
         while first < groups {
             // Tiles end where units do.
-            let end = (first / TILE + 1) * TILE;
-            let tile = first..end.min(if first < clustered { clustered } else { groups });
+            let (each, end) = if first < clustered {
+                (LISTED_TILE, clustered)
+            } else {
+                (TILE, groups)
+            };
+            let tile = first..((first / each + 1) * each).min(end);
             if (first * GROUP).is_multiple_of(UNIT) {
                 let all = room.found.len();
                 let at = first * GROUP / UNIT * all;

@@ -2,8 +2,11 @@
 
 use kvasir_simd::{GROUP, Level, RUN_GROUPS, UNIT};
 
-use super::{BUCKET, Candidates, Kind, Masks, Room, Table, sum};
+use super::{Candidates, Kind, Masks, Room, Table, sum};
 use crate::sketch::column::Column;
+
+/// Levels by which a floor is lowered at first that was too high: a quarter of a power of two.
+const DOWN: u16 = 32;
 
 /// What was kept by a scan and did not stay: the sum of its weights, and of weights times scores above its run's.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,7 +39,7 @@ impl Table {
             out.ends.push(out.slots.len());
             return Passed::default();
         }
-        let mut down = 2 * BUCKET;
+        let mut down = DOWN;
         while room.floors[head] > Level::LOWEST && room.found[head] * 4 < count.min(searched) * 3 {
             let lower = room.floors[head].0.saturating_sub(down).max(Level::LOWEST.0);
             room.floors[head] = Level(lower);

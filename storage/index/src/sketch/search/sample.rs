@@ -36,6 +36,7 @@ pub(super) struct Sample {
     levels: Vec<[u16; GROUP]>,
     /// Searched keys of the head last looked at, and by level.
     searched: usize,
+    lowest: u16,
     counts: Vec<u32>,
     /// Levels of what stands for each key: of a sample's keys their groups' centroids, of all keys their runs'.
     groups: Vec<[u16; GROUP]>,
@@ -121,15 +122,22 @@ impl Sample {
 
     /// Counts keys by level.
     fn count(&mut self) {
+        let levels = self.levels.as_flattened();
+        // Of keys that are not searched 0, which is below all others.
+        let (lowest, highest) = levels.iter().fold((u16::MAX, 0), |(low, high), level| {
+            (low.min(level.wrapping_sub(1)), high.max(*level))
+        });
+        self.lowest = lowest.saturating_add(1).min(highest);
         self.counts.clear();
-        self.counts.resize(usize::from(u16::MAX / BUCKET) + 1, 0);
-        for level in self.levels.as_flattened() {
-            self.counts[usize::from(level / BUCKET)] += 1;
+        self.counts.resize(usize::from((highest - self.lowest) / BUCKET) + 1, 0);
+        let mut others = 0;
+        for level in levels {
+            let above = level.saturating_sub(self.lowest);
+            others += u32::from(*level == 0);
+            self.counts[usize::from(above / BUCKET)] += 1;
         }
-        // Nothing that is searched has a level of the first bucket.
-        self.searched = self.levels.len() * GROUP - std::mem::take(&mut self.counts[0]) as usize;
-        let highest = self.levels.as_flattened().iter().copied().max().unwrap_or_default();
-        self.counts.truncate(usize::from(highest / BUCKET) + 1);
+        self.counts[0] -= others;
+        self.searched = levels.len() - others as usize;
     }
 
     /// Level of about the best `share` of the counted keys.
@@ -142,7 +150,7 @@ impl Sample {
             enough
         });
         below.map_or(Level::LOWEST, |bucket| {
-            Level((bucket as u16 * BUCKET).max(Level::LOWEST.0))
+            Level((self.lowest + bucket as u16 * BUCKET).max(Level::LOWEST.0))
         })
     }
 
