@@ -102,15 +102,22 @@ pub(super) fn cluster(format: SketchFormat, codes: &[Line], steps: &[f32], masks
         }
     }
     for (sample, to) in out.samples.chunks_exact_mut(lines).enumerate() {
-        for (slot, key) in SLOTS.into_iter().enumerate() {
-            let (group, from) = sampled(sample, key);
-            let from = SLOTS.iter().position(|key| *key == from).unwrap_or_default();
-            for (to, line) in to.iter_mut().zip(&out.codes[group * lines..]) {
-                to.0[slot * 4..][..4].copy_from_slice(&line.0[from * 4..][..4]);
-            }
-        }
+        gather(&out.codes, |at| sampled(sample, at), to);
     }
     out
+}
+
+/// Makes a group of sixteen keys that lie apart: `of(i)` is the group and the key in it of the one that becomes key `i`.
+pub(super) fn gather(codes: &[Line], of: impl Fn(usize) -> (usize, usize), to: &mut [Line]) {
+    let lines = to.len();
+    for (slot, key) in SLOTS.into_iter().enumerate() {
+        let (group, from) = of(key);
+        // The order of slots is its own inverse.
+        let from = SLOTS[from];
+        for (to, line) in to.iter_mut().zip(&codes[group * lines..]) {
+            to.0[slot * 4..][..4].copy_from_slice(&line.0[from * 4..][..4]);
+        }
+    }
 }
 
 /// A step for keys of blocks that have each their own: their root mean square. Blocks of a text differ by some percent, and coding their

@@ -250,12 +250,15 @@ impl Table {
         }
     }
 
-    /// Scans for `heads`, from their floors on: of clustered segments what may reach them, and all other keys.
+    /// Scans for `heads`, from their floors on: of clustered segments what may reach them where that is little, and all other keys.
     fn scan(&mut self, column: &Column, masks: &Masks, heads: Range<usize>, room: &mut Room) {
-        let (groups, clustered) = (column.groups(), column.clustered_groups());
+        let (groups, mut clustered) = (column.groups(), column.clustered_groups());
         room.found[heads.clone()].fill(0);
         for head in heads.clone().filter(|_| clustered > 0) {
             self.list(head, &masks.words[masks.sequence(head, self.heads())], room);
+        }
+        if !room.first.is_worth_it(heads.clone()) {
+            clustered = 0;
         }
         let mut first = 0;
         while first < groups {

@@ -7,8 +7,10 @@ use kvasir_simd::{GROUP, Level, RUN_GROUPS, score_slots};
 use super::{SketchScan, scattered};
 use crate::sketch::search::{Candidates, Kind};
 
-/// Slots that heads go through side by side: a quarter of a megabyte of keys of 128, of which many heads together read most.
+/// Slots that heads go through side by side, at least: a quarter of a megabyte of keys of 128, of which many heads together read most.
 const TILE: u32 = 1024;
+/// Slots of a head in a tile, at least: fewer are not worth turning to a head for.
+const TILE_SLOTS: usize = 24;
 /// Slots of a run.
 pub(super) const RUN_SLOTS: u32 = (GROUP * RUN_GROUPS) as u32;
 
@@ -21,10 +23,13 @@ pub(super) fn each_tile(
 ) {
     next.clear();
     next.extend((0..candidates.ends.len()).map(|head| candidates.of(head).start));
-    for tile in (0..slots as u32).step_by(TILE as usize) {
+    let most = (0..candidates.ends.len()).map(|head| candidates.of(head).len()).max();
+    let each = (slots * TILE_SLOTS / most.unwrap_or_default().max(1)) as u32;
+    let each = each.clamp(TILE, 1 << 31);
+    for tile in (0..slots as u32).step_by(each as usize) {
         for (head, (next, end)) in next.iter_mut().zip(&candidates.ends).enumerate() {
             let start = *next;
-            *next += below(&candidates.slots[start..*end], tile + TILE);
+            *next += below(&candidates.slots[start..*end], tile.saturating_add(each));
             if start < *next {
                 take(head, start..*next);
             }

@@ -118,7 +118,7 @@ fn exact_answers_are_those_of_every_key() {
 /// Of the groups those are read that matter; what is found is about what a scan of all finds, and bounds hold.
 #[test]
 fn the_first_level_leaves_out_what_does_not_matter() {
-    let mut case = Case::new(41, 64, 4, 64, 16 * SEGMENT);
+    let mut case = Case::new(41, 64, 4, 64, 24 * SEGMENT);
     // As of attention: a few directions decide nearly all.
     case.q
         .iter_mut()
@@ -132,13 +132,13 @@ fn the_first_level_leaves_out_what_does_not_matter() {
     let truth = case.flat(&Excluded::none()).attend(1.0, None);
     let how = Attend {
         target_mass: 1.0,
-        effort: 0.01,
+        effort: 0.003,
         ..Attend::default()
     };
     let (mut all, mut near) = (case.over(&whole, &none), case.over(&column, &none));
-    let (expected, found) = (all.candidates(160), near.candidates(160));
+    let (expected, found) = (all.candidates(74), near.candidates(74));
     let same = found.iter().filter(|at| expected.binary_search(at).is_ok()).count();
-    assert!(same * 100 >= expected.len() * 95, "{same} of {}", expected.len());
+    assert!(same * 10 >= expected.len() * 9, "{same} of {}", expected.len());
     let (read, of) = (near.cost().bytes_read, all.cost().bytes_read);
     assert!(read * 10 < of * 6, "{read} of {of} bytes of codes");
     let (all, near) = (all.attend(how), near.attend(how));
