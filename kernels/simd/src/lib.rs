@@ -59,7 +59,7 @@ pub use convert::{to_f16, to_f32};
 pub use elementwise::{add_assign, gelu_mul, rms_norm, silu_mul};
 pub use isa::Isa;
 pub use matmul::{matmul, matmul_many};
-pub use near::{Near, near};
+pub use near::{Near, centres, near};
 pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;

@@ -17,8 +17,6 @@ pub struct Near<'a> {
     pub list: &'a mut Vec<u32>,
     /// What searched keys of the other groups weigh by their centroid, per run.
     pub sums: &'a mut [f32],
-    /// The level of a run's centroid; empty where nobody asks.
-    pub centres: &'a mut [Level],
 }
 
 /// Lists the groups with a searched key whose centroid's level is at least `from`, and weighs the keys of the others: each as its
@@ -28,17 +26,14 @@ pub struct Near<'a> {
 /// Of sums the order is: both first groups of a run, both last, both sums.
 ///
 /// # Panics
-/// If levels and masks are not as many, or not whole segments of sixteen groups; or sums, or centres if there are any, are not one per run.
+/// If levels and masks are not as many, or not whole segments of sixteen groups; or sums are not one per run.
 pub fn near(levels: &[u16], masks: &[u16], from: u16, excess: f32, out: &mut Near<'_>) {
     let runs = levels.len() / RUN_GROUPS;
     assert!(
         levels.len() == masks.len() && levels.len().is_multiple_of(STEP),
         "near: a level and a word of the mask per group, sixteen groups at a time"
     );
-    assert!(
-        out.sums.len() == runs && (out.centres.is_empty() || out.centres.len() == runs),
-        "near: a sum and a centre per run"
-    );
+    assert_eq!(out.sums.len(), runs, "near: a sum per run");
     near_on(Isa::active(), levels, masks, from, excess, out);
 }
 
@@ -73,10 +68,28 @@ fn near_in<L: Lanes>(_l: L, levels: &[u16], masks: &[u16], from: u16, excess: f3
             }
         }
     }
-    for (levels, centres) in levels.iter().zip(out.centres.as_chunks_mut::<RUNS>().0) {
+}
+
+/// The levels of runs' centroids from those of their groups'.
+///
+/// # Panics
+/// If levels are not those of whole segments of sixteen groups, or centres not one per run.
+pub fn centres(levels: &[u16], centres: &mut [Level]) {
+    assert!(
+        levels.len().is_multiple_of(STEP) && centres.len() == levels.len() / RUN_GROUPS,
+        "centres: a centre per run, sixteen groups at a time"
+    );
+    centres_on(Isa::active(), levels, centres);
+}
+
+dispatched!(pub(crate) fn centres_on(levels: &[u16], centres: &mut [Level]) = centres_in);
+#[inline(always)]
+fn centres_in<L: Lanes>(_l: L, levels: &[u16], centres: &mut [Level]) {
+    let centres = centres.as_chunks_mut::<RUNS>().0;
+    for (levels, centres) in levels.as_chunks::<STEP>().0.iter().zip(centres) {
         *centres = std::array::from_fn(|run| {
-            let own = &levels[run * RUN_GROUPS..(run + 1) * RUN_GROUPS];
-            Level((own.iter().map(|level| u32::from(*level)).sum::<u32>() / RUN_GROUPS as u32) as u16)
+            let [a, b, c, d] = std::array::from_fn(|group| u32::from(levels[run * RUN_GROUPS + group]));
+            Level(((a + b + c + d) / RUN_GROUPS as u32) as u16)
         });
     }
 }
@@ -92,16 +105,16 @@ mod tests {
         fn listed_or_weighed(
             groups in prop::collection::vec((128_u16..20_000, prop_oneof![Just(u16::MAX), Just(0), any::<u16>()]), 0..300),
             from in prop_oneof![Just(0_u16), 128..20_000_u16, Just(u16::MAX)],
-            centred in any::<bool>(),
         ) {
             let groups = &groups[..groups.len() / STEP * STEP];
             let (levels, masks): (Vec<u16>, Vec<u16>) = groups.iter().copied().unzip();
             let runs = levels.len() / RUN_GROUPS;
-            let (mut list, mut sums, mut centres) = (vec![7], vec![-1.0; runs], vec![Level(0); if centred { runs } else { 0 }]);
+            let (mut list, mut sums, mut centres) = (vec![7], vec![-1.0; runs], vec![Level(0); runs]);
             for isa in Isa::available() {
                 list.truncate(1);
-                let mut out = Near { list: &mut list, sums: &mut sums, centres: &mut centres };
+                let mut out = Near { list: &mut list, sums: &mut sums };
                 near_on(isa, &levels, &masks, from, 1.5, &mut out);
+                centres_on(isa, &levels, &mut centres);
                 let near = |at: &usize| levels[*at] >= from && masks[*at] != 0;
                 let expected: Vec<u32> = (0..groups.len()).filter(near).map(|at| at as u32).collect();
                 prop_assert_eq!(&list[1..], &expected);
@@ -113,10 +126,8 @@ mod tests {
                     };
                     let [a, b, c, d] = std::array::from_fn(|group| weight(own.start + group));
                     prop_assert_eq!(sums[run].to_bits(), ((a + b) + (c + d)).to_bits(), "{:?}", isa);
-                    if centred {
-                        let sum: u32 = levels[own].iter().map(|level| u32::from(*level)).sum();
-                        prop_assert_eq!(centres[run], Level((sum / 4) as u16));
-                    }
+                    let sum: u32 = levels[own].iter().map(|level| u32::from(*level)).sum();
+                    prop_assert_eq!(centres[run], Level((sum / 4) as u16));
                 }
             }
         }

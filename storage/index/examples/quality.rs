@@ -84,6 +84,11 @@ fn main() -> Result<(), Box<dyn Error>> {
                 column.push_missing(keys.len() / d)?;
                 column.sketch(at, &basis, keys, values, &mut room)?;
             }
+            // As a store's are once it had the time.
+            while let Some(own) = column.next_segment() {
+                let values: Vec<&[f16]> = own.map(|at| blocks[at].1).collect();
+                column.cluster(&values)?;
+            }
             let segments = || {
                 blocks.iter().enumerate().map(|(at, &(keys, values))| Segment {
                     keys,

@@ -6,7 +6,8 @@
 //! Noise along 32 directions of falling spread; queries near a few keys. Kinds alternate and each figure is the median. "From
 //! memory" goes through contexts of which none is left in a cache. With any number of keys as many are attended to as 1 % of
 //! 131,072, and twice as many scored. The four heads of a group are asked twice: apart, so that hardly a key serves two of them, and
-//! alike, so that together they want some 2.8 times the keys of one, which real groups of four do.
+//! alike, so that together they want some 2.8 times the keys of one, which real groups of four do. Columns are clustered but where every
+//! key is said to be scanned; whether a scan of them then takes the first level is its own matter.
 
 use std::{
     hint::black_box,
@@ -37,8 +38,12 @@ fn median(times: &mut [f64]) -> f64 {
 struct Context {
     keys: Vec<f16>,
     values: Vec<f16>,
-    column: Column,
+    /// As sketches came, and with clustered segments.
+    columns: [Column; 2],
 }
+
+const EVERY: usize = 0;
+const CLUSTERED: usize = 1;
 
 impl Context {
     fn segments(&self) -> impl Iterator<Item = Option<Segment<'_>>> {
@@ -53,16 +58,16 @@ impl Context {
     }
 }
 
-/// Scans `context` for `q`; what is asked of it then is `ask`. Microseconds of both.
+/// Scans a column of `context` for `q`; what is asked of it then is `ask`. Microseconds of both.
 fn timed<'a>(
     scan: &mut SketchScan<'a>,
-    (context, basis): (&'a Context, &HeadBasis),
+    (context, column, basis): (&'a Context, usize, &HeadBasis),
     q: &[f32],
     ask: impl FnOnce(&mut SketchScan<'a>),
 ) -> Result<f64, Box<dyn std::error::Error>> {
     let start = Instant::now();
     scan.begin(q, basis)?;
-    scan.scan_column(&context.column, context.segments(), &[Excluded::none()])?;
+    scan.scan_column(&context.columns[column], context.segments(), &[Excluded::none()])?;
     ask(scan);
     Ok(start.elapsed().as_secs_f64() * 1e6)
 }
@@ -111,19 +116,29 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         sketches.extend_from_slice(&room);
     }
     let encode = start.elapsed().as_secs_f64() * 1e6 / (count / BLOCK) as f64;
+    let mut clustered = column.clone();
+    let (start, mut segments) = (Instant::now(), 0);
+    while let Some(blocks) = clustered.next_segment() {
+        let values: Vec<&[f16]> = blocks.map(|at| &values[at * BLOCK * D..][..BLOCK * D]).collect();
+        clustered.cluster(&values)?;
+        segments += 1;
+    }
+    let cluster = start.elapsed().as_secs_f64() * 1e6 / f64::from(segments.max(1));
     // Equal contexts in memory of their own: each is cold when its turn comes, as one of many KV heads is.
     let contexts: Vec<Context> = (0..sequences.max(2_000_000 / count).clamp(2, 16))
         .map(|_| Context {
             keys: keys.clone(),
             values: values.clone(),
-            column: column.clone(),
+            columns: [column.clone(), clustered.clone()],
         })
         .collect();
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "sketching a block of 64 keys, d {D}: {encode:.1} us; {each} bytes; {count} keys, {:.2} MB as scanned",
-        column.bytes() as f64 * 1e-6
+        "sketching a block of 64 keys, d {D}: {encode:.1} us; {each} bytes; {count} keys, {:.2} MB as scanned; clustering 1,024 keys: \
+         {cluster:.0} us, then {:.2} MB",
+        column.bytes() as f64 * 1e-6,
+        clustered.bytes() as f64 * 1e-6
     )?;
     let q: Vec<f32> = (0..4 * sequences * D)
         .map(|i| 0.15 * keys[(i / D * 7919 + 5) % count * D + i % D].to_f32())
@@ -147,18 +162,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut copy = vec![0_u8; sketches.len()];
     let mut scan = SketchScan::new(format, 1.0 / (D as f32).sqrt());
     let mut found = SketchAttended::default();
-    let mut times = [const { Vec::new() }; 10];
+    let mut times = [const { Vec::new() }; 14];
     for _ in 0..rounds {
         let mut note = |at: usize, time: f64| times[at].push(time);
         let start = Instant::now();
         copy.copy_from_slice(black_box(&sketches));
         black_box(&copy);
         note(0, start.elapsed().as_secs_f64() * 1e6);
-        let warm = (&contexts[0], &basis);
+        let warm = (&contexts[0], CLUSTERED, &basis);
+        let every = (&contexts[0], EVERY, &basis);
         let candidates = |scan: &mut SketchScan<'_>| {
             black_box(scan.find_best(2 * ATTENDED));
         };
-        note(1, timed(&mut scan, warm, one, candidates)?);
+        note(1, timed(&mut scan, every, one, candidates)?);
+        note(10, timed(&mut scan, warm, one, candidates)?);
+        note(
+            11,
+            timed(&mut scan, every, one, |scan| scan.attend_into(how, &mut found))?,
+        );
         note(
             2,
             timed(&mut scan, warm, one, |scan| scan.attend_into(how, &mut found))?,
@@ -174,11 +195,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     for round in 0..rounds {
         let mut note = |at: usize, time: f64| times[at].push(time);
-        let cold = |at: usize| (&contexts[(3 * round + at) % contexts.len()], &basis);
+        let cold = |at: usize| (&contexts[(5 * round + at) % contexts.len()], CLUSTERED, &basis);
+        let every = |at: usize| (&contexts[(5 * round + at) % contexts.len()], EVERY, &basis);
         let candidates = |scan: &mut SketchScan<'_>| {
             black_box(scan.find_best(2 * ATTENDED));
         };
-        note(4, timed(&mut scan, cold(0), one, candidates)?);
+        note(4, timed(&mut scan, every(0), one, candidates)?);
+        note(12, timed(&mut scan, cold(3), one, candidates)?);
+        note(
+            13,
+            timed(&mut scan, every(4), &alike, |scan| scan.attend_into(how, &mut found))?,
+        );
         note(
             5,
             timed(&mut scan, cold(1), one, |scan| scan.attend_into(how, &mut found))?,
@@ -192,18 +219,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             note(6, timed(&mut scan, cold(3), &q, attend)?);
             let mut alone = 0.0;
             for (context, q) in contexts.iter().zip(q.chunks(4 * D)) {
-                alone += timed(&mut scan, (context, &basis), q, |scan| {
+                alone += timed(&mut scan, (context, CLUSTERED, &basis), q, |scan| {
                     scan.attend_into(how, &mut found)
                 })?;
             }
             note(7, alone);
         }
     }
-    timed(&mut scan, (&contexts[0], &basis), one, |scan| {
+    timed(&mut scan, (&contexts[0], CLUSTERED, &basis), one, |scan| {
         scan.attend_into(how, &mut found)
     })?;
     let (scored, attended) = (found.keys_scored, found.keys.iter().sum::<usize>());
-    timed(&mut scan, (&contexts[0], &basis), &alike, |scan| {
+    timed(&mut scan, (&contexts[0], CLUSTERED, &basis), &alike, |scan| {
         scan.attend_into(how, &mut found)
     })?;
     let [
@@ -217,15 +244,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         alone,
         same,
         cold_same,
+        near,
+        every,
+        cold_near,
+        cold_every,
     ] = times.each_mut().map(|times| median(times));
     writeln!(
         out,
-        "4 query heads: copy {copy:.0} us; scan and choice {scan:.0} us, from memory {cold_scan:.0}; with it attend {attend:.0} us, \
-         from memory {cold:.0}; with certificate {certified:.0} us; {scored} keys scored, {attended} attended"
+        "4 query heads: copy {copy:.0} us; every key scanned, and choice: {scan:.0} us, from memory {cold_scan:.0}; through the first level \
+         {near:.0} us, from memory {cold_near:.0}; with it attend {attend:.0} us (every key: {every:.0}), from memory {cold:.0}; with \
+         certificate {certified:.0} us; {scored} keys scored, {attended} attended"
     )?;
     writeln!(
         out,
-        "4 query heads alike: attend {same:.0} us, from memory {cold_same:.0}; {} keys scored, {:.2} times those of one head",
+        "4 query heads alike: attend {same:.0} us, from memory {cold_same:.0} (every key: {cold_every:.0}); {} keys scored, {:.2} times \
+         those of one head",
         found.keys_scored,
         found.keys_scored as f64 / (2 * ATTENDED) as f64
     )?;
@@ -261,7 +294,7 @@ fn token(contexts: &[Context], basis: &HeadBasis, q: &[f32], how: Attend, thread
                     if head >= MODEL_HEADS {
                         break;
                     }
-                    let context = (&contexts[head % contexts.len()], basis);
+                    let context = (&contexts[head % contexts.len()], CLUSTERED, basis);
                     timed(&mut scan, context, q, |scan| scan.attend_into(how, &mut found))
                         .expect("a context of its own");
                 }

@@ -254,10 +254,7 @@ impl Table {
     fn scan(&mut self, column: &Column, masks: &Masks, heads: Range<usize>, room: &mut Room) {
         let (groups, mut clustered) = (column.groups(), column.clustered_groups());
         room.found[heads.clone()].fill(0);
-        for head in heads.clone().filter(|_| clustered > 0) {
-            self.list(head, &masks.words[masks.sequence(head, self.heads())], room);
-        }
-        if !room.first.is_worth_it(heads.clone()) {
+        if !self.list(heads.clone(), masks, room) {
             clustered = 0;
         }
         let mut first = 0;

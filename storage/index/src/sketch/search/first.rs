@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use kvasir_simd::{Found, GROUP, Near, RUN_GROUPS, UNIT, coded_levels, coded_scan_listed, near};
+use kvasir_simd::{Found, GROUP, Near, RUN_GROUPS, UNIT, centres, coded_levels, coded_scan_listed, near};
 
-use super::{Room, Table};
+use super::{Masks, Room, Table};
 use crate::sketch::column::Column;
 
 /// Groups of a unit.
@@ -21,6 +21,8 @@ pub(super) struct First {
     pub(super) gaps: Vec<u16>,
     /// Per head, what a key of other groups weighs on average, over what their centroid does.
     pub(super) excess: Vec<f32>,
+    /// Per head, the share of the groups that is scanned: expected, and then known.
+    pub(super) shares: Vec<f64>,
     /// Per head, groups that are scanned, each by its number in its unit; how many of them were.
     lists: Vec<Vec<u32>>,
     scanned: Vec<usize>,
@@ -30,18 +32,13 @@ pub(super) struct First {
     sums: Vec<f32>,
 }
 
-/// Groups listed for four heads together, of all groups, from which on reading all of them one after another is as fast: memory brings
-/// groups that lie apart at half the rate, and four heads share the unpacking of a group that all of them read.
+/// Heads that share the unpacking of a group where all groups are scanned.
+const STRIP: usize = 4;
+/// Groups listed for as many heads, of all groups, up to which they are scanned alone: memory brings groups that lie apart at half the
+/// rate of those that follow one another, and each head unpacks its own.
 const WORTH: f64 = 0.6;
 
 impl First {
-    /// Whether few enough groups are listed for these heads.
-    pub(super) fn is_worth_it(&self, heads: Range<usize>) -> bool {
-        let listed: usize = self.lists[heads.clone()].iter().map(Vec::len).sum();
-        let strips = heads.len().div_ceil(4);
-        (listed as f64) < WORTH * (strips * self.groups) as f64
-    }
-
     /// Levels of the centroids of all groups for one head.
     pub(super) fn levels(&self, head: usize) -> &[u16] {
         &self.levels[head * self.groups..][..self.groups]
@@ -62,22 +59,37 @@ impl Table {
         self.coded_bytes += keys.codes.len() * 64;
     }
 
-    /// Lists the groups that a scan of a head reads, of those in which `words` has keys, and notes what the others weigh.
-    pub(super) fn list(&mut self, head: usize, words: &[u16], room: &mut Room) {
-        let first = &mut room.first;
-        let from = room.floors[head].0.saturating_sub(first.gaps[head]);
-        let list = &mut first.lists[head];
-        list.clear();
-        first.scanned[head] = 0;
-        let runs = first.groups / RUN_GROUPS;
-        let own = head * self.runs..head * self.runs + runs;
-        let out = &mut Near {
-            list,
-            sums: &mut self.left[own.clone()],
-            centres: self.centres.get_mut(own).unwrap_or_default(),
-        };
-        let levels = &first.levels[head * first.groups..][..first.groups];
-        near(levels, &words[..first.groups], from, first.excess[head], out);
+    /// Lists the groups that a scan of each of `heads` reads, and notes what the others weigh; answers whether they are few enough.
+    pub(super) fn list(&mut self, heads: Range<usize>, masks: &Masks, room: &mut Room) -> bool {
+        let groups = room.first.groups;
+        for head in heads.clone() {
+            let own = head * self.runs..head * self.runs + groups / RUN_GROUPS;
+            if let Some(own) = self.centres.get_mut(own) {
+                centres(room.first.levels(head), own);
+            }
+        }
+        let limit = WORTH * heads.len().div_ceil(STRIP) as f64;
+        let expected = |room: &Room| heads.clone().map(|head| room.first.shares[head]).sum::<f64>();
+        if groups == 0 || expected(room) > limit {
+            return false;
+        }
+        for head in heads.clone() {
+            let words = &masks.words[masks.sequence(head, self.heads())][..groups];
+            let first = &mut room.first;
+            let from = room.floors[head].0.saturating_sub(first.gaps[head]);
+            let list = &mut first.lists[head];
+            list.clear();
+            first.scanned[head] = 0;
+            let own = head * self.runs..head * self.runs + groups / RUN_GROUPS;
+            let out = &mut Near {
+                list,
+                sums: &mut self.left[own],
+            };
+            let levels = &first.levels[head * groups..][..groups];
+            near(levels, words, from, first.excess[head], out);
+            first.shares[head] = first.lists[head].len() as f64 / groups as f64;
+        }
+        expected(room) <= limit
     }
 
     /// Scans the listed groups of a tile for `heads`, which are of one sequence.

@@ -3,7 +3,7 @@
 
 use kvasir_simd::Level;
 
-use super::{Kind, Masks, Room, SHORT, Table};
+use super::{Kind, Masks, Room, SHORT, Table, sample::Gap};
 use crate::sketch::column::Column;
 
 /// One in so many keys is few.
@@ -29,6 +29,7 @@ impl Table {
         room.floors.clear();
         room.first.gaps.clear();
         room.first.excess.clear();
+        room.first.shares.clear();
         room.sample.take(column, masks);
         room.few = true;
         let learnt = !column.slopes().is_empty();
@@ -39,7 +40,7 @@ impl Table {
             let sequence = masks.sequence(head, heads);
             let searched = masks.searched.get(sequence).copied().unwrap_or(0);
             room.few &= count <= searched / FEW;
-            let mut gap = (0, 1.0);
+            let mut gap = Gap::default();
             let floor = match self.kinds[head] {
                 _ if count == 0 || searched == 0 => Level(u16::MAX),
                 Kind::Dead => Level(u16::MAX),
@@ -49,7 +50,6 @@ impl Table {
                     room.sample.look(&self.coded, head, masks, sequence);
                     let share = count as f64 / searched as f64;
                     let floors = room.sample.floors([share, share.max(GAP_OF)]);
-                    gap.0 = u16::MAX;
                     if column.clustered_groups() > SHORT {
                         gap = room.sample.gap(room.first.levels(head), floors);
                     }
@@ -57,8 +57,9 @@ impl Table {
                 }
             };
             room.floors.push(floor);
-            room.first.gaps.push(gap.0);
-            room.first.excess.push(gap.1);
+            room.first.gaps.push(gap.below);
+            room.first.excess.push(gap.excess);
+            room.first.shares.push(gap.share);
             if learnt {
                 let centres = &mut self.centres[head * self.runs..][..self.runs];
                 self.leans.push(match self.kinds[head] {

@@ -40,10 +40,34 @@ pub(super) struct Sample {
     searched: usize,
     lowest: u16,
     counts: Vec<u32>,
+    /// Whether what follows is of that head.
+    stood_for: bool,
     /// Levels of what stands for each key: of a sample's keys their groups' centroids, of all keys their runs'.
     groups: Vec<[u16; GROUP]>,
     centres: Vec<[u16; GROUP]>,
     gaps: Vec<u16>,
+}
+
+/// What is known of the centroids of a head's keys.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gap {
+    /// How far below its floor a centroid may lie whose group is scanned.
+    pub(super) below: u16,
+    /// What a key of other groups weighs on average, over what their centroid does.
+    pub(super) excess: f32,
+    /// Share of the groups that is scanned.
+    pub(super) share: f64,
+}
+
+impl Default for Gap {
+    /// All are scanned.
+    fn default() -> Self {
+        Self {
+            below: u16::MAX,
+            excess: 1.0,
+            share: 1.0,
+        }
+    }
 }
 
 impl Sample {
@@ -102,6 +126,7 @@ impl Sample {
         if self.head.replace(head) == Some(head) {
             return;
         }
+        self.stood_for = false;
         self.levels.resize(self.masks.len(), [0; GROUP]);
         let keys = CodedKeys {
             codes: &self.codes,
@@ -169,6 +194,9 @@ impl Sample {
 
     /// Takes the levels of the centroids of all clustered groups of the head that was looked at last.
     fn stand_for(&mut self, near: &[u16]) {
+        if std::mem::replace(&mut self.stood_for, true) {
+            return;
+        }
         self.groups.clear();
         self.centres.clear();
         let runs = near.as_chunks::<RUN_GROUPS>().0;
@@ -193,29 +221,36 @@ impl Sample {
     }
 
     /// How far below `floor` the centroids lie, whose levels are `near`, of most keys that are on it or above; keys from `high` to it
-    /// are taken for ones that are on it. And what a key of groups still further below weighs on average, over what their centroid does.
-    pub(super) fn gap(&mut self, near: &[u16], [floor, high]: [Level; 2]) -> (u16, f32) {
+    /// are taken for ones that are on it.
+    pub(super) fn gap(&mut self, near: &[u16], [floor, high]: [Level; 2]) -> Gap {
         self.stand_for(near);
         let levels = &self.levels[..self.samples.len()];
         let found = &mut self.gaps;
         found.clear();
         gaps(levels, &self.groups, high, floor, found);
         let most = found.len().saturating_sub(1 + (found.len() as f64 * LOST) as usize);
-        // Where nothing is known all are scanned.
-        let gap = if found.is_empty() {
-            u16::MAX
-        } else {
-            *found.select_nth_unstable(most).1
-        };
-        let (exact, by_centroid) = weights_beside(levels, &self.groups, floor.0.saturating_sub(gap));
+        if found.is_empty() {
+            // Nothing is known: all are scanned.
+            return Gap::default();
+        }
+        let below = *found.select_nth_unstable(most).1;
+        let from = floor.0.saturating_sub(below);
+        let (exact, by_centroid) = weights_beside(levels, &self.groups, from);
         let excess = if by_centroid > 0.0 { exact / by_centroid } else { 1.0 };
-        (gap, excess as f32)
+        let listed = |groups: &[u16; GROUP]| groups.iter().map(|level| u32::from(*level >= from)).sum::<u32>();
+        let count: u32 = self.groups.iter().map(listed).sum();
+        Gap {
+            below,
+            excess: excess as f32,
+            share: f64::from(count) / (self.groups.len() * GROUP) as f64,
+        }
     }
 
     /// How the scores of the head that was looked at last lie. `centres` of runs that are not clustered are told what their mean stands
     /// for.
     pub(super) fn lean(&mut self, near: &[u16], floor: Level, centres: &mut [Level]) -> Lean {
         self.stand_for(near);
+        self.centres.truncate(self.samples.len());
         let sum_of = |levels: &[u16; GROUP]| u64::from(levels.iter().map(|level| u32::from(*level)).sum::<u32>());
         let sum: u64 = self.levels.iter().map(sum_of).sum();
         let mean = Level(sum.checked_div(self.searched as u64).unwrap_or_default() as u16);
