@@ -256,7 +256,6 @@ impl Table {
                     counts: &mut room.found[at..end],
                     sums: &mut self.left[at * self.runs + first / RUN_GROUPS..],
                     sums_stride: self.runs,
-                    few: room.few,
                 };
                 let keys = column.coded(tile.clone(), &masks.words[sequence]);
                 coded_scan(&self.coded, at..end, keys, first * GROUP, &mut found);

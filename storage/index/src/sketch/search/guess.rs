@@ -8,8 +8,6 @@ use crate::sketch::column::Column;
 
 /// Groups looked at.
 const SAMPLE: usize = 256;
-/// One in so many keys is few.
-const FEW: usize = 100;
 
 /// Every so many groups of a column, side by side.
 #[derive(Debug, Default)]
@@ -40,11 +38,9 @@ impl Table {
         let heads = self.heads();
         room.floors.clear();
         room.sample.take(column, masks);
-        room.few = true;
         for (head, &(count, mass)) in wanted.iter().enumerate() {
             let sequence = masks.sequence(head, heads);
             let searched = masks.searched.get(sequence).copied().unwrap_or(0);
-            room.few &= count <= searched / FEW;
             room.floors.push(match self.kinds[head] {
                 _ if count == 0 || searched == 0 => Level(u16::MAX),
                 Kind::Dead => Level(u16::MAX),
