@@ -75,9 +75,6 @@ pub struct Found<'a> {
     pub sums: &'a mut [f32],
     /// Elements from one head's sums to the next's.
     pub sums_stride: usize,
-    /// Few keys are expected to reach a floor, one in a hundred or less: looking whether any does is then faster than storing what
-    /// does. Nothing else depends on it.
-    pub few: bool,
 }
 
 /// Room that a scan wants in [`Found::kept`] of each head behind what is there, for keys of so many groups.
@@ -278,7 +275,6 @@ fn each_strip<'a>(
                 counts: &mut out.counts[at..at + strip],
                 sums: &mut out.sums[at * out.sums_stride..],
                 sums_stride: out.sums_stride,
-                few: out.few,
             },
         );
     }

@@ -44,17 +44,15 @@ pub(crate) fn coded() {
         print(place, keys, "plain read", read, read);
         print(place, keys, "copy", copied, read);
         let mut room = Room::new(keys);
-        for few in [false, true] {
-            let seconds = fastest(|| room.scan(&queries, turn(), &floors, few));
-            let share = room.counts.iter().sum::<usize>() as f64 / (HEADS * keys) as f64;
-            print(
-                place,
-                keys,
-                &format!("scan, {HEADS} heads, few {few}, {share:.3} kept"),
-                seconds,
-                read,
-            );
-        }
+        let seconds = fastest(|| room.scan(&queries, turn(), &floors));
+        let share = room.counts.iter().sum::<usize>() as f64 / (HEADS * keys) as f64;
+        print(
+            place,
+            keys,
+            &format!("scan, {HEADS} heads, {share:.3} kept"),
+            seconds,
+            read,
+        );
         let rising: Vec<u32> = (0..UNIT / GROUP / LISTED)
             .map(|at| (at * LISTED + at * at % LISTED) as u32)
             .collect();
@@ -165,7 +163,7 @@ impl Room {
         }
     }
 
-    fn found<'a>(&'a mut self, floors: &'a [Level], first: usize, few: bool) -> Found<'a> {
+    fn found<'a>(&'a mut self, floors: &'a [Level], first: usize) -> Found<'a> {
         Found {
             floors,
             kept: &mut self.kept,
@@ -173,16 +171,15 @@ impl Room {
             counts: &mut self.counts,
             sums: &mut self.sums[first..],
             sums_stride: self.sums_stride,
-            few,
         }
     }
 
     /// Tile after tile, as an index does.
-    fn scan(&mut self, queries: &CodedQueries, context: &Context, floors: &[Level], few: bool) {
+    fn scan(&mut self, queries: &CodedQueries, context: &Context, floors: &[Level]) {
         self.counts = [0; HEADS];
         for first in (0..context.masks.len()).step_by(TILE) {
             let keys = context.keys(first..first + TILE);
-            let mut found = self.found(floors, first / RUN_GROUPS, few);
+            let mut found = self.found(floors, first / RUN_GROUPS);
             coded_scan(queries, 0..HEADS, keys, first * GROUP, &mut found);
         }
     }
@@ -194,7 +191,7 @@ impl Room {
         for first in (0..groups).step_by(UNIT / GROUP) {
             let end = groups.min(first + UNIT / GROUP);
             let list = &list[..list.partition_point(|group| (*group as usize) < end - first)];
-            let mut found = self.found(floors, first, false);
+            let mut found = self.found(floors, first);
             coded_scan_listed(
                 queries,
                 0..HEADS,

@@ -97,8 +97,9 @@ unsafe fn each<P: Places, T: Take<H>, const H: usize, const LINES: usize>(call: 
                 let codes = call.keys.codes.as_ptr().add(line);
                 let (mut low, mut high) = ([zero; RUN_GROUPS], [zero; RUN_GROUPS]);
                 for (at, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
-                    // A core's own prefetchers do not keep up.
-                    _mm_prefetch::<_MM_HINT_T0>(codes.add(four.next[at] * call.stride).cast());
+                    if P::APART {
+                        _mm_prefetch::<_MM_HINT_T0>(codes.add(four.next[at] * call.stride).cast());
+                    }
                     let raw = _mm512_load_si512(codes.add(four.at[at] * call.stride).cast());
                     *low = _mm512_and_si512(raw, nibble);
                     *high = _mm512_and_si512(_mm512_srli_epi16::<4>(raw), nibble);
@@ -169,9 +170,14 @@ impl<P: Places, const H: usize> Take<H> for Keep<P, H> {
                     four::weigh(_mm512_maskz_mov_epi16(below[1], levels[1])),
                 ];
                 if P::APART {
-                    let count = RUN_GROUPS.min(self.places.len() - first);
-                    let sums = four::sum_apart(weights);
-                    std::ptr::copy_nonoverlapping(sums.as_ptr(), self.sums[head].add(first), count);
+                    let (sums, to) = (four::sum_apart(weights), self.sums[head].add(first));
+                    if first + RUN_GROUPS <= self.places.len() {
+                        to.cast::<[f32; RUN_GROUPS]>().write(sums);
+                    } else {
+                        for (at, sum) in sums.into_iter().take(self.places.len() - first).enumerate() {
+                            *to.add(at) = sum;
+                        }
+                    }
                 } else {
                     let sum = four::sum(_mm512_add_ps(weights[0], weights[1]));
                     *self.sums[head].add(first / RUN_GROUPS) = sum;

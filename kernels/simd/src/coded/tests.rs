@@ -11,7 +11,7 @@ struct Run {
 }
 
 /// All that can be asked, from key `first` on.
-fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floors: &[Level], few: bool) -> Run {
+fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floors: &[Level]) -> Run {
     let (heads, groups) = (queries.len(), keys.masks.len());
     let (stride, sums_stride) = (room_for(groups) + 3, groups.div_ceil(RUN_GROUPS) + 1);
     let mut levels = vec![0; heads * (groups * GROUP + 5)];
@@ -25,7 +25,6 @@ fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floo
         counts: &mut counts,
         sums: &mut sums,
         sums_stride,
-        few,
     };
     coded_scan_on(isa, queries, 0..heads, keys, first, &mut found);
     assert!(
@@ -44,7 +43,7 @@ fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floo
 }
 
 /// What a scan of listed groups keeps, of keys at the beginning of a unit, and its sums.
-fn run_listed(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, list: &[u32], floors: &[Level], few: bool) -> Run {
+fn run_listed(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, list: &[u32], floors: &[Level]) -> Run {
     let heads = queries.len();
     let (stride, sums_stride) = (room_for(list.len()) + 3, list.len() + 1);
     let (mut kept, mut counts) = (vec![7; heads * stride], vec![2; heads]);
@@ -56,7 +55,6 @@ fn run_listed(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, list: &[u32
         counts: &mut counts,
         sums: &mut sums,
         sums_stride,
-        few,
     };
     coded_scan_listed_on(isa, queries, 0..heads, keys, (UNIT, list), &mut found);
     assert!(
@@ -117,11 +115,9 @@ proptest! {
         let floors: Vec<Level> = (0..heads).map(|head| Level::at_least(floor + head as f32)).collect();
         let lines = lines(&codes);
         let keys = CodedKeys { codes: &lines, steps: &steps, masks: &mask };
-        let truth = run(Isa::Scalar, &queries, keys, first, &floors, false);
+        let truth = run(Isa::Scalar, &queries, keys, first, &floors);
         for isa in Isa::available() {
-            for few in [false, true] {
-                prop_assert_eq!(&run(isa, &queries, keys, first, &floors, few), &truth, "{:?} {}", isa, few);
-            }
+            prop_assert_eq!(&run(isa, &queries, keys, first, &floors), &truth, "{:?}", isa);
         }
         for (head, weights) in weights.chunks(nibbles).enumerate() {
             let mut sums = vec![0.0_f64; groups.div_ceil(RUN_GROUPS)];
@@ -191,13 +187,11 @@ proptest! {
             (0..groups as u32).filter(|group| drawn[*group as usize] < share).collect(),
             vec![groups as u32 - 1],
         ] {
-            let truth = run_listed(Isa::Scalar, &queries, keys, &list, &floors, false);
+            let truth = run_listed(Isa::Scalar, &queries, keys, &list, &floors);
             for isa in Isa::available() {
-                for few in [false, true] {
-                    prop_assert_eq!(&run_listed(isa, &queries, keys, &list, &floors, few), &truth, "{:?} {}", isa, few);
-                }
+                prop_assert_eq!(&run_listed(isa, &queries, keys, &list, &floors), &truth, "{:?}", isa);
                 // As a scan of all, of which only these are asked.
-                let whole = run(isa, &queries, keys, 0, &floors, false);
+                let whole = run(isa, &queries, keys, 0, &floors);
                 let listed = |key: &u32| list.contains(&((key & 0xffff) / GROUP as u32));
                 for (found, kept) in truth.kept.iter().zip(&whole.kept) {
                     let asked: Vec<u32> = kept.iter().copied().filter(listed).collect();
@@ -276,10 +270,10 @@ fn steep_queries_keep_their_order() {
             steps: &[1.0],
             masks: &[u16::MAX],
         };
-        let truth = run(Isa::Scalar, &queries, keys, 0, &[Level::HIGHEST], true);
+        let truth = run(Isa::Scalar, &queries, keys, 0, &[Level::HIGHEST]);
         for isa in Isa::available() {
             assert_eq!(
-                run(isa, &queries, keys, 0, &[Level::HIGHEST], true),
+                run(isa, &queries, keys, 0, &[Level::HIGHEST]),
                 truth,
                 "{isa:?} {per_digit}"
             );
@@ -331,11 +325,11 @@ fn extreme_weights_do_not_overflow() {
                     masks: &[u16::MAX; 4],
                 };
                 let floors = [Level(u16::MAX)];
-                let truth = run(Isa::Scalar, &queries, keys, 0, &floors, false);
+                let truth = run(Isa::Scalar, &queries, keys, 0, &floors);
                 assert!(f32::from_bits(truth.sums[0]).is_finite());
                 for isa in Isa::available() {
                     assert_eq!(
-                        run(isa, &queries, keys, 0, &floors, false),
+                        run(isa, &queries, keys, 0, &floors),
                         truth,
                         "{isa:?} {high} {low} {code}"
                     );

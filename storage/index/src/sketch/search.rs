@@ -302,7 +302,6 @@ impl Table {
             counts: &mut room.found[heads.clone()],
             sums: &mut self.left[heads.start * self.runs + tile.start / RUN_GROUPS..],
             sums_stride: self.runs,
-            few: room.few,
         };
         let keys = column.coded(tile.clone(), words);
         coded_scan(&self.coded, heads, keys, tile.start * GROUP, &mut found);

@@ -7,7 +7,8 @@ use super::super::{
     queries::{AVERAGE, DOUBLED_MAX, HIGHEST, LOWEST, REACH_MAX, ROUNDS},
 };
 
-/// Iterations whose codes are asked for before they are needed.
+/// Iterations whose codes are asked for before they are needed, where groups do not lie one behind another: otherwise a core's own
+/// prefetchers do it better.
 const AHEAD: usize = 2;
 
 /// Where four groups lie, the last again where there are fewer.
@@ -116,6 +117,9 @@ impl Maps {
     }
 
     /// For groups of these steps. Blocks have steps of their own, so they may be new ones at each iteration.
+    ///
+    /// # Safety
+    /// The processor is as for [`super::scan`].
     #[inline(always)]
     pub(super) unsafe fn follow(&mut self, steps: __m128) {
         // SAFETY: SSE is in every x86-64 processor; the rest is this function's own contract.
@@ -171,6 +175,9 @@ impl Maps {
     }
 
     /// Levels of each head's products in the order of the keys, two groups a register; 0 for keys that are not searched.
+    ///
+    /// # Safety
+    /// The processor is as for [`super::scan`].
     #[inline(always)]
     pub(super) unsafe fn levels<const H: usize>(
         &self,
@@ -335,6 +342,7 @@ pub(super) unsafe fn keep<P: Places>(
     let count = reached.count_ones();
     if count <= SOME {
         let mut left = reached;
+        // One address for all four: a compiler that knew where it comes from would work it out for each.
         let levels = std::hint::black_box(near.0.as_ptr());
         for at in 0..SOME as usize {
             // Of none, one behind the last.

@@ -125,7 +125,6 @@ impl Table {
                 counts: &mut room.found[head..=head],
                 sums: &mut first.sums[..count],
                 sums_stride: count,
-                few: room.few,
             };
             coded_scan_listed(&self.coded, head..head + 1, keys, unit * GROUP, list, &mut found);
             let left = &mut self.left[head * self.runs..][..self.runs];

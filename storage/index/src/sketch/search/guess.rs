@@ -6,8 +6,6 @@ use kvasir_simd::Level;
 use super::{Kind, Masks, Room, SHORT, Table, sample::Gap};
 use crate::sketch::column::Column;
 
-/// One in so many keys is few.
-const FEW: usize = 100;
 /// Of the best keys of a sample, or of as many as are wanted where that is more, it is known how far below them their centroids lie.
 const GAP_OF: f64 = 0.03;
 
@@ -31,7 +29,6 @@ impl Table {
         room.first.excess.clear();
         room.first.shares.clear();
         room.sample.take(column, masks);
-        room.few = true;
         let learnt = !column.slopes().is_empty();
         self.leans.clear();
         self.centres
@@ -39,7 +36,6 @@ impl Table {
         for (head, &(count, mass)) in wanted.iter().enumerate() {
             let sequence = masks.sequence(head, heads);
             let searched = masks.searched.get(sequence).copied().unwrap_or(0);
-            room.few &= count <= searched / FEW;
             let mut gap = Gap::default();
             let floor = match self.kinds[head] {
                 _ if count == 0 || searched == 0 => Level(u16::MAX),

@@ -21,8 +21,6 @@ pub(in crate::sketch) struct Room {
     pub(super) found: Vec<usize>,
     /// How many of each head's were found before each unit of [`UNIT`] slots: `[units, heads]`
     pub(super) before: Vec<usize>,
-    /// Few keys of each head are to be kept.
-    pub(super) few: bool,
 }
 
 impl Room {
