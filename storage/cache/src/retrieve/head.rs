@@ -187,6 +187,9 @@ impl Search {
         (late, missing): (bool, bool),
     ) -> Head {
         let q = self.queries_of(place.kv_head);
+        // Of a layer that was clustered meanwhile its candidates are other keys.
+        let column = place.sketched.blocks.column(place.kv_head);
+        let parked = parked.filter(|parked| column.is_some_and(|column| parked.is_of(column)));
         let mut ahead = match &parked {
             None => Ahead::No,
             Some(parked) if parked::is_near(parked, q) => Ahead::Used,

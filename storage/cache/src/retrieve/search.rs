@@ -124,14 +124,16 @@ impl Search {
         let indexed = index
             .filter(|(covering, _)| payloads[..covering.blocks].iter().all(Option::is_some))
             .map(|(covering, index)| Indexed::new(covering, index, &layout, first.excluded));
-        let sketched = context
-            .basis()
-            .filter(|_| !wants_exact(first.form))
-            .map(|basis| Sketched {
+        let sketched = context.basis().filter(|_| !wants_exact(first.form)).map(|basis| {
+            let blocks = context.blocks();
+            let sketches = blocks.sketch(shared, first.layer, &payloads, basis, &late);
+            blocks.cluster_later(shared, first.layer, &payloads, &sketches, &excluded, basis);
+            Sketched {
                 basis: Arc::clone(basis),
                 layer: first.layer,
-                blocks: (context.blocks()).sketch(shared, first.layer, &payloads, basis, &late),
-            });
+                blocks: sketches,
+            }
+        });
         let served_by = match &indexed {
             Some(indexed) => indexed.name,
             None if sketched.is_some() => SKETCH,

@@ -10,6 +10,7 @@ use super::{Attend, SketchScan, Slots, certificate::Drawn};
 use crate::{
     IndexError,
     sketch::{
+        column::Column,
         format::invalid,
         search::{Candidates, Kind, Table},
     },
@@ -45,6 +46,11 @@ impl Parked {
     /// cover, by sketch.
     pub fn covered(&self) -> &[f32] {
         &self.covered
+    }
+
+    /// Whether its candidates are keys of `column`: of the blocks that were searched, with as many of their segments clustered.
+    pub fn is_of(&self, column: &Column) -> bool {
+        (self.slots.all, self.slots.clustered) == (column.groups() * GROUP, column.order().len())
     }
 
     /// Bytes that one of `heads` query rows of `head_dim` holds at most, with so many candidates of each, over blocks that have so many
