@@ -57,7 +57,7 @@ impl Parked {
     /// keys once each is rounded up to sixteen.
     pub fn bytes_max(heads: usize, head_dim: usize, candidates: usize, keys: usize) -> usize {
         let runs = keys.div_ceil(GROUP * RUN_GROUPS);
-        heads * (head_dim * 4 + 4 + candidates * 6 + runs * 4 + Drawn::BYTES_MAX + Table::BYTES_OF_HEAD)
+        heads * (head_dim * 4 + 4 + candidates * 6 + runs * 6 + Drawn::BYTES_MAX + Table::BYTES_OF_HEAD)
     }
 
     /// Bytes that it holds.
