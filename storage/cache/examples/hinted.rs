@@ -12,13 +12,13 @@ use std::{
     error::Error,
     hint::black_box,
     sync::{Arc, atomic::AtomicBool},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use half::f16;
 use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, LayerBlockLayout, RopeStyle, Tenant};
 use kvasir_cache::{
-    BlockCache, CacheConfig,
+    BlockCache, CacheConfig, CacheStats,
     retrieve::{AttendOptions, Context, Form, IndexChoice, Query},
 };
 use kvasir_index::{
@@ -60,7 +60,7 @@ fn main() -> Result<()> {
     let weights = vec![1_u16; WEIGHTS];
     let (mut fresh, mut ahead, mut behind) = (Vec::new(), Vec::new(), Vec::new());
     let mut rng = SmallRng::seed_from_u64(9);
-    // The first round reads and sketches the blocks.
+    // The first round reads and sketches the blocks; then they are clustered.
     for round in 0..=rounds {
         let token = tokens - 1 - round;
         let q: Vec<f32> = heads.iter().flat_map(|head| head.recording().group(token)).collect();
@@ -87,6 +87,9 @@ fn main() -> Result<()> {
                 }
             }
         }
+        if round == 0 {
+            until_clustered(&cache);
+        }
     }
     let (served, of) = (behind.len(), fresh.len());
     let [fresh, ahead, behind] = [fresh, ahead, behind].map(median);
@@ -97,6 +100,20 @@ fn main() -> Result<()> {
         100.0 * ahead / (ahead + behind)
     );
     Ok(())
+}
+
+/// Waits until the layers that were asked for are clustered.
+fn until_clustered(cache: &BlockCache) {
+    let left = |stats: CacheStats| stats.clusters_running + stats.clusters_waiting;
+    while left(cache.stats()) > 0 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let stats = cache.stats();
+    println!(
+        "{} layers clustered in {:.1} ms each",
+        stats.clustered_layers,
+        stats.cluster_cpu_micros as f64 / 1e3 / stats.clustered_layers.max(1) as f64
+    );
 }
 
 fn query(layer: u16, q: &[f32]) -> Query<'_> {
