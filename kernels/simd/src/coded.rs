@@ -27,7 +27,11 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod queries;
 mod scalar;
+
+pub use queries::{CodedQueries, Level};
+use queries::{HIGHEST, LOWEST, Lane, Map, Weights};
 
 use crate::isa::Isa;
 
@@ -37,137 +41,8 @@ pub const GROUP: usize = 16;
 pub const RUN_GROUPS: usize = 4;
 /// Key of each slot of a line.
 pub const SLOTS: [usize; GROUP] = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15];
-/// A query's weights may sum up to this in magnitude: times 15 it stays below 2^15.
-const MAGNITUDE_MAX: f32 = 2133.0;
-/// Level of the average key, whose product is `middle`: 60 powers of two below weight 1, less the centre of the error.
-const AVERAGE: i32 = (127 - 60) * 128 - 7;
-/// Levels are at most this: 127 powers of two above the average key. A product that leaves 16 bits is above it.
-const HIGHEST: i16 = (127 - 60 + 127) * 128;
-/// Levels are at least this (a weight of 2^-126) where a key is searched, and 0 where it is not.
-const LOWEST: i16 = 128;
-/// A product is doubled up to so many times.
-const DOUBLED_MAX: i32 = 5;
 /// Query rows that share unpacked digits.
 const STRIP: usize = 4;
-
-/// A score as the scan writes it: `128 * (score - average) + c`, where `average` is that of a key whose coordinates are all 0;
-/// 0 for a key that is not searched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Level(pub u16);
-
-impl Level {
-    /// Base-2 score above the average key's.
-    pub fn above_average(self) -> f32 {
-        (i32::from(self.0) - AVERAGE) as f32 / 128.0
-    }
-
-    /// Of a key that is searched, the lowest.
-    pub const LOWEST: Self = Self(LOWEST as u16);
-
-    /// Of a key that is searched, the highest; its score may be any above.
-    pub const HIGHEST: Self = Self(HIGHEST as u16);
-
-    /// The lowest level whose score is `above` or higher, and searched at all.
-    pub fn at_least(above: f32) -> Self {
-        let level = (above.clamp(-1000.0, 1000.0) * 128.0).ceil() as i32 + AVERAGE;
-        Self(level.clamp(i32::from(LOWEST), i32::from(HIGHEST)) as u16)
-    }
-
-    /// About `2^(score - average)`, times [`Level::UNIT`].
-    pub fn weight(self) -> f32 {
-        f32::from_bits(u32::from(self.0) << 16)
-    }
-
-    /// Base-2 logarithm of the weight of the average key.
-    pub const UNIT: f32 = -60.0;
-}
-
-/// Queries as the scan wants them.
-#[derive(Clone, Debug, Default)]
-pub struct CodedQueries {
-    nibbles: usize,
-    /// Four weights, eight times over, `[heads, nibbles / 4]`: low halves of line 0, high halves of line 0, and so on.
-    lanes: Vec<Lane>,
-    heads: Vec<Weights>,
-}
-
-#[derive(Clone, Copy, Debug)]
-#[repr(align(32))]
-struct Lane([i8; 32]);
-
-#[derive(Clone, Copy, Debug)]
-struct Weights {
-    /// Powers of two (times 128) that one unit of the product is worth where the step is 1.
-    unit: f32,
-    /// The product of the average key is half of 15 times the sum of the weights: less the whole part of that, sums begin here.
-    start: i32,
-    /// The other part, 0 or a half.
-    rest: f32,
-}
-
-impl CodedQueries {
-    /// Starts anew for keys of `nibbles` digits, or for the leading lines of keys of more.
-    ///
-    /// # Panics
-    /// If `nibbles` is not 8, 16, 32 or 64.
-    pub fn begin(&mut self, nibbles: usize) {
-        assert!(matches!(nibbles, 8 | 16 | 32 | 64), "coded: 8 to 64 digits a query");
-        self.nibbles = nibbles;
-        self.lanes.clear();
-        self.heads.clear();
-    }
-
-    /// Adds a query: a digit `c` of a key stands for `(c - 7.5) * step`, and what is sought is the sum of `weights[i]` times
-    /// that, a base-2 score. Weights that are not finite count as 0.
-    ///
-    /// # Panics
-    /// If there are not as many weights as digits.
-    pub fn push(&mut self, weights: &[f32]) {
-        assert_eq!(weights.len(), self.nibbles, "coded: as many weights as digits");
-        let finite = |weight: f32| if weight.is_finite() { weight } else { 0.0 };
-        let highest = weights.iter().fold(0.0, |high: f32, w| high.max(finite(*w).abs()));
-        let magnitude: f32 = weights.iter().map(|w| finite(*w).abs()).sum();
-        // Rounding adds at most half per weight.
-        let room = MAGNITUDE_MAX - self.nibbles as f32 / 2.0;
-        let unit = (highest / 127.0).max(magnitude / room);
-        let usable = unit.is_normal();
-        let whole = |weight: f32| {
-            if usable {
-                (finite(weight) / unit).round_ties_even() as i8
-            } else {
-                0
-            }
-        };
-        let sum: i32 = weights.iter().map(|w| i32::from(whole(*w))).sum();
-        for line in 0..self.nibbles / 8 {
-            for first in [4 * line, self.nibbles / 2 + 4 * line] {
-                self.lanes
-                    .push(Lane(std::array::from_fn(|i| whole(weights[first + i % 4]))));
-            }
-        }
-        self.heads.push(Weights {
-            unit: if usable { unit * 128.0 } else { 0.0 },
-            start: -((15 * sum) >> 1),
-            rest: if sum % 2 == 0 { 0.0 } else { 0.5 },
-        });
-    }
-
-    /// Queries added.
-    pub fn len(&self) -> usize {
-        self.heads.len()
-    }
-
-    /// No queries.
-    pub fn is_empty(&self) -> bool {
-        self.heads.is_empty()
-    }
-
-    /// Whether levels of keys with this step are right: a digit moves a score by up to some 30 powers of two. Such scores may still
-    /// lie beyond [`Level::HIGHEST`].
-    pub fn fits(&self, head: usize, step: f32) -> bool {
-        self.heads[head].unit * step < (1 << DOUBLED_MAX) as f32
-    }
-}
 
 /// A line of codes; see the module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,29 +99,50 @@ struct Call<'a> {
     first: usize,
 }
 
-/// What turns a product into a level: it is doubled, multiplied by a share of 2^15, and moved.
-#[derive(Clone, Copy, Default)]
-struct Map {
-    doubled: i32,
-    factor: i16,
-    offset: i16,
+/// Which groups a scan takes, in which order.
+trait Places: Copy {
+    /// Whether each has a sum of its own.
+    const APART: bool;
+
+    fn len(&self) -> usize;
+
+    /// Which group is at a place.
+    fn group(&self, place: usize) -> usize;
 }
 
-impl Map {
+/// So many groups, all of them.
+#[derive(Clone, Copy)]
+struct All(usize);
+
+impl Places for All {
+    const APART: bool = false;
+
     #[inline(always)]
-    fn new(weights: Weights, step: f32) -> Self {
-        // Rounds to nearest without a call: both stay far below 2^22.
-        let round = |x: f32| (x + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
-        let unit = weights.unit * step;
-        // By the exponent: a share of at least a half wherever it is doubled at all.
-        let doubled = ((unit.to_bits() >> 23) as i32 - 126).clamp(0, DOUBLED_MAX);
-        let power = |exponent: i32| f32::from_bits(((127 + exponent) as u32) << 23);
-        let factor = (unit * power(15 - doubled)).min(32767.0);
-        Self {
-            doubled,
-            factor: round(factor) as i16,
-            offset: (AVERAGE - round(weights.rest * factor * power(doubled - 15))) as i16,
-        }
+    fn len(&self) -> usize {
+        self.0
+    }
+
+    #[inline(always)]
+    fn group(&self, place: usize) -> usize {
+        place
+    }
+}
+
+/// Those that are listed.
+#[derive(Clone, Copy)]
+struct Listed<'a>(&'a [u32]);
+
+impl Places for Listed<'_> {
+    const APART: bool = true;
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn group(&self, place: usize) -> usize {
+        self.0[place] as usize
     }
 }
 
@@ -301,9 +197,8 @@ fn coded_scan_listed_on(
     );
     check_scan(queries, lines, first % UNIT + groups * GROUP);
     check_room(heads.len(), (list.len(), list.len()), out);
-    let _ = isa;
     each_strip(queries, heads, keys, first, out, |call, found| {
-        scalar::scan_listed(call, list, found);
+        scan_places(isa, call, Listed(list), found);
     });
 }
 
@@ -318,15 +213,21 @@ fn coded_scan_on(
     let (groups, lines) = check(queries, &keys);
     check_scan(queries, lines, first % UNIT + groups * GROUP);
     check_room(heads.len(), (groups, groups.div_ceil(RUN_GROUPS)), out);
-    each_strip(queries, heads, keys, first, out, |call, found| match isa {
-        // SAFETY: an `Isa` that reaches a kernel was detected; shapes and room were asserted above.
+    each_strip(queries, heads, keys, first, out, |call, found| {
+        scan_places(isa, call, All(groups), found);
+    });
+}
+
+fn scan_places(isa: Isa, call: Call<'_>, places: impl Places, out: &mut Found<'_>) {
+    match isa {
+        // SAFETY: an `Isa` that reaches a kernel was detected; shapes and room were asserted, and places are groups of the keys.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::scan(call, found) },
+        Isa::Avx512 => unsafe { avx512::scan(call, places, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::scan(call, found) },
-        _ => scalar::scan(call, found),
-    });
+        Isa::Avx2 => unsafe { avx2::scan(call, places, out) },
+        _ => scalar::scan(call, places, out),
+    }
 }
 
 /// # Panics
@@ -411,13 +312,19 @@ fn coded_levels_on(
         heads.is_empty() || (groups * GROUP <= stride && levels.len() >= heads.len() * stride),
         "coded: room for the levels of each head"
     );
-    for (head, levels) in heads.zip(levels.chunks_mut(stride.max(1))) {
-        let call = Call::new(queries, head..head + 1, keys, 0);
+    if groups == 0 {
+        return;
+    }
+    for (at, levels) in heads.clone().step_by(STRIP).zip(levels.chunks_mut(STRIP * stride)) {
+        let call = Call::new(queries, at..heads.end.min(at + STRIP), keys, 0);
         match isa {
-            // SAFETY: an `Isa` that reaches a kernel was detected, AVX-512 implies AVX2; shapes were asserted above.
+            // SAFETY: an `Isa` that reaches a kernel was detected; shapes and room were asserted above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 | Isa::Avx512 => unsafe { avx2::levels(call, levels) },
-            _ => scalar::levels(call, levels),
+            Isa::Avx512 => unsafe { avx512::levels(call, levels, stride) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::levels(call, levels, stride) },
+            _ => scalar::levels(call, levels, stride),
         }
     }
 }

@@ -10,7 +10,7 @@ pub enum Isa {
     Scalar = 1,
     /// AVX2 with FMA and F16C.
     Avx2 = 2,
-    /// AVX-512 F, BW, DQ, VL and VNNI (and POPCNT, which no processor with them lacks).
+    /// AVX-512 F, BW, DQ, VL and VNNI (and BMI1 and POPCNT, which no processor with them lacks).
     Avx512 = 3,
 }
 
@@ -29,6 +29,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("bmi1")
                 && is_x86_feature_detected!("popcnt");
             match (avx2, avx512) {
                 (true, true) => return Self::Avx512,

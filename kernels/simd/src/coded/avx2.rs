@@ -3,24 +3,49 @@
 
 use std::arch::x86_64::*;
 
-use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, RUN_GROUPS};
+use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, Places, RUN_GROUPS};
 
 /// # Safety
 /// The processor has AVX2, FMA and F16C. There are `stride` lines of codes per group, at least `lines`, as many groups as masks and steps, room
-/// for what may be found of each head of the call, and `lines * 2` lanes per head.
+/// for what may be found of each head of the call, and `lines * 2` lanes per head. All places are groups of the keys.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn scan(call: Call<'_>, out: &mut Found<'_>) {
+pub(super) unsafe fn scan<P: Places>(call: Call<'_>, places: P, out: &mut Found<'_>) {
     // SAFETY: this function's own contract, for as many heads and lines as are named.
     unsafe {
         match (call.heads.len(), call.lines) {
-            (4, 4) => heads::<4, 4>(call, out),
-            (3, 4) => heads::<3, 4>(call, out),
-            (2, 4) => heads::<2, 4>(call, out),
-            (1, 4) => heads::<1, 4>(call, out),
-            (4, 8) => heads::<4, 8>(call, out),
-            (3, 8) => heads::<3, 8>(call, out),
-            (2, 8) => heads::<2, 8>(call, out),
-            _ => heads::<1, 8>(call, out),
+            (4, 4) => heads::<P, 4, 4>(call, places, out),
+            (3, 4) => heads::<P, 3, 4>(call, places, out),
+            (2, 4) => heads::<P, 2, 4>(call, places, out),
+            (1, 4) => heads::<P, 1, 4>(call, places, out),
+            (4, 8) => heads::<P, 4, 8>(call, places, out),
+            (3, 8) => heads::<P, 3, 8>(call, places, out),
+            (2, 8) => heads::<P, 2, 8>(call, places, out),
+            _ => heads::<P, 1, 8>(call, places, out),
+        }
+    }
+}
+
+/// Levels of the call's heads, `[heads][stride]`.
+///
+/// # Safety
+/// As [`scan`]; `out` has room for the levels of all groups of each head.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn levels(call: Call<'_>, out: &mut [u16], stride: usize) {
+    let lanes = call.lines * 2;
+    for (head, out) in out.chunks_mut(stride).take(call.heads.len()).enumerate() {
+        let call = Call {
+            lanes: &call.lanes[head * lanes..][..lanes],
+            heads: &call.heads[head..=head],
+            ..call
+        };
+        // SAFETY: this function's own contract.
+        unsafe {
+            match call.lines {
+                1 => levels_of::<1>(call, out),
+                2 => levels_of::<2>(call, out),
+                4 => levels_of::<4>(call, out),
+                _ => levels_of::<8>(call, out),
+            }
         }
     }
 }
@@ -28,32 +53,12 @@ pub(super) unsafe fn scan(call: Call<'_>, out: &mut Found<'_>) {
 /// Levels of the call's one head.
 ///
 /// # Safety
-/// As [`scan`]; `out` has room for the levels of all groups.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn levels(call: Call<'_>, out: &mut [u16]) {
-    // SAFETY: this function's own contract.
-    unsafe {
-        match call.lines {
-            1 => levels_of::<1>(call, out),
-            2 => levels_of::<2>(call, out),
-            4 => levels_of::<4>(call, out),
-            _ => levels_of::<8>(call, out),
-        }
-    }
-}
-
-/// # Safety
 /// As [`levels`], with `LINES` lines.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn levels_of<const LINES: usize>(call: Call<'_>, out: &mut [u16]) {
-    for (at, out) in out
-        .as_chunks_mut::<GROUP>()
-        .0
-        .iter_mut()
-        .take(call.keys.masks.len())
-        .enumerate()
-    {
+    let groups = out.as_chunks_mut::<GROUP>().0.iter_mut().take(call.keys.masks.len());
+    for (at, out) in groups.enumerate() {
         let maps = [Map::new(call.heads[0], call.keys.steps[at])];
         // SAFETY: this function's own contract; the store covers the sixteen levels of the reference.
         unsafe {
@@ -69,11 +74,7 @@ unsafe fn levels_of<const LINES: usize>(call: Call<'_>, out: &mut [u16]) {
 /// As [`scan`], with `H` heads and `LINES` lines; `at` is one of the groups.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn group<const H: usize, const LINES: usize>(
-    call: &Call<'_>,
-    at: usize,
-    maps: &[Map; H],
-) -> [__m256i; H] {
+unsafe fn group<const H: usize, const LINES: usize>(call: &Call<'_>, at: usize, maps: &[Map; H]) -> [__m256i; H] {
     let nibble = _mm256_set1_epi8(15);
     let mut products = [[_mm256_setzero_si256(); 2]; H];
     for (products, weights) in products.iter_mut().zip(call.heads) {
@@ -110,13 +111,13 @@ pub(super) unsafe fn group<const H: usize, const LINES: usize>(
 /// As [`scan`], with `H` heads and `LINES` lines.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Found<'_>) {
-    let groups = call.keys.masks.len();
+unsafe fn heads<P: Places, const H: usize, const LINES: usize>(call: Call<'_>, places: P, out: &mut Found<'_>) {
     let mut maps = [Map::default(); H];
     let mut step = f32::NAN;
-    for (run, first) in (0..groups).step_by(RUN_GROUPS).enumerate() {
+    for (run, first) in (0..places.len()).step_by(RUN_GROUPS).enumerate() {
         let mut totals = [[_mm256_setzero_ps(); 2]; H];
-        for at in first..(first + RUN_GROUPS).min(groups) {
+        for place in first..(first + RUN_GROUPS).min(places.len()) {
+            let at = places.group(place);
             if call.keys.steps[at] != step {
                 step = call.keys.steps[at];
                 maps = std::array::from_fn(|head| Map::new(call.heads[head], step));
@@ -124,13 +125,18 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
             // SAFETY: this function's own contract.
             let levels = unsafe { group::<H, LINES>(&call, at, &maps) };
             for (head, level) in levels.into_iter().enumerate() {
-                let below = keep(level, head, call.first + at * GROUP, out);
-                let total = &mut totals[head][at % 2];
-                *total = _mm256_add_ps(*total, weights(below));
+                let weights = weights(keep(level, head, call.first + at * GROUP, out));
+                if P::APART {
+                    out.sums[head * out.sums_stride + place] = sum(weights);
+                }
+                let total = &mut totals[head][place % 2];
+                *total = _mm256_add_ps(*total, weights);
             }
         }
-        for (head, totals) in totals.iter().enumerate() {
-            out.sums[head * out.sums_stride + run] = sum(_mm256_add_ps(totals[0], totals[1]));
+        if !P::APART {
+            for (head, totals) in totals.iter().enumerate() {
+                out.sums[head * out.sums_stride + run] = sum(_mm256_add_ps(totals[0], totals[1]));
+            }
         }
     }
 }
@@ -138,7 +144,7 @@ unsafe fn heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut Fo
 /// Keeps what reaches the floor of `head`; answers what is below it.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn keep(level: __m256i, head: usize, first: usize, out: &mut Found<'_>) -> __m256i {
+fn keep(level: __m256i, head: usize, first: usize, out: &mut Found<'_>) -> __m256i {
     let floor = _mm256_set1_epi16(out.floors[head].0.max(Level::LOWEST.0) as i16);
     // Unsigned: the larger of both is the level itself where it is at least the floor.
     let reached = _mm256_cmpeq_epi16(_mm256_max_epu16(level, floor), level);
@@ -160,7 +166,7 @@ pub(super) fn keep(level: __m256i, head: usize, first: usize, out: &mut Found<'_
 /// All ones in the lanes of the keys whose bit is set.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn searched(word: u16) -> __m256i {
+fn searched(word: u16) -> __m256i {
     let bits = _mm256_setr_epi16(
         1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768,
     );
@@ -170,7 +176,7 @@ pub(super) fn searched(word: u16) -> __m256i {
 /// Levels of sixteen products in the order of the keys.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn finish(mut product: __m256i, map: Map, mask: __m256i) -> __m256i {
+fn finish(mut product: __m256i, map: Map, mask: __m256i) -> __m256i {
     for _ in 0..map.doubled {
         product = _mm256_adds_epi16(product, product);
     }
@@ -184,7 +190,7 @@ pub(super) fn finish(mut product: __m256i, map: Map, mask: __m256i) -> __m256i {
 /// Weights of the even keys plus those of the odd.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn weights(level: __m256i) -> __m256 {
+fn weights(level: __m256i) -> __m256 {
     let even = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(level));
     let odd = _mm256_castsi256_ps(_mm256_and_si256(level, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
     _mm256_add_ps(even, odd)

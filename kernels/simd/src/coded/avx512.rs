@@ -1,117 +1,105 @@
-//! The scan with 512-bit registers and VNNI: a run of 64 keys at a time, sixteen a register, four digits of a key a lane, products
-//! summed by `vpdpbusd`; then 32 keys a register in 16 bits. Nothing branches on what is found, unless
-//! that is little.
+//! The scan with 512-bit registers and VNNI: four groups at a time, sixteen keys a register, four digits of a key a lane, products
+//! summed by `vpdpbusd`; then two groups a register in 16 bits, in the order of the keys.
 //!
-//! Registers of 32 levels hold their fours of keys in the order 0 4 1 5 2 6 3 7, so that unpacking them with their indices gives
-//! 32-bit lanes in the order of the keys.
+//! A core can begin one `vpdpbusd` a cycle and about one other instruction on such registers beside it, so what follows the
+//! products is kept as short as they are: levels are clamped and products doubled only where a head's can need it.
+
+mod four;
 
 use std::arch::x86_64::*;
 
-use super::{
-    Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, RUN_GROUPS,
-    avx2::{group, keep, sum, weights},
-};
+use self::four::{Four, Maps, Near};
+use super::{All, Call, Found, GROUP, Level, Places, RUN_GROUPS};
 
 /// # Safety
-/// The processor has AVX-512 F, BW, DQ, VL and VNNI, AVX2 and POPCNT; the rest as [`super::avx2::scan`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt")]
-pub(super) unsafe fn scan(call: Call<'_>, out: &mut Found<'_>) {
+/// The processor has AVX-512 F, BW, DQ, VL and VNNI, AVX2, FMA, F16C, BMI1 and POPCNT; the rest as [`super::avx2::scan`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
+pub(super) unsafe fn scan<P: Places>(call: Call<'_>, places: P, out: &mut Found<'_>) {
     // SAFETY: this function's own contract, for as many heads and lines as are named.
     unsafe {
-        match (call.heads.len(), call.lines, out.few) {
-            (4, 4, false) => heads::<4, 4, false>(call, out),
-            (4, 4, true) => heads::<4, 4, true>(call, out),
-            (3, 4, false) => heads::<3, 4, false>(call, out),
-            (3, 4, true) => heads::<3, 4, true>(call, out),
-            (2, 4, false) => heads::<2, 4, false>(call, out),
-            (2, 4, true) => heads::<2, 4, true>(call, out),
-            (1, 4, _) => heads::<1, 4, false>(call, out),
-            (4, 8, _) => heads::<4, 8, false>(call, out),
-            (3, 8, _) => heads::<3, 8, false>(call, out),
-            (2, 8, _) => heads::<2, 8, false>(call, out),
-            _ => heads::<1, 8, false>(call, out),
+        match (call.heads.len(), call.lines) {
+            (4, 4) => scan_heads::<P, 4, 4>(call, places, out),
+            (3, 4) => scan_heads::<P, 3, 4>(call, places, out),
+            (2, 4) => scan_heads::<P, 2, 4>(call, places, out),
+            (1, 4) => scan_heads::<P, 1, 4>(call, places, out),
+            (4, 8) => scan_heads::<P, 4, 8>(call, places, out),
+            (3, 8) => scan_heads::<P, 3, 8>(call, places, out),
+            (2, 8) => scan_heads::<P, 2, 8>(call, places, out),
+            _ => scan_heads::<P, 1, 8>(call, places, out),
         }
     }
 }
 
-/// Runs whose codes are asked for before they are needed.
-const AHEAD: usize = 2;
-
-/// Products to levels of two groups.
-#[derive(Clone, Copy)]
-struct Pair {
-    doubled: [__m512i; 2],
-    factor: __m512i,
-    offset: __m512i,
+/// Levels of the call's heads, `[heads][stride]`.
+///
+/// # Safety
+/// As [`scan`]; `out` has room for the levels of all groups of each head.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
+pub(super) unsafe fn levels(call: Call<'_>, out: &mut [u16], stride: usize) {
+    // SAFETY: this function's own contract, for as many lines as are named.
+    unsafe {
+        match call.lines {
+            1 => levels_of_lines::<1>(call, out, stride),
+            2 => levels_of_lines::<2>(call, out, stride),
+            4 => levels_of_lines::<4>(call, out, stride),
+            _ => levels_of_lines::<8>(call, out, stride),
+        }
+    }
 }
 
 /// # Safety
-/// As [`scan`], with `H` heads and `LINES` lines. With `FEW` it branches on whether any of 32 keys reaches the floor.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt")]
-unsafe fn heads<const H: usize, const LINES: usize, const FEW: bool>(call: Call<'_>, out: &mut Found<'_>) {
-    let groups = call.keys.masks.len();
-    let runs = groups / RUN_GROUPS;
-    let nibble = _mm512_set1_epi8(15);
-    // Fours of two packed registers: those of the first are the even ones, in the order of their slots.
-    let order = _mm512_setr_epi64(0, 1, 4, 5, 2, 3, 6, 7);
-    let indices = spread(_mm512_set_epi16(
-        31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2,
-        1, 0,
-    ));
-    let (lowest, highest) = (_mm512_set1_epi16(LOWEST), _mm512_set1_epi16(HIGHEST));
-    let floors: [u16; H] = std::array::from_fn(|head| out.floors[head].0.max(Level::LOWEST.0));
-    let zero = _mm512_setzero_si512();
-    let mut maps = [[Pair {
-        doubled: [zero; 2],
-        factor: zero,
-        offset: zero,
-    }; 2]; H];
-    let mut steps = [f32::NAN; RUN_GROUPS];
-    // Of their own: what is stored does not change them.
-    let (kept, stride) = (out.kept.as_mut_ptr(), out.stride);
-    let mut counts: [usize; H] = std::array::from_fn(|head| out.counts[head]);
-    for run in 0..runs {
-        let first = run * RUN_GROUPS;
-        let own: [f32; RUN_GROUPS] = std::array::from_fn(|at| call.keys.steps[first + at]);
-        // No closures over registers here: they would be compiled apart, without these instructions.
-        if own != steps {
-            steps = own;
-            // Groups of one block, which a run mostly is, have one step.
-            let one = own == [own[0]; RUN_GROUPS];
-            for (maps, weights) in maps.iter_mut().zip(call.heads) {
-                let map = Map::new(*weights, own[0]);
-                let (factor, offset) = (_mm512_set1_epi16(map.factor), _mm512_set1_epi16(map.offset));
-                let doubled = [_mm512_set1_epi32(map.doubled); 2];
-                *maps = [Pair {
-                    doubled,
-                    factor,
-                    offset,
-                }; 2];
-                if !one {
-                    for (pair, map) in maps.iter_mut().enumerate() {
-                        let (even, odd) = (Map::new(*weights, own[pair * 2]), Map::new(*weights, own[pair * 2 + 1]));
-                        map.doubled = [_mm512_set1_epi32(even.doubled), _mm512_set1_epi32(odd.doubled)];
-                        map.factor = alternate(even.factor, odd.factor);
-                        map.offset = alternate(even.offset, odd.offset);
-                    }
-                }
-            }
+/// As [`levels`], with `LINES` lines.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
+unsafe fn levels_of_lines<const LINES: usize>(call: Call<'_>, out: &mut [u16], stride: usize) {
+    // SAFETY: this function's own contract, for as many heads as are named.
+    unsafe {
+        match call.heads.len() {
+            4 => levels_of_heads::<4, LINES>(call, out, stride),
+            3 => levels_of_heads::<3, LINES>(call, out, stride),
+            2 => levels_of_heads::<2, LINES>(call, out, stride),
+            _ => levels_of_heads::<1, LINES>(call, out, stride),
         }
+    }
+}
+
+/// Takes the levels of all heads, of four groups after four.
+trait Take<const H: usize> {
+    /// # Safety
+    /// As [`scan`]; `four` are its groups from place `first` on.
+    unsafe fn take(&mut self, first: usize, four: &Four, levels: [[__m512i; 2]; H]);
+}
+
+/// Levels of all places for `H` heads, from `LINES` lines. One function with all that it calls: sixteen registers of products
+/// are not to be returned through memory.
+///
+/// # Safety
+/// As [`scan`], with `H` heads and `LINES` lines; `take` is as it promises.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
+unsafe fn each<P: Places, T: Take<H>, const H: usize, const LINES: usize>(call: &Call<'_>, places: P, take: &mut T) {
+    let zero = _mm512_setzero_si512();
+    let nibble = _mm512_set1_epi8(15);
+    let mut maps = Maps::new(call);
+    for first in (0..places.len()).step_by(RUN_GROUPS) {
+        // SAFETY: this function's own contract.
+        let four = unsafe { Four::new(call, places, first) };
+        // SAFETY: as above.
+        unsafe { maps.follow(four.steps) };
         let mut products = [[zero; RUN_GROUPS]; H];
         for (products, weights) in products.iter_mut().zip(call.heads) {
             *products = [_mm512_set1_epi32(weights.start); RUN_GROUPS];
         }
+        // No closures over registers here: they would be compiled apart, without these instructions.
         for line in 0..LINES {
-            // SAFETY: each group has LINES lines and each head 2 * LINES lanes, of which four bytes are read, by this function's
-            // contract.
+            // SAFETY: groups of `call.stride` lines, at least LINES, and 2 * LINES lanes of each head, of which four bytes are read, are
+            // there by this function's contract.
             unsafe {
-                let codes = call.keys.codes.as_ptr().add(first * LINES + line);
+                let codes = call.keys.codes.as_ptr().add(line);
                 let (mut low, mut high) = ([zero; RUN_GROUPS], [zero; RUN_GROUPS]);
                 for (at, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
-                    // Two or four kilobytes on: a core's own prefetchers do not keep up. It need not be there.
-                    _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add((RUN_GROUPS * AHEAD + at) * LINES).cast());
-                    let raw = _mm512_load_si512(codes.add(at * LINES).cast());
+                    // A core's own prefetchers do not keep up.
+                    _mm_prefetch::<_MM_HINT_T0>(codes.add(four.next[at] * call.stride).cast());
+                    let raw = _mm512_load_si512(codes.add(four.at[at] * call.stride).cast());
                     *low = _mm512_and_si512(raw, nibble);
                     *high = _mm512_and_si512(_mm512_srli_epi16::<4>(raw), nibble);
                 }
@@ -125,108 +113,116 @@ unsafe fn heads<const H: usize, const LINES: usize, const FEW: bool>(call: Call<
                 }
             }
         }
-        let word = |at: usize| u32::from(call.keys.masks[at]) | u32::from(call.keys.masks[at + 1]) << 16;
-        let words = [word(first), word(first + 2)];
-        let all = words == [u32::MAX; 2];
-        for (head, products) in products.iter().enumerate() {
-            let mut total = _mm512_setzero_ps();
-            for pair in 0..2 {
-                let Pair {
-                    doubled,
-                    factor,
-                    offset,
-                } = maps[head][pair];
-                let packed = _mm512_packs_epi32(
-                    _mm512_sllv_epi32(products[pair * 2], doubled[0]),
-                    _mm512_sllv_epi32(products[pair * 2 + 1], doubled[1]),
-                );
-                let scaled = _mm512_mulhrs_epi16(packed, factor);
-                let level = _mm512_adds_epi16(scaled, offset);
-                let level = _mm512_min_epi16(_mm512_max_epi16(level, lowest), highest);
-                // Pairs of fours to the order of the module's head.
-                let mut level = _mm512_permutexvar_epi64(order, level);
-                if !all {
-                    level = _mm512_maskz_mov_epi16(spread_bits(words[pair]), level);
-                }
-                let below = _mm512_cmplt_epu16_mask(level, _mm512_set1_epi16(floors[head] as i16));
-                total = _mm512_add_ps(total, weigh(_mm512_maskz_mov_epi16(below, level)));
-                if FEW && below == u32::MAX {
-                    continue;
-                }
-                let base = (call.first + (first + pair * 2) * GROUP) as u16;
-                let own = _mm512_add_epi16(indices, _mm512_set1_epi16(base as i16));
-                let floor = _mm512_set1_epi32((u32::from(floors[head]) << 16) as i32);
-                for keys in [_mm512_unpacklo_epi16(own, level), _mm512_unpackhi_epi16(own, level)] {
-                    let reached = _mm512_cmpge_epu32_mask(keys, floor);
-                    // SAFETY: room for a register more than is kept was asserted by the caller.
-                    unsafe {
-                        let to = kept.add(head * stride + counts[head]);
-                        _mm512_storeu_si512(to.cast(), _mm512_maskz_compress_epi32(reached, keys));
-                    }
-                    counts[head] += reached.count_ones() as usize;
+        // SAFETY: this function's own contract.
+        unsafe {
+            let levels = maps.levels(&products, four.words);
+            take.take(first, &four, levels)
+        };
+    }
+}
+
+/// What a scan does with levels.
+struct Keep<'a, 'b, P, const H: usize> {
+    places: P,
+    floors: [u16; H],
+    /// Of their own: what is stored does not change them.
+    counts: [usize; H],
+    out: &'a mut Found<'b>,
+}
+
+impl<P: Places, const H: usize> Take<H> for Keep<'_, '_, P, H> {
+    #[inline(always)]
+    unsafe fn take(&mut self, first: usize, four: &Four, levels: [[__m512i; 2]; H]) {
+        // SAFETY: this function's own contract.
+        unsafe {
+            let mut near = [Near::default(); H];
+            let mut reached = [0; H];
+            for (head, levels) in levels.into_iter().enumerate() {
+                four::store(levels, &mut near[head].0);
+                let floor = _mm512_set1_epi16(self.floors[head] as i16);
+                let below = [
+                    _mm512_cmplt_epu16_mask(levels[0], floor),
+                    _mm512_cmplt_epu16_mask(levels[1], floor),
+                ];
+                reached[head] = !(u64::from(below[0]) | u64::from(below[1]) << 32);
+                let weights = [
+                    four::weigh(_mm512_maskz_mov_epi16(below[0], levels[0])),
+                    four::weigh(_mm512_maskz_mov_epi16(below[1], levels[1])),
+                ];
+                let sums = &mut self.out.sums[head * self.out.sums_stride..];
+                if P::APART {
+                    let count = RUN_GROUPS.min(self.places.len() - first);
+                    sums[first..first + count].copy_from_slice(&four::sum_apart(weights)[..count]);
+                } else {
+                    sums[first / RUN_GROUPS] = four::sum(_mm512_add_ps(weights[0], weights[1]));
                 }
             }
-            out.sums[head * out.sums_stride + run] = sum_of(total);
+            for head in 0..H {
+                {
+                    let to = self
+                        .out
+                        .kept
+                        .as_mut_ptr()
+                        .add(head * self.out.stride + self.counts[head]);
+                    four::keep::<P>(&near[head].0, reached[head], &four.keys, to);
+                }
+                self.counts[head] += reached[head].count_ones() as usize;
+            }
         }
     }
-    out.counts.copy_from_slice(&counts);
-    // Groups of a last run that is not whole.
-    let mut totals = [[_mm256_setzero_ps(); 2]; H];
-    for at in runs * RUN_GROUPS..groups {
-        let maps: [Map; H] = std::array::from_fn(|head| Map::new(call.heads[head], call.keys.steps[at]));
+}
+
+/// # Safety
+/// As [`scan`], with `H` heads and `LINES` lines.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
+unsafe fn scan_heads<P: Places, const H: usize, const LINES: usize>(call: Call<'_>, places: P, out: &mut Found<'_>) {
+    let mut keep = Keep {
+        places,
+        floors: std::array::from_fn(|head| out.floors[head].0.max(Level::LOWEST.0)),
+        counts: std::array::from_fn(|head| out.counts[head]),
+        out,
+    };
+    // SAFETY: this function's own contract.
+    unsafe { each::<P, Keep<'_, '_, P, H>, H, LINES>(&call, places, &mut keep) };
+    keep.out.counts.copy_from_slice(&keep.counts);
+}
+
+/// Levels as they are.
+struct Write<'a> {
+    out: &'a mut [u16],
+    stride: usize,
+    keys: usize,
+}
+
+impl<const H: usize> Take<H> for Write<'_> {
+    #[inline(always)]
+    unsafe fn take(&mut self, first: usize, _: &Four, levels: [[__m512i; 2]; H]) {
         // SAFETY: this function's own contract.
-        let levels = unsafe { group::<H, LINES>(&call, at, &maps) };
-        for (head, level) in levels.into_iter().enumerate() {
-            let below = keep(level, head, call.first + at * GROUP, out);
-            let total = &mut totals[head][at % 2];
-            *total = _mm256_add_ps(*total, weights(below));
+        unsafe {
+            for (head, levels) in levels.into_iter().enumerate() {
+                let own = &mut self.out[head * self.stride..][first * GROUP..self.keys];
+                if let Some(own) = own.first_chunk_mut() {
+                    four::store(levels, own);
+                } else {
+                    let mut near = Near::default();
+                    four::store(levels, &mut near.0);
+                    own.copy_from_slice(&near.0[..own.len()]);
+                }
+            }
         }
     }
-    if groups > runs * RUN_GROUPS {
-        for (head, totals) in totals.iter().enumerate() {
-            out.sums[head * out.sums_stride + runs] = sum(_mm256_add_ps(totals[0], totals[1]));
-        }
-    }
 }
 
-/// For two groups, whose fours alternate before levels are put in order.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn alternate(even: i16, odd: i16) -> __m512i {
-    _mm512_mask_blend_epi64(0b1010_1010, _mm512_set1_epi16(even), _mm512_set1_epi16(odd))
-}
-
-/// 32 elements in the order of keys to the order of the module's head.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn spread(x: __m512i) -> __m512i {
-    _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x)
-}
-
-/// As [`spread`], of bits: fours of them are nibbles.
-#[inline]
-fn spread_bits(word: u32) -> u32 {
-    (0..8).fold(0, |bits, four| {
-        let to = if four < 4 { 2 * four } else { 2 * (four - 4) + 1 };
-        bits | (word >> (4 * four) & 15) << (4 * to)
-    })
-}
-
-/// Weights of the even keys plus those of the odd.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn weigh(level: __m512i) -> __m512 {
-    let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(level));
-    let odd = _mm512_castsi512_ps(_mm512_and_si512(level, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
-    _mm512_add_ps(even, odd)
-}
-
-/// Even groups and odd ones, then pair l + pair l+4, l + l+2, l + l+1.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq,avx2")]
-fn sum_of(x: __m512) -> f32 {
-    let x = _mm512_add_ps(x, _mm512_permute_ps::<0b01_00_11_10>(x));
-    let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
-    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-    _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
+/// # Safety
+/// As [`levels`], with `H` heads and `LINES` lines.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
+unsafe fn levels_of_heads<const H: usize, const LINES: usize>(call: Call<'_>, out: &mut [u16], stride: usize) {
+    let groups = call.keys.masks.len();
+    let mut write = Write {
+        out,
+        stride,
+        keys: groups * GROUP,
+    };
+    // SAFETY: this function's own contract.
+    unsafe { each::<All, Write<'_>, H, LINES>(&call, All(groups), &mut write) };
 }

@@ -1,6 +1,6 @@
 //! The scan in plain code: what the others must equal.
 
-use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, RUN_GROUPS, SLOTS};
+use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, Places, RUN_GROUPS, SLOTS};
 
 /// Levels of one group for one head.
 fn group(call: &Call<'_>, head: usize, group: usize) -> [u16; GROUP] {
@@ -27,36 +27,30 @@ fn group(call: &Call<'_>, head: usize, group: usize) -> [u16; GROUP] {
     levels
 }
 
-pub(super) fn levels(call: Call<'_>, out: &mut [u16]) {
-    for (at, out) in out
-        .as_chunks_mut::<GROUP>()
-        .0
-        .iter_mut()
-        .take(call.keys.masks.len())
-        .enumerate()
-    {
-        *out = group(&call, 0, at);
+pub(super) fn levels(call: Call<'_>, out: &mut [u16], stride: usize) {
+    for (head, out) in out.chunks_mut(stride).take(call.heads.len()).enumerate() {
+        let groups = out.as_chunks_mut::<GROUP>().0.iter_mut().take(call.keys.masks.len());
+        groups.enumerate().for_each(|(at, out)| *out = group(&call, head, at));
     }
 }
 
-pub(super) fn scan(call: Call<'_>, out: &mut Found<'_>) {
-    let groups = call.keys.masks.len();
+pub(super) fn scan<P: Places>(call: Call<'_>, places: P, out: &mut Found<'_>) {
     for head in 0..call.heads.len() {
-        for (run, first) in (0..groups).step_by(RUN_GROUPS).enumerate() {
+        for (run, first) in (0..places.len()).step_by(RUN_GROUPS).enumerate() {
             let mut sums = [[0.0_f32; 8]; 2];
-            for at in first..(first + RUN_GROUPS).min(groups) {
-                let pairs = keep(&call, head, at, out);
-                sums[at % 2].iter_mut().zip(pairs).for_each(|(sum, pair)| *sum += pair);
+            for place in first..(first + RUN_GROUPS).min(places.len()) {
+                let pairs = keep(&call, head, places.group(place), out);
+                if P::APART {
+                    out.sums[head * out.sums_stride + place] = sum(pairs);
+                }
+                sums[place % 2]
+                    .iter_mut()
+                    .zip(pairs)
+                    .for_each(|(sum, pair)| *sum += pair);
             }
-            out.sums[head * out.sums_stride + run] = sum(std::array::from_fn(|l| sums[0][l] + sums[1][l]));
-        }
-    }
-}
-
-pub(super) fn scan_listed(call: Call<'_>, list: &[u32], out: &mut Found<'_>) {
-    for head in 0..call.heads.len() {
-        for (at, listed) in list.iter().enumerate() {
-            out.sums[head * out.sums_stride + at] = sum(keep(&call, head, *listed as usize, out));
+            if !P::APART {
+                out.sums[head * out.sums_stride + run] = sum(std::array::from_fn(|l| sums[0][l] + sums[1][l]));
+            }
         }
     }
 }

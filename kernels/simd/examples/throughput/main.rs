@@ -1,7 +1,10 @@
 //! Throughput of the kernels at the shapes of SmolLM2-135M, as a table on standard output.
 //!
-//! `cargo run --release -p kvasir-simd --example throughput [threads] [scalar|avx2|avx512]`
+//! `cargo run --release -p kvasir-simd --example throughput [threads] [scalar|avx2|avx512] [section]`; sections are the functions that `main` names.
 #![expect(clippy::print_stdout, reason = "a table to read is what this program is for")]
+
+mod coded;
+mod scattered;
 
 use std::{
     hint::black_box,
@@ -39,10 +42,20 @@ fn main() {
     };
     let pool = Pool::new(threads);
     println!("{isa:?}, {threads} threads");
-    products(&pool);
-    attention();
-    scan();
-    regions(&pool);
+    let section = arguments.next();
+    let sections: [(&str, &dyn Fn()); 6] = [
+        ("products", &|| products(&pool)),
+        ("attention", &attention),
+        ("scan", &scan),
+        ("coded", &coded::coded),
+        ("scattered", &scattered::scattered),
+        ("regions", &|| regions(&pool)),
+    ];
+    for (name, run) in sections {
+        if section.as_deref().is_none_or(|section| section == name) {
+            run();
+        }
+    }
 }
 
 /// The fastest of runs over half a second: what the code can do when nothing else runs.
