@@ -1,6 +1,6 @@
 //! What a hint leaves behind its query: times of a search, of one that is done ahead, and of what the query then still waits for.
 //!
-//! `cargo run -p kvasir-cache --example hinted [tokens] [rounds]`
+//! `cargo run -p kvasir-cache --example hinted [tokens] [rounds] [layers that wait to be clustered]`
 //!
 //! Thirty layers of SmolLM2's shape (3 KV heads of 64, 3 query heads each) over a made-up context with the statistics of attention. Layers are
 //! asked one after another, each with other memory, so that caches are as cold as while decoding; between a hint's search and its query as
@@ -41,7 +41,7 @@ const WEIGHTS: usize = 1 << 20;
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse());
-    let (tokens, rounds) = (number(6016)?.max(2048) / BLOCK * BLOCK, number(12)?);
+    let (tokens, rounds, queue) = (number(6016)?.max(2048) / BLOCK * BLOCK, number(12)?, number(64)?);
     let pool = Pool::new(1);
     let heads = (0..KV_HEADS as u64).map(|seed| {
         let shape = Shape {
@@ -55,7 +55,7 @@ fn main() -> Result<()> {
     });
     let heads = heads.collect::<std::result::Result<Vec<_>, _>>()?;
     let dir = tempfile::tempdir()?;
-    let cache = cache(dir.path(), &heads)?;
+    let cache = cache(dir.path(), &heads, queue)?;
     let context = open(&cache, &heads, tokens)?;
     let weights = vec![1_u16; WEIGHTS];
     let (mut fresh, mut ahead, mut behind) = (Vec::new(), Vec::new(), Vec::new());
@@ -146,13 +146,14 @@ fn off(q: &[f32], rng: &mut SmallRng) -> Vec<f32> {
     out
 }
 
-fn cache(dir: &std::path::Path, heads: &[Synthetic]) -> Result<BlockCache> {
+fn cache(dir: &std::path::Path, heads: &[Synthetic], cluster_queue_max: usize) -> Result<BlockCache> {
     let cache = BlockCache::open(CacheConfig {
         host_bytes_max: 1 << 30,
         disk_bytes_max: 2 << 30,
         segment_bytes: 64 << 20,
         flush_queue_bytes_max: 1 << 30,
         context_bytes_max: 1 << 30,
+        cluster_queue_max,
         ..CacheConfig::in_dir(dir)
     })?;
     let namespace = cache.open_namespace(&Tenant::new("default").ok_or("a tenant's name")?, &schema())?;
