@@ -173,10 +173,11 @@ impl Search {
             return None;
         }
         let how = sketches::wanted(self.form, scan.keys_scanned());
-        Some(Box::new(scan.park(Attend {
-            effort: parked::generous(how.effort),
-            ..how
-        })))
+        let effort = parked::generous(how.effort);
+        Some(Box::new(match self.form {
+            Form::Rows { .. } => scan.park_for_rows(effort),
+            Form::Attend { .. } => scan.park(Attend { effort, ..how }),
+        }))
     }
 
     fn answer_head<'a>(
