@@ -156,7 +156,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         note(0, start.elapsed().as_secs_f64() * 1e6);
         let warm = (&contexts[0], &basis);
         let candidates = |scan: &mut SketchScan<'_>| {
-            black_box(scan.candidates(2 * ATTENDED));
+            black_box(scan.find_best(2 * ATTENDED));
         };
         note(1, timed(&mut scan, warm, one, candidates)?);
         note(
@@ -176,7 +176,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut note = |at: usize, time: f64| times[at].push(time);
         let cold = |at: usize| (&contexts[(3 * round + at) % contexts.len()], &basis);
         let candidates = |scan: &mut SketchScan<'_>| {
-            black_box(scan.candidates(2 * ATTENDED));
+            black_box(scan.find_best(2 * ATTENDED));
         };
         note(4, timed(&mut scan, cold(0), one, candidates)?);
         note(

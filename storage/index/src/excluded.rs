@@ -62,6 +62,13 @@ impl Excluded {
         })
     }
 
+    /// Whether none of `positions` is excluded.
+    pub(crate) fn leaves_all(&self, positions: Range<u32>) -> bool {
+        let first = self.ranges.partition_point(|range| range.end <= positions.start);
+        let next = self.ranges.get(first).map_or(u32::MAX, |range| range.start);
+        next.max(positions.start) >= positions.end
+    }
+
     /// How many of the positions `0..tokens` are left.
     pub fn searched_count(&self, tokens: u32) -> u32 {
         self.searched(0..tokens).map(|part| part.end - part.start).sum()
@@ -106,6 +113,7 @@ mod tests {
             let ranges: Vec<_> = ranges.into_iter().map(|(start, len)| start..start + len).collect();
             let excluded = Excluded::new(&ranges);
             let expected: Vec<u32> = (start..start + len).filter(|at| !ranges.iter().any(|range| range.contains(at))).collect();
+            prop_assert_eq!(excluded.leaves_all(start..start + len), expected.len() == len as usize);
             prop_assert_eq!(excluded.searched(start..start + len).flatten().collect::<Vec<_>>(), expected);
             prop_assert_eq!(excluded.contains(start), ranges.iter().any(|range| range.contains(&start)));
             prop_assert_eq!(excluded.searched_count(start), (0..start).filter(|at| !ranges.iter().any(|range| range.contains(at))).count() as u32);

@@ -121,52 +121,61 @@ unsafe fn each<P: Places, T: Take<H>, const H: usize, const LINES: usize>(call: 
     }
 }
 
-/// What a scan does with levels.
-struct Keep<'a, 'b, P, const H: usize> {
+/// What a scan does with levels: in pointers, since indices and the checks of them would cost as much as the rest of it.
+struct Keep<P, const H: usize> {
     places: P,
     floors: [u16; H],
-    /// Of their own: what is stored does not change them.
-    counts: [usize; H],
-    out: &'a mut Found<'b>,
+    /// Where each head's next key goes, and where its sums begin.
+    to: [*mut u32; H],
+    sums: [*mut f32; H],
+    /// Levels of the four groups before, which of their keys reach the floors, and their first keys: these are stored while the
+    /// products of the next four are on their way, since what was just written is not read back at once.
+    near: [Near; H],
+    reached: [u64; H],
+    keys: [u32; RUN_GROUPS],
 }
 
-impl<P: Places, const H: usize> Take<H> for Keep<'_, '_, P, H> {
+impl<P: Places, const H: usize> Keep<P, H> {
+    /// Stores what reached the floors.
+    ///
+    /// # Safety
+    /// As [`Take::take`].
+    #[inline(always)]
+    unsafe fn store(&mut self) {
+        for head in 0..H {
+            // SAFETY: room for a register more than is kept was asserted by the caller.
+            self.to[head] = unsafe { four::keep::<P>(&self.near[head], self.reached[head], &self.keys, self.to[head]) };
+        }
+    }
+}
+
+impl<P: Places, const H: usize> Take<H> for Keep<P, H> {
     #[inline(always)]
     unsafe fn take(&mut self, first: usize, four: &Four, levels: [[__m512i; 2]; H]) {
-        // SAFETY: this function's own contract.
+        // SAFETY: this function's own contract; room for the sums, and for a register more than is kept, was asserted by the caller.
         unsafe {
-            let mut near = [Near::default(); H];
-            let mut reached = [0; H];
+            self.store();
+            self.keys = four.keys;
             for (head, levels) in levels.into_iter().enumerate() {
-                four::store(levels, &mut near[head].0);
+                self.near[head].fill(levels);
                 let floor = _mm512_set1_epi16(self.floors[head] as i16);
                 let below = [
                     _mm512_cmplt_epu16_mask(levels[0], floor),
                     _mm512_cmplt_epu16_mask(levels[1], floor),
                 ];
-                reached[head] = !(u64::from(below[0]) | u64::from(below[1]) << 32);
+                self.reached[head] = !(u64::from(below[0]) | u64::from(below[1]) << 32);
                 let weights = [
                     four::weigh(_mm512_maskz_mov_epi16(below[0], levels[0])),
                     four::weigh(_mm512_maskz_mov_epi16(below[1], levels[1])),
                 ];
-                let sums = &mut self.out.sums[head * self.out.sums_stride..];
                 if P::APART {
                     let count = RUN_GROUPS.min(self.places.len() - first);
-                    sums[first..first + count].copy_from_slice(&four::sum_apart(weights)[..count]);
+                    let sums = four::sum_apart(weights);
+                    std::ptr::copy_nonoverlapping(sums.as_ptr(), self.sums[head].add(first), count);
                 } else {
-                    sums[first / RUN_GROUPS] = four::sum(_mm512_add_ps(weights[0], weights[1]));
+                    let sum = four::sum(_mm512_add_ps(weights[0], weights[1]));
+                    *self.sums[head].add(first / RUN_GROUPS) = sum;
                 }
-            }
-            for head in 0..H {
-                {
-                    let to = self
-                        .out
-                        .kept
-                        .as_mut_ptr()
-                        .add(head * self.out.stride + self.counts[head]);
-                    four::keep::<P>(&near[head].0, reached[head], &four.keys, to);
-                }
-                self.counts[head] += reached[head].count_ones() as usize;
             }
         }
     }
@@ -176,15 +185,31 @@ impl<P: Places, const H: usize> Take<H> for Keep<'_, '_, P, H> {
 /// As [`scan`], with `H` heads and `LINES` lines.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
 unsafe fn scan_heads<P: Places, const H: usize, const LINES: usize>(call: Call<'_>, places: P, out: &mut Found<'_>) {
+    // Cut as they are used, so that what lies beyond a head's own is never reached.
+    let mut kept = out.kept.chunks_mut(out.stride.max(1)).take(H);
+    let mut sums = out.sums.chunks_mut(out.sums_stride.max(1)).take(H);
     let mut keep = Keep {
         places,
         floors: std::array::from_fn(|head| out.floors[head].0.max(Level::LOWEST.0)),
-        counts: std::array::from_fn(|head| out.counts[head]),
-        out,
+        to: std::array::from_fn(|head| {
+            kept.next()
+                .map_or(std::ptr::null_mut(), |kept| kept[out.counts[head]..].as_mut_ptr())
+        }),
+        near: [Near::new(); H],
+        reached: [0; H],
+        keys: [0; RUN_GROUPS],
+        sums: std::array::from_fn(|_| sums.next().map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr)),
     };
+    let begun = keep.to;
     // SAFETY: this function's own contract.
-    unsafe { each::<P, Keep<'_, '_, P, H>, H, LINES>(&call, places, &mut keep) };
-    keep.out.counts.copy_from_slice(&keep.counts);
+    unsafe {
+        each::<P, Keep<P, H>, H, LINES>(&call, places, &mut keep);
+        keep.store();
+    }
+    for (head, count) in out.counts.iter_mut().enumerate() {
+        // SAFETY: both point into what the head keeps.
+        *count += unsafe { keep.to[head].offset_from_unsigned(begun[head]) };
+    }
 }
 
 /// Levels as they are.
@@ -204,8 +229,8 @@ impl<const H: usize> Take<H> for Write<'_> {
                 if let Some(own) = own.first_chunk_mut() {
                     four::store(levels, own);
                 } else {
-                    let mut near = Near::default();
-                    four::store(levels, &mut near.0);
+                    let mut near = Near::new();
+                    near.fill(levels);
                     own.copy_from_slice(&near.0[..own.len()]);
                 }
             }

@@ -43,6 +43,41 @@ fn run(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, first: usize, floo
     }
 }
 
+/// What a scan of listed groups keeps, of keys at the beginning of a unit, and its sums.
+fn run_listed(isa: Isa, queries: &CodedQueries, keys: CodedKeys<'_>, list: &[u32], floors: &[Level], few: bool) -> Run {
+    let heads = queries.len();
+    let (stride, sums_stride) = (room_for(list.len()) + 3, list.len() + 1);
+    let (mut kept, mut counts) = (vec![7; heads * stride], vec![2; heads]);
+    let mut sums = vec![9.0; heads * sums_stride];
+    let mut found = Found {
+        floors,
+        kept: &mut kept,
+        stride,
+        counts: &mut counts,
+        sums: &mut sums,
+        sums_stride,
+        few,
+    };
+    coded_scan_listed_on(isa, queries, 0..heads, keys, (UNIT, list), &mut found);
+    assert!(
+        kept.chunks(stride).all(|kept| kept[..2] == [7, 7]),
+        "what is there stays"
+    );
+    assert!(
+        sums.chunks(sums_stride).all(|sums| sums[list.len()] == 9.0),
+        "no sum but the groups'"
+    );
+    Run {
+        levels: Vec::new(),
+        kept: kept
+            .chunks(stride)
+            .zip(&counts)
+            .map(|(kept, count)| kept[2..*count].to_vec())
+            .collect(),
+        sums: bits(&sums),
+    }
+}
+
 fn lines(codes: &[u8]) -> Vec<Line> {
     codes.as_chunks().0.iter().map(|line| Line(*line)).collect()
 }
@@ -121,6 +156,62 @@ proptest! {
             for (at, sum) in sums.into_iter().enumerate() {
                 let found = f64::from(f32::from_bits(truth.sums[head * (groups.div_ceil(RUN_GROUPS) + 1) + at]));
                 prop_assert!((found - sum).abs() <= 1e-5 * sum);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn listed_groups_are_those_of_the_whole(
+        seed in 0_u64..1000,
+        heads in 1_usize..10,
+        groups in 1_usize..30,
+        nibbles in prop::sample::select(vec![32_usize, 64]),
+        masked in any::<bool>(),
+        steps in 1_usize..4,
+        spread in prop::sample::select(vec![0.0_f32, 0.3, 3.0, 12.0, 40.0]),
+        floor in prop::sample::select(vec![-300.0_f32, 0.0, 2.0, 126.5]),
+        share in prop::sample::select(vec![0_u8, 40, 128, 255]),
+    ) {
+        let codes = lines(&bytes(seed, groups * GROUP * nibbles / 2));
+        let word = |b: &[u8]| if masked { u16::from_le_bytes([b[0], b[1]]) } else { u16::MAX };
+        let masks: Vec<u16> = bytes(seed + 1, groups * 2).chunks(2).map(word).collect();
+        let steps: Vec<f32> = (0..groups).map(|group| 0.1 + 0.1 * (group % steps) as f32).collect();
+        let weights: Vec<f32> = values(seed + 2, heads * nibbles).iter().map(|w| w * spread).collect();
+        let mut queries = CodedQueries::default();
+        queries.begin(nibbles);
+        weights.chunks(nibbles).for_each(|weights| queries.push(weights));
+        let floors: Vec<Level> = (0..heads).map(|head| Level::at_least(floor + head as f32)).collect();
+        let keys = CodedKeys { codes: &codes, steps: &steps, masks: &masks };
+        let drawn = bytes(seed + 3, groups);
+        for list in [
+            (0..groups as u32).collect::<Vec<_>>(),
+            (0..groups as u32).filter(|group| drawn[*group as usize] < share).collect(),
+            vec![groups as u32 - 1],
+        ] {
+            let truth = run_listed(Isa::Scalar, &queries, keys, &list, &floors, false);
+            for isa in Isa::available() {
+                for few in [false, true] {
+                    prop_assert_eq!(&run_listed(isa, &queries, keys, &list, &floors, few), &truth, "{:?} {}", isa, few);
+                }
+                // As a scan of all, of which only these are asked.
+                let whole = run(isa, &queries, keys, 0, &floors, false);
+                let listed = |key: &u32| list.contains(&((key & 0xffff) / GROUP as u32));
+                for (found, kept) in truth.kept.iter().zip(&whole.kept) {
+                    let asked: Vec<u32> = kept.iter().copied().filter(listed).collect();
+                    prop_assert_eq!(found, &asked, "{:?}", isa);
+                }
+                for (head, floor) in floors.iter().enumerate() {
+                    for (at, group) in list.iter().enumerate() {
+                        let levels = &whole.levels[head * (groups * GROUP + 5)..][*group as usize * GROUP..][..GROUP];
+                        let below = levels.iter().filter(|level| **level < floor.0.max(LOWEST as u16));
+                        let expected: f64 = below.map(|level| f64::from(Level(*level).weight())).sum();
+                        let sum = f64::from(f32::from_bits(truth.sums[head * (list.len() + 1) + at]));
+                        prop_assert!((sum - expected).abs() <= 1e-5 * expected, "{} {}", sum, expected);
+                    }
+                }
             }
         }
     }

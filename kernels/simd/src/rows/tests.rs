@@ -83,6 +83,45 @@ proptest! {
     }
 }
 
+/// Slots of an order are those of the rows it names; slots behind it are in their own order.
+#[test]
+fn ordered_slots_are_their_rows() {
+    for (head_dim, groups) in [(128, 4), (64, 1), (24, 2)] {
+        let (segments, each) = (3, groups * 16);
+        // The last segment is not whole, nor is its last block.
+        let n = (segments - 1) * SEGMENT + 2 * each + 7;
+        let keys = halves(11, n * head_dim);
+        let blocks: Vec<&[f16]> = keys.chunks(each * head_dim).collect();
+        let plain = Scattered::new(&blocks, head_dim, groups);
+        let mut order: Vec<u16> = (0..(segments - 1) * SEGMENT)
+            .map(|slot| (slot % SEGMENT) as u16)
+            .collect();
+        for (segment, order) in order.chunks_mut(SEGMENT).enumerate() {
+            let drawn = values(12 + segment as u64, SEGMENT);
+            order.sort_by(|a, b| drawn[usize::from(*a)].total_cmp(&drawn[usize::from(*b)]));
+        }
+        let ordered = plain.ordered(&order);
+        let slots: Vec<u32> = (0..n as u32).step_by(5).chain([n as u32 - 1]).collect();
+        let row = |slot: &u32| match order.get(*slot as usize) {
+            Some(row) => *slot / SEGMENT as u32 * SEGMENT as u32 + u32::from(*row),
+            None => *slot,
+        };
+        let rows: Vec<u32> = slots.iter().map(row).collect();
+        assert_ne!(rows, slots);
+        let (q, weights) = (values(13, head_dim), values(14, slots.len()));
+        for isa in Isa::available() {
+            let (mut found, mut expected) = (vec![0.0; slots.len()], vec![0.0; slots.len()]);
+            score_slots_on(isa, &q, ordered, &slots, 0.3, &mut found);
+            score_slots_on(isa, &q, plain, &rows, 0.3, &mut expected);
+            assert_eq!(bits(&found), bits(&expected), "{isa:?} scores of {head_dim}");
+            let (mut found, mut expected) = (vec![0.0; head_dim], vec![0.0; head_dim]);
+            weigh_slots_on(isa, &weights, ordered, &slots, &mut found);
+            weigh_slots_on(isa, &weights, plain, &rows, &mut expected);
+            assert_eq!(bits(&found), bits(&expected), "{isa:?} sums of {head_dim}");
+        }
+    }
+}
+
 #[test]
 fn slots_have_places() {
     let row = [f16::ONE; 2];

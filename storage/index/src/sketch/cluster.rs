@@ -8,7 +8,7 @@
 //!
 //! A function of the segment's sketches: nothing of it is stored.
 
-use kvasir_simd::{GROUP, Line, SEGMENT};
+use kvasir_simd::{GROUP, Line, SEGMENT, SLOTS};
 
 use super::format::{LINES_MAX, RANK, SketchFormat};
 
@@ -20,6 +20,15 @@ const CUT: usize = 16;
 /// are needed.
 const FALL: f32 = -0.7;
 
+/// Samples of a segment: a group of sixteen keys each, of every so many groups one.
+pub(super) const SAMPLES: usize = SEGMENT_GROUPS / GROUP;
+
+/// Group in its segment, and key in that, of key `at` of a sample: of run `at` the group of that number.
+pub(super) const fn sampled(sample: usize, at: usize) -> (usize, usize) {
+    let group = at * SAMPLES + sample;
+    (group, (group * 5 + 3) % GROUP)
+}
+
 /// What becomes of a segment's sketches.
 pub(super) struct Clustered {
     /// `order[slot]` is the row, in the order of positions, of what is now in `slot`.
@@ -30,6 +39,8 @@ pub(super) struct Clustered {
     pub(super) masks: Vec<u16>,
     /// A key per group, sixteen a group of their own.
     pub(super) centroids: Vec<Line>,
+    /// [`SAMPLES`] groups.
+    pub(super) samples: Vec<Line>,
     /// Coordinates, per group `[direction][key]`.
     pub(super) z: Vec<[f32; GROUP]>,
 }
@@ -68,6 +79,7 @@ pub(super) fn cluster(format: SketchFormat, codes: &[Line], steps: &[f32], masks
         codes: Vec::with_capacity(codes.len()),
         masks: moved,
         centroids: Vec::with_capacity(codes.len() / GROUP),
+        samples: vec![Line([0; 64]); SAMPLES * lines],
         z,
     };
     let mut room = [0; LINES_MAX * 64];
@@ -87,6 +99,15 @@ pub(super) fn cluster(format: SketchFormat, codes: &[Line], steps: &[f32], masks
         }
         if at == GROUP - 1 {
             code(&centroids[..directions], &mut out.centroids);
+        }
+    }
+    for (sample, to) in out.samples.chunks_exact_mut(lines).enumerate() {
+        for (slot, key) in SLOTS.into_iter().enumerate() {
+            let (group, from) = sampled(sample, key);
+            let from = SLOTS.iter().position(|key| *key == from).unwrap_or_default();
+            for (to, line) in to.iter_mut().zip(&out.codes[group * lines..]) {
+                to.0[slot * 4..][..4].copy_from_slice(&line.0[from * 4..][..4]);
+            }
         }
     }
     out

@@ -9,7 +9,7 @@
 mod clustered;
 
 use half::f16;
-use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS, SEGMENT};
+use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS};
 
 use super::{
     cluster::SEGMENT_GROUPS,
@@ -47,6 +47,8 @@ pub struct Column {
     centroids: Vec<Line>,
     centroid_steps: Vec<f32>,
     centroid_masks: Vec<u16>,
+    /// Samples of clustered segments: groups of sixteen keys each.
+    samples: Vec<Line>,
 }
 
 impl Column {
@@ -68,6 +70,7 @@ impl Column {
             centroids: Vec::new(),
             centroid_steps: Vec::new(),
             centroid_masks: Vec::new(),
+            samples: Vec::new(),
         }
     }
 
@@ -84,6 +87,7 @@ impl Column {
         self.centroids.clear();
         self.centroid_steps.clear();
         self.centroid_masks.clear();
+        self.samples.clear();
     }
 
     /// Appends a block by its sketch.
@@ -292,7 +296,7 @@ impl Column {
             + self.run_keys.len() * 4
             + self.slopes.bytes()
             + self.order.len() * 2
-            + self.centroids.len() * 64
+            + (self.centroids.len() + self.samples.len()) * 64
             + self.centroid_steps.len() * 6
     }
 
@@ -354,7 +358,7 @@ impl Column {
     }
 
     /// Appends to `masks` which keys of blocks from `first` on are searched, where block `i` lies at `position(i)`, none of it if that is
-    /// `None`; answers how many.
+    /// `None`; answers how many. `first` is not in a clustered segment, or 0.
     pub(super) fn searched(
         &self,
         first: usize,
@@ -364,35 +368,46 @@ impl Column {
     ) -> usize {
         let each = self.block_groups();
         let start = masks.len();
-        masks.resize(start + self.groups() - first * each, 0);
-        for block in first..self.blocks {
-            let Some(at) = position(block) else { continue };
-            let keys = self.block_keys.min(self.keys - block * self.block_keys) as u32;
-            let words = &mut masks[start + (block - first) * each..];
-            for part in excluded.searched(at..at + keys) {
-                set(words, (part.start - at) as usize, (part.end - at) as usize);
+        masks.extend_from_slice(&self.masks[first * each..]);
+        let words = &mut masks[start..];
+        let keys = |block: usize| self.block_keys.min(self.keys - block * self.block_keys) as u32;
+        // A block, or a clustered segment of them, is looked at key by key where not all of it is searched.
+        let segment = SEGMENT_GROUPS / each.min(SEGMENT_GROUPS);
+        let mut from = first;
+        while from < self.blocks {
+            let clustered = from * each < self.clustered_groups();
+            let own = from..from + if clustered { segment } else { 1 };
+            from = own.end;
+            let whole = |block: usize| {
+                let at = position(block);
+                at.is_some_and(|at| excluded.leaves_all(at..at + keys(block)))
+            };
+            if own.clone().all(whole) {
+                continue;
             }
-        }
-        if first == 0 {
-            let clustered = masks[start..].chunks_exact_mut(SEGMENT_GROUPS);
-            for (words, order) in clustered.zip(self.order.chunks_exact(SEGMENT)) {
-                reorder(words, order);
+            let groups = own.start * each..self.groups().min(own.end * each);
+            let words = &mut words[groups.start - first * each..groups.end - first * each];
+            words.fill(0);
+            for (block, words) in own.zip(words.chunks_mut(each)) {
+                let Some(at) = position(block) else { continue };
+                for part in excluded.searched(at..at + keys(block)) {
+                    set(words, (part.start - at) as usize, (part.end - at) as usize);
+                }
             }
+            if clustered {
+                reorder(words, &self.order[groups.start * GROUP..groups.end * GROUP]);
+            }
+            words
+                .iter_mut()
+                .zip(&self.masks[groups])
+                .for_each(|(word, own)| *word &= own);
         }
-        let mut count = 0;
-        for (mask, own) in masks[start..].iter_mut().zip(&self.masks[first * each..]) {
-            *mask &= own;
-            count += mask.count_ones() as usize;
-        }
-        count
+        words.iter().map(|word| word.count_ones() as usize).sum()
     }
 }
 
 /// Puts the bits of a segment in its order.
 fn reorder(words: &mut [u16], order: &[u16]) {
-    if words.iter().all(|word| *word == words[0]) && (words[0] == 0 || words[0] == u16::MAX) {
-        return;
-    }
     let before: [u16; SEGMENT_GROUPS] = std::array::from_fn(|group| words[group]);
     for (word, rows) in words.iter_mut().zip(order.chunks_exact(GROUP)) {
         let bit = |row: u16| (before[usize::from(row) / GROUP] >> (usize::from(row) % GROUP)) & 1;

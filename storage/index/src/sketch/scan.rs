@@ -301,6 +301,12 @@ impl<'a> SketchScan<'a> {
         Ok(())
     }
 
+    /// How many different keys are among the at most `count` best of each head by sketch alone.
+    pub fn find_best(&mut self, count: usize) -> usize {
+        self.find(&|_| (count, 1.0));
+        self.union.count()
+    }
+
     /// Token positions of the at most `count` best keys per head by sketch alone, the union rising: what a prediction parks.
     pub fn candidates(&mut self, count: usize) -> Vec<u32> {
         self.find(&|_| (count, 1.0));

@@ -8,6 +8,7 @@ mod choose;
 mod first;
 mod guess;
 mod room;
+mod sample;
 
 use std::ops::Range;
 
@@ -22,8 +23,12 @@ use crate::HeadBasis;
 
 /// Groups of one call: their codes stay in the second cache while all heads scan them.
 const TILE: usize = 256;
-/// Levels per bucket of the guess: an eighth of a power of two.
-const BUCKET: u16 = 16;
+/// Of so many clustered groups or fewer all are scanned: they are few, and known better then.
+const SHORT: usize = 1024;
+/// The same where few of them are scanned.
+const LISTED_TILE: usize = 1024;
+/// Levels per bucket of the guess: a 32nd of a power of two.
+const BUCKET: u16 = 4;
 
 /// What a query head is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,7 +238,7 @@ impl Table {
             .map(|head| ask(masks.searched.get(masks.sequence(head, heads)).copied().unwrap_or(0)))
             .collect();
         self.coded_bytes = 0;
-        self.near(column, room);
+        self.score_centroids(column, room);
         self.guess(column, masks, &wanted, room);
         self.scan(column, masks, 0..heads, room);
         for (head, wanted) in wanted.into_iter().enumerate() {
@@ -249,11 +254,18 @@ impl Table {
     fn scan(&mut self, column: &Column, masks: &Masks, heads: Range<usize>, room: &mut Room) {
         let (groups, clustered) = (column.groups(), column.clustered_groups());
         room.found[heads.clone()].fill(0);
+        for head in heads.clone().filter(|_| clustered > 0) {
+            self.list(head, &masks.words[masks.sequence(head, self.heads())], room);
+        }
         let mut first = 0;
         while first < groups {
             // Tiles end where units do.
-            let end = (first / TILE + 1) * TILE;
-            let tile = first..end.min(if first < clustered { clustered } else { groups });
+            let (each, end) = if first < clustered {
+                (LISTED_TILE, clustered)
+            } else {
+                (TILE, groups)
+            };
+            let tile = first..((first / each + 1) * each).min(end);
             if (first * GROUP).is_multiple_of(UNIT) {
                 let all = room.found.len();
                 let at = first * GROUP / UNIT * all;
@@ -268,7 +280,7 @@ impl Table {
                     end += 1;
                 }
                 if first < clustered {
-                    self.scan_near(column, &masks.words[sequence], at..end, tile.clone(), room);
+                    self.scan_listed(column, &masks.words[sequence], at..end, tile.clone(), room);
                 } else {
                     self.scan_all(column, &masks.words[sequence], at..end, tile.clone(), room);
                 }

@@ -1,4 +1,5 @@
 mod attend;
+mod clustered;
 mod reuse;
 
 use half::f16;

@@ -297,49 +297,66 @@ pub(super) fn store(levels: [__m512i; 2], out: &mut [u16; RUN_GROUPS * GROUP]) {
     }
 }
 
-/// Levels of four groups.
+/// Levels of four groups, and more, so that one behind the last may be read.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-pub(super) struct Near(pub(super) [u16; RUN_GROUPS * GROUP]);
+pub(super) struct Near(pub(super) [u16; (RUN_GROUPS + 2) * GROUP]);
 
-impl Default for Near {
-    fn default() -> Self {
-        Self([0; RUN_GROUPS * GROUP])
+impl Near {
+    #[inline(always)]
+    pub(super) fn new() -> Self {
+        Self([0; (RUN_GROUPS + 2) * GROUP])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn fill(&mut self, levels: [__m512i; 2]) {
+        if let Some(own) = self.0.first_chunk_mut() {
+            store(levels, own);
+        }
     }
 }
 
-/// Writes what is `reached` of four groups whose first keys are `keys`.
+/// Writes what is `reached` of four groups whose first keys are `keys`, and answers where the next goes.
 ///
 /// # Safety
 /// There is room for as many as are reached, and for a register more.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,popcnt")]
 pub(super) unsafe fn keep<P: Places>(
-    levels: &[u16; RUN_GROUPS * GROUP],
+    near: &Near,
     reached: u64,
     keys: &[u32; RUN_GROUPS],
     mut to: *mut u32,
-) {
+) -> *mut u32 {
     /// So many are written one by one, whether there are as many or not: that takes nothing from the products, which need
     /// other parts of the core, and branches are guessed right.
     const SOME: u32 = 4;
-    if reached.count_ones() <= SOME {
+    let count = reached.count_ones();
+    if count <= SOME {
         let mut left = reached;
+        let levels = std::hint::black_box(near.0.as_ptr());
         for at in 0..SOME as usize {
-            let key = left.trailing_zeros() as usize % levels.len();
+            // Of none, one behind the last.
+            let key = left.trailing_zeros() as usize;
             left &= left.wrapping_sub(1);
             let index = if P::APART {
-                keys[key / GROUP] + (key % GROUP) as u32
+                keys[key / GROUP % RUN_GROUPS] as u16 + (key % GROUP) as u16
             } else {
-                keys[0] + key as u32
+                (keys[0] as u16).wrapping_add(key as u16)
             };
-            // SAFETY: this function's own contract.
-            unsafe { *to.add(at) = u32::from(levels[key]) << 16 | index };
+            // SAFETY: this function's own contract; halves of a number, the lower one first.
+            unsafe {
+                let halves = to.add(at).cast::<u16>();
+                *halves = index;
+                *halves.add(1) = *levels.add(key);
+            }
         }
-        return;
+        // SAFETY: this function's own contract.
+        return unsafe { to.add(count as usize) };
     }
     let index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (at, (levels, first)) in levels.as_chunks::<GROUP>().0.iter().zip(keys).enumerate() {
+    for (at, (levels, first)) in near.0.as_chunks::<GROUP>().0.iter().zip(keys).enumerate() {
         let own = _mm512_add_epi32(index, _mm512_set1_epi32(*first as i32));
         let these = (reached >> (at * GROUP)) as u16;
         // SAFETY: the load covers sixteen levels, the rest is this function's own contract; compressed in a register, since to memory
@@ -351,4 +368,5 @@ pub(super) unsafe fn keep<P: Places>(
             to = to.add(these.count_ones() as usize);
         }
     }
+    to
 }

@@ -1,13 +1,13 @@
 //! The segments of a column that are clustered.
 
 use half::f16;
-use kvasir_simd::{CodedKeys, GROUP, RUN_GROUPS, SEGMENT};
+use kvasir_simd::{CodedKeys, GROUP, Line, RUN_GROUPS, SEGMENT};
 
 use super::Column;
 use crate::{
     IndexError,
     sketch::{
-        cluster::{SEGMENT_GROUPS, cluster},
+        cluster::{SAMPLES, SEGMENT_GROUPS, cluster},
         format::{SketchFormat, invalid, mean_values},
     },
 };
@@ -19,7 +19,7 @@ const LEARN_EVERY: usize = 4;
 
 impl Column {
     /// Bytes that clustering adds for every group of sixteen keys, at most.
-    pub const CLUSTERED_GROUP_BYTES: usize = GROUP * 2 + 33;
+    pub const CLUSTERED_GROUP_BYTES: usize = GROUP * 2 + 2 * 32 + 1;
 
     /// The blocks of the segment that [`Column::cluster`] clusters next; `None` while it is not there whole, and for blocks that do
     /// not fill segments of 1,024 keys: of fewer than 16 keys, or not a power of two of them.
@@ -91,7 +91,18 @@ impl Column {
             .resize(self.centroid_steps.len() + centroids, found.step);
         self.centroid_masks
             .resize(self.centroid_masks.len() + centroids, u16::MAX);
+        self.samples.extend_from_slice(&found.samples);
         Ok(())
+    }
+
+    /// Codes of sample `at` of a clustered segment, and their step.
+    pub(in crate::sketch) fn sample(&self, segment: usize, at: usize) -> (&[Line], f32) {
+        let lines = self.lines();
+        let first = (segment * SAMPLES + at) * lines;
+        (
+            &self.samples[first..first + lines],
+            self.steps[segment * SEGMENT_GROUPS],
+        )
     }
 
     /// Row in its segment of each slot of those that are clustered, which are the first.

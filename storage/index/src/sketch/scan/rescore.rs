@@ -70,13 +70,9 @@ impl SketchScan<'_> {
         let rows = scattered(self.column.or(self.own.as_ref()), &self.keys, d);
         let (q, slots) = (&self.q, &self.candidates.slots);
         each_tile(&self.candidates, self.slots(), &mut self.rows.next, |head, at| {
-            score_slots(
-                &q[head * d..][..d],
-                rows,
-                &slots[at.clone()],
-                self.scale,
-                &mut scores[at],
-            );
+            // Those behind them are on their way when their turn comes.
+            let (own, behind) = (&q[head * d..][..d], &slots[at.start..self.candidates.ends[head]]);
+            score_slots(own, rows, behind, self.scale, &mut scores[at]);
         });
         for score in &mut scores {
             *score = if score.is_finite() { *score } else { f32::NEG_INFINITY };

@@ -2,8 +2,11 @@
 
 use kvasir_simd::{GROUP, Level, RUN_GROUPS, UNIT};
 
-use super::{BUCKET, Candidates, Kind, Masks, Room, Table, sum};
+use super::{Candidates, Kind, Masks, Room, Table, sum};
 use crate::sketch::column::Column;
+
+/// Levels by which a floor is lowered at first that was too high: a quarter of a power of two.
+const DOWN: u16 = 32;
 
 /// What was kept by a scan and did not stay: the sum of its weights, and of weights times scores above its run's.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,7 +39,7 @@ impl Table {
             out.ends.push(out.slots.len());
             return Passed::default();
         }
-        let mut down = 2 * BUCKET;
+        let mut down = DOWN;
         while room.floors[head] > Level::LOWEST && room.found[head] * 4 < count.min(searched) * 3 {
             let lower = room.floors[head].0.saturating_sub(down).max(Level::LOWEST.0);
             room.floors[head] = Level(lower);
@@ -86,6 +89,8 @@ impl Table {
         let start = out.slots.len();
         out.slots.resize(start + kept.len(), 0);
         out.levels.resize(start + kept.len(), Level(0));
+        room.passed.resize(room.passed.len().max(kept.len()), (0, Level(0)));
+        let mut others = 0;
         let mut passed = Passed::default();
         let left = &mut self.left[head * self.runs..][..self.runs];
         let centres = self.centres.get(head * self.runs..).unwrap_or_default();
@@ -104,13 +109,15 @@ impl Table {
                 let stays = (level > edge) | tie;
                 (out.slots[end], out.levels[end]) = (slot, Level(level));
                 end += usize::from(stays);
-                if !stays {
-                    let weight = Level(level).weight();
-                    left[slot as usize / (GROUP * RUN_GROUPS)] += weight;
-                    passed.weight += f64::from(weight);
-                    passed.moment += f64::from(weight) * f64::from(Level(level).above_average() - centre(slot));
-                }
+                room.passed[others] = (slot, Level(level));
+                others += usize::from(!stays);
             }
+        }
+        for (slot, level) in &room.passed[..others] {
+            let weight = level.weight();
+            left[*slot as usize / (GROUP * RUN_GROUPS)] += weight;
+            passed.weight += f64::from(weight);
+            passed.moment += f64::from(weight) * f64::from(level.above_average() - centre(*slot));
         }
         out.slots.truncate(end);
         out.levels.truncate(end);

@@ -1,59 +1,76 @@
-//! The first level: of clustered segments only those groups are scanned whose centroid is near enough to a head's floor. What the
-//! others weigh is what their centroid does, times what a sample of such groups weighs beside theirs.
+//! The first level: of clustered segments a head's scan reads only those groups whose centroid is near enough to its floor. What the
+//! others weigh is what their centroid does, times what a sample of such keys weighs beside it.
 
 use std::ops::Range;
 
-use kvasir_simd::{Found, GROUP, Level, RUN_GROUPS, coded_levels, coded_scan_listed};
+use kvasir_simd::{Found, GROUP, Near, RUN_GROUPS, UNIT, coded_levels, coded_scan_listed, near};
 
 use super::{Room, Table};
 use crate::sketch::column::Column;
 
-/// Heads that are scanned together.
-const STRIP: usize = 4;
+/// Groups of a unit.
+const UNIT_GROUPS: usize = UNIT / GROUP;
 
 /// What is known of the groups of clustered segments.
 #[derive(Debug, Default)]
-pub(super) struct Near {
+pub(super) struct First {
     /// Levels of their centroids, `[heads][groups]`.
     levels: Vec<u16>,
     groups: usize,
-    /// Per head, how far below its floor the centroid of a group is at least that has a key above it.
+    /// Per head, how far below its floor a centroid may lie whose group is scanned.
     pub(super) gaps: Vec<u16>,
     /// Per head, what a key of other groups weighs on average, over what their centroid does.
     pub(super) excess: Vec<f32>,
-    /// Groups of a tile that are scanned, and those that any head wants.
-    list: Vec<u32>,
-    wanted: Vec<bool>,
-    /// Of listed groups, `[heads][listed]`.
+    /// Per head, groups that are scanned, each by its number in its unit; how many of them were.
+    lists: Vec<Vec<u32>>,
+    scanned: Vec<usize>,
+    /// Of a tile, groups that any head scanned.
+    read: Vec<bool>,
+    /// Of listed groups.
     sums: Vec<f32>,
 }
 
-impl Near {
-    /// Of the centroids of all groups for one head.
+impl First {
+    /// Levels of the centroids of all groups for one head.
     pub(super) fn levels(&self, head: usize) -> &[u16] {
         &self.levels[head * self.groups..][..self.groups]
-    }
-
-    /// Level from which on a centroid's group is scanned for a head.
-    fn from(&self, head: usize, floor: Level) -> u16 {
-        floor.0.saturating_sub(self.gaps[head])
     }
 }
 
 impl Table {
     /// Finds what the centroids of all clustered groups are to each head.
-    pub(super) fn near(&mut self, column: &Column, room: &mut Room) {
+    pub(super) fn score_centroids(&mut self, column: &Column, room: &mut Room) {
         let (heads, groups) = (self.heads(), column.clustered_groups());
-        let near = &mut room.near;
-        near.groups = groups;
-        near.levels.resize(heads * groups, 0);
+        let first = &mut room.first;
+        first.groups = groups;
+        first.levels.resize(heads * groups, 0);
+        first.lists.resize_with(heads.max(first.lists.len()), Vec::new);
+        first.scanned.resize(heads.max(first.scanned.len()), 0);
         let keys = column.centroids();
-        coded_levels(&self.coded, 0..heads, keys, &mut near.levels, groups);
+        coded_levels(&self.coded, 0..heads, keys, &mut first.levels, groups);
         self.coded_bytes += keys.codes.len() * 64;
     }
 
-    /// The groups of a tile of clustered segments that matter to some of `heads`, which are of one sequence.
-    pub(super) fn scan_near(
+    /// Lists the groups that a scan of a head reads, of those in which `words` has keys, and notes what the others weigh.
+    pub(super) fn list(&mut self, head: usize, words: &[u16], room: &mut Room) {
+        let first = &mut room.first;
+        let from = room.floors[head].0.saturating_sub(first.gaps[head]);
+        let list = &mut first.lists[head];
+        list.clear();
+        first.scanned[head] = 0;
+        let runs = first.groups / RUN_GROUPS;
+        let own = head * self.runs..head * self.runs + runs;
+        let out = &mut Near {
+            list,
+            sums: &mut self.left[own.clone()],
+            centres: self.centres.get_mut(own).unwrap_or_default(),
+        };
+        let levels = &first.levels[head * first.groups..][..first.groups];
+        near(levels, &words[..first.groups], from, first.excess[head], out);
+    }
+
+    /// Scans the listed groups of a tile for `heads`, which are of one sequence.
+    pub(super) fn scan_listed(
         &mut self,
         column: &Column,
         words: &[u16],
@@ -61,75 +78,41 @@ impl Table {
         tile: Range<usize>,
         room: &mut Room,
     ) {
-        let own = tile.start / RUN_GROUPS..tile.end / RUN_GROUPS;
-        room.near.wanted.clear();
-        room.near.wanted.resize(tile.len(), false);
-        for from in heads.clone().step_by(STRIP) {
-            let strip = from..heads.end.min(from + STRIP);
-            self.list(words, strip.clone(), tile.clone(), room);
-            let Room { near, .. } = room;
-            let listed = near.list.len();
-            near.sums.resize(strip.len() * listed, 0.0);
+        let unit = tile.start / UNIT_GROUPS * UNIT_GROUPS;
+        let keys = column.coded(unit..tile.end, words);
+        let Room { first, .. } = room;
+        first.read.clear();
+        first.read.resize(tile.len(), false);
+        for head in heads {
+            let list = &first.lists[head][first.scanned[head]..];
+            // Lists begin anew with each unit.
+            let end = list.iter().position(|group| unit + *group as usize >= tile.end);
+            let own = list.iter().take(end.unwrap_or(list.len()));
+            let count = own
+                .clone()
+                .take_while(|group| unit + **group as usize >= tile.start)
+                .count();
+            let list = &list[..count];
+            first.scanned[head] += count;
+            first.sums.resize(first.sums.len().max(count), 0.0);
             let mut found = Found {
-                floors: &room.floors[strip.clone()],
-                kept: &mut room.kept[strip.start * room.stride..],
+                floors: &room.floors[head..=head],
+                kept: &mut room.kept[head * room.stride..],
                 stride: room.stride,
-                counts: &mut room.found[strip.clone()],
-                sums: &mut near.sums,
-                sums_stride: listed,
+                counts: &mut room.found[head..=head],
+                sums: &mut first.sums[..count],
+                sums_stride: count,
                 few: room.few,
             };
-            let keys = column.coded(tile.clone(), words);
-            coded_scan_listed(
-                &self.coded,
-                strip.clone(),
-                keys,
-                tile.start * GROUP,
-                &near.list,
-                &mut found,
-            );
-            for (head, sums) in strip.clone().zip(near.sums.chunks_exact(listed.max(1))) {
-                let left = &mut self.left[head * self.runs..][own.clone()];
-                for (group, sum) in near.list.iter().zip(sums) {
-                    left[*group as usize / RUN_GROUPS] += sum;
-                }
+            coded_scan_listed(&self.coded, head..head + 1, keys, unit * GROUP, list, &mut found);
+            let left = &mut self.left[head * self.runs..][..self.runs];
+            for (group, sum) in list.iter().zip(&first.sums) {
+                let group = unit + *group as usize;
+                left[group / RUN_GROUPS] += sum;
+                first.read[group - tile.start] = true;
             }
         }
-        let wanted = room.near.wanted.iter().filter(|wanted| **wanted).count();
-        self.coded_bytes += wanted * column.format().group_bytes();
-    }
-
-    /// Lists the groups of a tile that are scanned for a strip of heads, and notes what the others weigh.
-    fn list(&mut self, words: &[u16], strip: Range<usize>, tile: Range<usize>, room: &mut Room) {
-        let near = &mut room.near;
-        near.list.clear();
-        let from: [u16; STRIP] = std::array::from_fn(|at| {
-            let head = strip.start + at;
-            if head < strip.end {
-                near.from(head, room.floors[head])
-            } else {
-                u16::MAX
-            }
-        });
-        for head in strip.clone() {
-            self.left[head * self.runs..][tile.start / RUN_GROUPS..tile.end / RUN_GROUPS].fill(0.0);
-        }
-        for (group, wanted) in tile.clone().zip(&mut near.wanted) {
-            let word = words[group];
-            if word == 0 {
-                continue;
-            }
-            let level = |head: usize| near.levels[head * near.groups + group];
-            if strip.clone().zip(from).any(|(head, from)| level(head) >= from) {
-                near.list.push((group - tile.start) as u32);
-                *wanted = true;
-                continue;
-            }
-            let keys = word.count_ones() as f32;
-            for head in strip.clone() {
-                let weight = Level(level(head)).weight() * keys * near.excess[head];
-                self.left[head * self.runs + group / RUN_GROUPS] += weight;
-            }
-        }
+        let read = first.read.iter().filter(|read| **read).count();
+        self.coded_bytes += read * column.format().group_bytes();
     }
 }

@@ -4,15 +4,17 @@ use std::ops::Range;
 
 use kvasir_simd::{GROUP, Level, UNIT, room_for};
 
-use super::{TILE, first::Near, guess::Sample};
+use super::{TILE, first::First, sample::Sample};
 
 /// What a scan needs and keeps for the next one.
 #[derive(Debug, Default)]
 pub(in crate::sketch) struct Room {
     pub(super) weights: Vec<f32>,
     pub(super) counts: Vec<u32>,
+    /// What was kept of a head and does not stay.
+    pub(super) passed: Vec<(u32, Level)>,
     pub(super) sample: Sample,
-    pub(super) near: Near,
+    pub(super) first: First,
     pub(super) floors: Vec<Level>,
     pub(super) kept: Vec<u32>,
     pub(super) stride: usize,

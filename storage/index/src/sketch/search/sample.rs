@@ -1,0 +1,220 @@
+//! A sample of a column's keys, and what it says of a head: from which level on its best keys lie, how far below them their
+//! centroids, and how the scores of the others.
+
+use kvasir_simd::{
+    CodedKeys, CodedQueries, GROUP, Level, Line, RUN_GROUPS, Spread, coded_levels, gaps, pick, spread, weights_beside,
+};
+
+use super::{BUCKET, Lean, Masks, SHORT};
+use crate::sketch::{
+    cluster::{SAMPLES, SEGMENT_GROUPS, sampled},
+    column::Column,
+};
+
+/// Groups looked at, of samples and others: as many, or of a long column one in so many and at most four times as many.
+const SAMPLE: usize = 256;
+const SAMPLE_OF: usize = 64;
+/// Of so many of a head's best keys the group is not scanned.
+const LOST: f64 = 0.03;
+
+/// Some of a column's keys: samples of its clustered segments, then whole groups.
+#[derive(Debug, Default)]
+pub(super) struct Sample {
+    /// Samples of clustered segments: the segment, and which of its samples.
+    samples: Vec<(u32, u32)>,
+    /// Of other groups, from one on, every so many.
+    from: usize,
+    every: usize,
+    /// Of samples, then of groups, side by side.
+    codes: Vec<Line>,
+    steps: Vec<f32>,
+    masks: Vec<u16>,
+    /// Whose masks these are.
+    sequence: Option<usize>,
+    /// Of which head.
+    head: Option<usize>,
+    levels: Vec<[u16; GROUP]>,
+    /// Searched keys of the head last looked at, and by level.
+    searched: usize,
+    lowest: u16,
+    counts: Vec<u32>,
+    /// Levels of what stands for each key: of a sample's keys their groups' centroids, of all keys their runs'.
+    groups: Vec<[u16; GROUP]>,
+    centres: Vec<[u16; GROUP]>,
+    gaps: Vec<u16>,
+}
+
+impl Sample {
+    /// Takes those of `column`.
+    pub(super) fn take(&mut self, column: &Column, masks: &Masks) {
+        let (clustered, groups) = (column.clustered_groups(), column.groups());
+        // Samples of few segments would be few keys.
+        let samples = if clustered > SHORT {
+            clustered / SEGMENT_GROUPS * SAMPLES
+        } else {
+            0
+        };
+        let apart = if samples > 0 {
+            samples.div_ceil((groups / SAMPLE_OF).clamp(SAMPLE, 4 * SAMPLE))
+        } else {
+            groups.div_ceil(SAMPLE).max(1)
+        };
+        self.samples.clear();
+        self.codes.clear();
+        self.steps.clear();
+        (self.sequence, self.head) = (None, None);
+        for at in (0..samples).step_by(apart) {
+            // Of segments by turns another one.
+            let (segment, own) = (at / SAMPLES, (at + at / SAMPLES) % SAMPLES);
+            let (codes, step) = column.sample(segment, own);
+            self.codes.extend_from_slice(codes);
+            self.steps.push(step);
+            self.samples.push((segment as u32, own as u32));
+        }
+        // As many of these keys as of those.
+        self.every = if samples > 0 {
+            apart * SEGMENT_GROUPS / SAMPLES
+        } else {
+            apart
+        };
+        self.from = if samples > 0 { clustered } else { 0 };
+        for group in (self.from..groups).step_by(self.every) {
+            let keys = column.coded(group..group + 1, &masks.words[0]);
+            self.codes.extend_from_slice(keys.codes);
+            self.steps.extend_from_slice(keys.steps);
+        }
+    }
+
+    /// Finds the levels of a head of `sequence`; 0 of what it does not search.
+    pub(super) fn look(&mut self, queries: &CodedQueries, head: usize, masks: &Masks, sequence: usize) {
+        if self.sequence.replace(sequence) != Some(sequence) {
+            self.mask(&masks.words[sequence]);
+            self.head = None;
+        }
+        if self.head.replace(head) == Some(head) {
+            return;
+        }
+        self.levels.resize(self.masks.len(), [0; GROUP]);
+        let keys = CodedKeys {
+            codes: &self.codes,
+            steps: &self.steps,
+            masks: &self.masks,
+        };
+        let levels = self.levels.as_flattened_mut();
+        let stride = levels.len();
+        coded_levels(queries, head..head + 1, keys, levels, stride);
+        self.count();
+    }
+
+    /// Which keys of the sample are searched, given `words` of all groups.
+    fn mask(&mut self, words: &[u16]) {
+        let (own, others) = words.split_at(self.from);
+        self.masks.clear();
+        self.masks.extend(self.samples.iter().map(|&(segment, sample)| {
+            let words = &own[segment as usize * SEGMENT_GROUPS..][..SEGMENT_GROUPS];
+            (0..GROUP).fold(0, |mask, at| {
+                let (group, key) = sampled(sample as usize, at);
+                mask | ((words[group] >> key) & 1) << at
+            })
+        }));
+        self.masks.extend(others.iter().step_by(self.every));
+    }
+
+    /// Counts keys by level.
+    fn count(&mut self) {
+        let levels = self.levels.as_flattened();
+        // Of keys that are not searched 0, which is below all others.
+        let (lowest, highest) = levels.iter().fold((u16::MAX, 0), |(low, high), level| {
+            (low.min(level.wrapping_sub(1)), high.max(*level))
+        });
+        self.lowest = lowest.saturating_add(1).min(highest);
+        self.counts.clear();
+        self.counts.resize(usize::from((highest - self.lowest) / BUCKET) + 1, 0);
+        let mut others = 0;
+        for level in levels {
+            let above = level.saturating_sub(self.lowest);
+            others += u32::from(*level == 0);
+            self.counts[usize::from(above / BUCKET)] += 1;
+        }
+        self.counts[0] -= others;
+        self.searched = levels.len() - others as usize;
+    }
+
+    /// Level of about the best `share` of the counted keys.
+    fn best(&self, share: f64) -> Level {
+        // A few more than wanted: too many cost less than another scan.
+        let mut left = (self.searched as f64 * share * 1.125).ceil() as usize;
+        let below = self.counts.iter().rposition(|&count| {
+            let enough = left <= count as usize;
+            left = left.saturating_sub(count as usize);
+            enough
+        });
+        below.map_or(Level::LOWEST, |bucket| {
+            Level((self.lowest + bucket as u16 * BUCKET).max(Level::LOWEST.0))
+        })
+    }
+
+    /// Takes the levels of the centroids of all clustered groups of the head that was looked at last.
+    fn stand_for(&mut self, near: &[u16]) {
+        self.groups.clear();
+        self.centres.clear();
+        let runs = near.as_chunks::<RUN_GROUPS>().0;
+        for &(segment, sample) in &self.samples {
+            let own = runs[segment as usize * GROUP..].first_chunk();
+            let (groups, centres) = own.map_or(([0; GROUP], [0; GROUP]), |own| pick(own, sample as usize));
+            self.groups.push(groups);
+            self.centres.push(centres);
+        }
+    }
+
+    /// Levels of about the best keys of the head that was looked at last, by share of all; the second of a larger share.
+    pub(super) fn floors(&self, shares: [f64; 2]) -> [Level; 2] {
+        shares.map(|share| self.best(share))
+    }
+
+    /// How far below `floor` the centroids lie, whose levels are `near`, of most keys that are on it or above; keys from `high` to it
+    /// are taken for ones that are on it. And what a key of groups still further below weighs on average, over what their centroid does.
+    pub(super) fn gap(&mut self, near: &[u16], [floor, high]: [Level; 2]) -> (u16, f32) {
+        self.stand_for(near);
+        let levels = &self.levels[..self.samples.len()];
+        let found = &mut self.gaps;
+        found.clear();
+        gaps(levels, &self.groups, high, floor, found);
+        let most = found.len().saturating_sub(1 + (found.len() as f64 * LOST) as usize);
+        // Where nothing is known all are scanned.
+        let gap = if found.is_empty() {
+            u16::MAX
+        } else {
+            *found.select_nth_unstable(most).1
+        };
+        let (exact, by_centroid) = weights_beside(levels, &self.groups, floor.0.saturating_sub(gap));
+        let excess = if by_centroid > 0.0 { exact / by_centroid } else { 1.0 };
+        (gap, excess as f32)
+    }
+
+    /// How the scores of the head that was looked at last lie. `centres` of runs that are not clustered are told what their mean stands
+    /// for.
+    pub(super) fn lean(&mut self, near: &[u16], floor: Level, centres: &mut [Level]) -> Lean {
+        self.stand_for(near);
+        let sum_of = |levels: &[u16; GROUP]| u64::from(levels.iter().map(|level| u32::from(*level)).sum::<u32>());
+        let sum: u64 = self.levels.iter().map(sum_of).sum();
+        let mean = Level(sum.checked_div(self.searched as u64).unwrap_or_default() as u16);
+        centres[near.len() / RUN_GROUPS..].fill(mean);
+        let runs = near.as_chunks().0;
+        for at in 0..self.levels.len() - self.samples.len() {
+            let run = runs.get((self.from + at * self.every) / RUN_GROUPS);
+            let centre = run.map_or(mean.0, |run| pick(&[*run; GROUP], 0).1[0]);
+            self.centres.push([centre; GROUP]);
+        }
+        let Spread {
+            squares,
+            weights,
+            moments,
+        } = spread(&self.levels, &self.centres, floor);
+        Lean {
+            variance: (squares / self.searched.max(1) as f64) as f32,
+            away: if weights > 0.0 { moments / weights } else { 0.0 },
+            left: 0.0,
+        }
+    }
+}
