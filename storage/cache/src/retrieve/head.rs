@@ -252,6 +252,10 @@ impl Search {
                 (HeadFound::Attend(attended, escalated), extra)
             }
         };
+        if ahead != Ahead::No {
+            let usual = &self.blocks.usual;
+            usual.note_forecast(place.sketched.layer, place.kv_head, ahead == Ahead::Used);
+        }
         Head {
             scanned: scan.keys_scanned(),
             late,

@@ -54,7 +54,8 @@ pub struct Search {
     /// `[kv_heads, queries, group]`; empty where the callers do not say.
     local_lse: Vec<f32>,
     pub(super) queries: usize,
-    /// KV head that the next thread takes.
+    /// KV heads in the order in which they are taken, and which one the next thread takes.
+    order: Vec<usize>,
     next: AtomicUsize,
     heads: Mutex<Heads>,
     changed: Condvar,
@@ -150,6 +151,10 @@ impl Search {
                 local_lse.extend_from_slice(own.unwrap_or_default());
             }
         }
+        let order = match purpose {
+            Purpose::Park { .. } => context.blocks().usual.by_forecasts(first.layer),
+            Purpose::Answer(_) => (0..kv_heads).collect(),
+        };
         Self {
             shared: Arc::clone(shared),
             purpose,
@@ -168,6 +173,7 @@ impl Search {
             q,
             local_lse,
             queries: queries.len(),
+            order,
             next: AtomicUsize::new(0),
             heads: Mutex::new(Heads {
                 found: std::iter::repeat_with(|| None).take(kv_heads).collect(),
@@ -201,10 +207,9 @@ impl Search {
             sketch: SketchScan::new(SketchFormat::new(self.layout.head_dim), self.scale),
         };
         loop {
-            let kv_head = self.next.fetch_add(1, Ordering::Relaxed);
-            if kv_head >= self.layout.kv_heads {
+            let Some(&kv_head) = self.order.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
                 return;
-            }
+            };
             let mut taken = Taken {
                 search: self,
                 kv_head,
