@@ -116,6 +116,9 @@ pub struct StoreConfig {
     /// Most layer blocks that wait to be sketched; what finds no place is sketched by its first query. 0 as for
     /// `sketch_bytes_max`.
     pub sketch_queue_max: usize,
+    /// Most layers of open contexts that wait for their sketches to be put in clusters, in the background, so that searches read fewer;
+    /// what finds no place is asked for again by a later query. 0: sketches are scanned in the order of tokens.
+    pub cluster_queue_max: usize,
     /// Most bytes of query samples that are kept for building `roar` indexes; the oldest go first. 0 takes none.
     pub query_bytes_max: ByteSize,
     /// Most bytes of built indexes (`roar`, `wave`) in memory; what is not there is read when a query wants it.
@@ -212,6 +215,7 @@ impl Default for StoreConfig {
             basis_bytes_max: ByteSize::mib(64),
             sketch_bytes_max: ByteSize::mib(64),
             sketch_queue_max: 16_384,
+            cluster_queue_max: 4096,
             query_bytes_max: ByteSize::mib(128),
             index_bytes_max: ByteSize::mib(256),
             build_queue_max: 16,

@@ -1,6 +1,6 @@
 //! What a hint leaves behind its query: times of a search, of one that is done ahead, and of what the query then still waits for.
 //!
-//! `cargo run -p kvasir-cache --example hinted [tokens] [rounds]`
+//! `cargo run -p kvasir-cache --example hinted [tokens] [rounds] [layers that wait to be clustered]`
 //!
 //! Thirty layers of SmolLM2's shape (3 KV heads of 64, 3 query heads each) over a made-up context with the statistics of attention. Layers are
 //! asked one after another, each with other memory, so that caches are as cold as while decoding; between a hint's search and its query as
@@ -12,13 +12,13 @@ use std::{
     error::Error,
     hint::black_box,
     sync::{Arc, atomic::AtomicBool},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use half::f16;
 use kvasir_block::{BlockHash, Checksum, Dtype, KvSchema, LayerBlockLayout, RopeStyle, Tenant};
 use kvasir_cache::{
-    BlockCache, CacheConfig,
+    BlockCache, CacheConfig, CacheStats,
     retrieve::{AttendOptions, Context, Form, IndexChoice, Query},
 };
 use kvasir_index::{
@@ -41,7 +41,7 @@ const WEIGHTS: usize = 1 << 20;
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse());
-    let (tokens, rounds) = (number(6016)?.max(2048) / BLOCK * BLOCK, number(12)?);
+    let (tokens, rounds, queue) = (number(6016)?.max(2048) / BLOCK * BLOCK, number(12)?, number(64)?);
     let pool = Pool::new(1);
     let heads = (0..KV_HEADS as u64).map(|seed| {
         let shape = Shape {
@@ -55,12 +55,12 @@ fn main() -> Result<()> {
     });
     let heads = heads.collect::<std::result::Result<Vec<_>, _>>()?;
     let dir = tempfile::tempdir()?;
-    let cache = cache(dir.path(), &heads)?;
+    let cache = cache(dir.path(), &heads, queue)?;
     let context = open(&cache, &heads, tokens)?;
     let weights = vec![1_u16; WEIGHTS];
     let (mut fresh, mut ahead, mut behind) = (Vec::new(), Vec::new(), Vec::new());
     let mut rng = SmallRng::seed_from_u64(9);
-    // The first round reads and sketches the blocks.
+    // The first round reads and sketches the blocks; then they are clustered.
     for round in 0..=rounds {
         let token = tokens - 1 - round;
         let q: Vec<f32> = heads.iter().flat_map(|head| head.recording().group(token)).collect();
@@ -87,6 +87,9 @@ fn main() -> Result<()> {
                 }
             }
         }
+        if round == 0 {
+            until_clustered(&cache);
+        }
     }
     let (served, of) = (behind.len(), fresh.len());
     let [fresh, ahead, behind] = [fresh, ahead, behind].map(median);
@@ -97,6 +100,20 @@ fn main() -> Result<()> {
         100.0 * ahead / (ahead + behind)
     );
     Ok(())
+}
+
+/// Waits until the layers that were asked for are clustered.
+fn until_clustered(cache: &BlockCache) {
+    let left = |stats: CacheStats| stats.clusters_running + stats.clusters_waiting;
+    while left(cache.stats()) > 0 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let stats = cache.stats();
+    println!(
+        "{} layers clustered in {:.1} ms each",
+        stats.clustered_layers,
+        stats.cluster_cpu_micros as f64 / 1e3 / stats.clustered_layers.max(1) as f64
+    );
 }
 
 fn query(layer: u16, q: &[f32]) -> Query<'_> {
@@ -129,13 +146,14 @@ fn off(q: &[f32], rng: &mut SmallRng) -> Vec<f32> {
     out
 }
 
-fn cache(dir: &std::path::Path, heads: &[Synthetic]) -> Result<BlockCache> {
+fn cache(dir: &std::path::Path, heads: &[Synthetic], cluster_queue_max: usize) -> Result<BlockCache> {
     let cache = BlockCache::open(CacheConfig {
         host_bytes_max: 1 << 30,
         disk_bytes_max: 2 << 30,
         segment_bytes: 64 << 20,
         flush_queue_bytes_max: 1 << 30,
         context_bytes_max: 1 << 30,
+        cluster_queue_max,
         ..CacheConfig::in_dir(dir)
     })?;
     let namespace = cache.open_namespace(&Tenant::new("default").ok_or("a tenant's name")?, &schema())?;

@@ -79,6 +79,9 @@ pub struct CacheConfig {
     pub sketch_bytes_max: u64,
     /// Most layer blocks that wait to be sketched ahead; beyond it the first query sketches them. 0 as for `sketch_bytes_max`.
     pub sketch_queue_max: usize,
+    /// Most layers of open contexts whose sketches wait to be clustered, which makes searches of them quicker; beyond it a later query
+    /// asks again. 0: none are.
+    pub cluster_queue_max: usize,
     /// Most bytes of query samples in memory, for indexes that are drawn by them; the oldest go first.
     pub query_bytes_max: u64,
     /// Most bytes of built indexes in memory; the least recently used go first, and are read again.
@@ -130,6 +133,7 @@ impl CacheConfig {
             basis_bytes_max: 64 << 20,
             sketch_bytes_max: 64 << 20,
             sketch_queue_max: 16_384,
+            cluster_queue_max: 4096,
             query_bytes_max: 128 << 20,
             index_bytes_max: 256 << 20,
             build_queue_max: 16,

@@ -1,6 +1,6 @@
 //! What is made of blocks so that they are searched faster, and how it lives: made in the background, kept beside the blocks.
 //!
-//! *Sketches* are made after each put (`sketcher.rs`). *Built indexes* (`roar`, `wave`) are made when they are asked for
+//! *Sketches* are made after each put (`sketcher.rs`), and those of open contexts put in *clusters* (`clusterer.rs`). *Built indexes* (`roar`, `wave`) are made when they are asked for
 //! (`builder.rs`), over the first blocks of a chain, from query samples where they need them (`samples.rs`), and read when a search
 //! first wants them (`library.rs`). All of it is derived: blocks are the truth, and a sketch or an index that is
 //! missing, damaged or of another basis is made again, or done without.
@@ -14,6 +14,7 @@
 mod background;
 mod builder;
 mod built;
+mod clusterer;
 mod derived;
 mod library;
 mod samples;
@@ -26,7 +27,8 @@ use kvasir_block::NamespaceId;
 #[cfg(test)]
 pub(crate) use self::built::IndexName;
 use self::{
-    background::Busy, builder::Builder, derived::Derived, library::Library, samples::Samples, sketcher::Sketcher,
+    background::Busy, builder::Builder, clusterer::Clusterer, derived::Derived, library::Library, samples::Samples,
+    sketcher::Sketcher,
 };
 pub use self::{builder::BuildState, built::BuiltIndex, samples::QuerySamples};
 pub(crate) use self::{
@@ -39,6 +41,7 @@ use crate::{BlockCache, CacheConfig, cache::Shared};
 pub(crate) struct Indexes {
     pub(crate) derived: Derived,
     pub(crate) sketcher: Sketcher,
+    pub(crate) clusterer: Clusterer,
     pub(crate) samples: Samples,
     pub(crate) loaded: Library,
     pub(crate) builder: Builder,
@@ -50,6 +53,7 @@ impl Indexes {
         Self {
             derived: Derived::default(),
             sketcher: Sketcher::new(config.sketch_bytes_max, config.sketch_queue_max),
+            clusterer: Clusterer::new(config.cluster_queue_max),
             samples: Samples::new(config.query_bytes_max),
             loaded: Library::new(config.index_bytes_max),
             builder: Builder::new(config.build_queue_max),
@@ -62,12 +66,17 @@ impl Indexes {
             let work = |shared: &Arc<Shared>, key| shared.sketch_ahead(key);
             self.sketcher.queue.start(Arc::downgrade(shared), work)?;
         }
+        if shared.clusters() {
+            let work = |shared: &Arc<Shared>, job| shared.cluster(&job);
+            self.clusterer.queue.start(Arc::downgrade(shared), work)?;
+        }
         let work = |shared: &Arc<Shared>, job| shared.build(job);
         self.builder.queue.start(Arc::downgrade(shared), work)
     }
 
     pub(crate) fn stop(&self) {
         self.sketcher.queue.stop();
+        self.clusterer.queue.stop();
         self.builder.queue.stop();
     }
 }

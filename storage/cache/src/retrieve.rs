@@ -14,8 +14,12 @@
 //!   blocks: what they pin and hold is counted once.
 //! - An answer does not depend on which queries shared its scan, nor on how many threads worked on it: candidates of a query are
 //!   its own. Where a search began ahead they are those of a prediction; what is found among them is the query's own still.
+//! - It may depend on whether the layer's sketches were in clusters by then (`cluster.rs`): sums have another order, and keys at the edge
+//!   of what is scored exactly may be others. Between two changes of that the same query has the same bits; what attends to every
+//!   key is near exact attention in both.
 
 mod blocks;
+mod cluster;
 mod context;
 mod covered;
 mod head;
@@ -38,6 +42,7 @@ use kvasir_index::Excluded;
 
 pub(crate) use self::{
     blocks::{ContextBlocks, Registry},
+    cluster::{ClusterEnd, ClusterJob},
     context::{ContextBudget, Payload},
     sketches::{encode_layer, sketched_bytes},
 };
@@ -400,7 +405,8 @@ impl BlockCache {
             let blocks = context.blocks();
             let payloads = blocks.load(&self.shared, layer, &Excluded::none(), &|| false);
             if let Some(basis) = context.basis() {
-                blocks.sketch(&self.shared, layer, &payloads, basis, &|| false);
+                let sketches = blocks.sketch(&self.shared, layer, &payloads, basis, &|| false);
+                blocks.cluster_later(&self.shared, layer, &payloads, &sketches, &Excluded::none(), basis);
             }
         }
     }

@@ -152,6 +152,18 @@ pub struct CacheStats {
     pub sketch_bytes: u64,
     /// Their limit.
     pub sketch_bytes_max: u64,
+    /// Layers of open contexts whose sketches were clustered.
+    pub clustered_layers: u64,
+    /// Processor time of the thread that does it, in microseconds.
+    pub cluster_cpu_micros: u64,
+    /// Layers that are being clustered: one or none.
+    pub clusters_running: u64,
+    /// Layers that wait to be clustered.
+    pub clusters_waiting: u64,
+    /// Layers that were not: the queue was full, their context was closed, or a block was not to be had.
+    pub clusters_dropped: u64,
+    /// Times that a layer was not since contexts hold as many bytes as they may.
+    pub clusters_without_room: u64,
     /// Query samples taken.
     pub query_samples: u64,
     /// Bytes of those that are held.
@@ -238,6 +250,10 @@ pub(crate) struct Counters {
     pub(crate) sketches_dropped: Counter,
     pub(crate) sketches_loaded: Counter,
     pub(crate) sketches_unusable: Counter,
+    pub(crate) clustered_layers: Counter,
+    pub(crate) cluster_cpu_micros: Counter,
+    pub(crate) clusters_dropped: Counter,
+    pub(crate) clusters_without_room: Counter,
     pub(crate) query_samples: Counter,
     pub(crate) indexes_built: Counter,
     pub(crate) index_builds_failed: Counter,

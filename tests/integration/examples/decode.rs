@@ -9,17 +9,28 @@
 //! differs by is not retrieval's doing but that of activations that are rounded to 8 bits after sums in another order. With `margins`
 //! each row also says how many of its other choices are no further apart in full attention's logits than the furthest that `flat-1`
 //! chose otherwise: near-ties. That computes the text once more.
+//!
+//! The prompt's context is held open throughout, and rows begin once the store has put its sketches in clusters: before that answers have
+//! other last bits, and the thread that does it takes part of the machine.
 #![expect(clippy::print_stdout, reason = "an example prints what it measured")]
 
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use kvasir_block::{ExtraKeys, Tenant, block_hashes};
+use kvasir_client::{ClientConfig, DecodeStream, Form, IndexChoice, OpenContext, Query, StoreClient};
 use kvasir_model::{CaptureOptions, CaptureSink, CapturedLayer, LoadOptions, Model, ModelFile, StepAborted, capture};
 use kvasir_proto::v1::{AttentionMode, AttentionOptions, GenerateRequest};
-use kvasir_testkit::{Cluster, Generated, Options, generate, request, until_durable};
+use kvasir_testkit::{Cluster, Generated, Metrics, Options, eventually, generate, request, until_durable};
 
 /// Query heads of SmolLM2 per KV head: attended keys are counted per query head, searchable ones per KV head.
 const GROUP: u64 = 3;
+
+/// Tokens of a block, as workers have them by default.
+const BLOCK_TOKENS: u16 = 64;
+
+/// Fewest tokens that a store clusters.
+const SEGMENT_TOKENS: usize = 1024;
 
 type Change = fn(&mut AttentionOptions);
 
@@ -51,6 +62,7 @@ async fn main() -> Result<()> {
     };
     generate(&worker, request(&prompt, 1)).await?;
     until_durable(&cluster.store_url(), tokens as u64 / 64).await?;
+    let held = hold_clustered(&cluster, &prompt).await?;
     let full = generate(&worker, asked(None)).await?;
     println!("{tokens} prompt tokens, {} fed behind them", forced.len());
     print_line("full", &full, &full);
@@ -78,7 +90,55 @@ async fn main() -> Result<()> {
             ties.print(&answer, &full);
         }
     }
+    drop(held);
     cluster.stop().await
+}
+
+/// Opens the context that decoding behind `prompt` opens, and waits until all its layers are clustered; they are while this is held.
+async fn hold_clustered(cluster: &Cluster, prompt: &[u32]) -> Result<DecodeStream> {
+    let client = StoreClient::new(ClientConfig::to(cluster.store_url()))?;
+    let tenant = Tenant::new("default").context("a tenant's name")?;
+    let (file, shape) = (cluster.file(), cluster.file().shape());
+    let namespace = client.open_namespace(&tenant, &file.schema(BLOCK_TOKENS)).await?;
+    let context = OpenContext {
+        chain: block_hashes(prompt, BLOCK_TOKENS.into(), &ExtraKeys::none()),
+        q_heads: shape.q_heads,
+        softmax_scale: 1.0 / (shape.head_dim as f32).sqrt(),
+        index: IndexChoice::Best,
+        row_cache_rows: 0,
+    };
+    let mut held = client.decode(&namespace, context).await?;
+    if held.opened().index != "sketch" || prompt.len() < SEGMENT_TOKENS {
+        return Ok(held);
+    }
+    // What is asked does not matter: each layer is read and sketched.
+    let q: Vec<f32> = (0..shape.q_heads * shape.head_dim)
+        .map(|at| (at as f32).sin())
+        .collect();
+    for layer in 0..shape.layers as u16 {
+        let query = Query {
+            sequence: layer.into(),
+            layer,
+            q: q.clone(),
+            form: Form::Attend {
+                target_mass: 0.9,
+                k_max: 0,
+                options: kvasir_client::AttendOptions::default(),
+            },
+            excluded: vec![],
+            deadline: None,
+            local_lse: vec![],
+        };
+        held.send(query).await?;
+        held.receive().await?;
+    }
+    let (store, layers) = (cluster.store_admin_url(), shape.layers as f64);
+    eventually("all layers clustered", Duration::from_secs(60), async || {
+        let clustered = Metrics::of(&store).await?.sum("kvasir_store_clustered_layers_total");
+        Ok(clustered.is_some_and(|clustered| clustered >= layers))
+    })
+    .await?;
+    Ok(held)
 }
 
 /// How far apart the two best logits are with full attention, at each step behind the prompt.

@@ -50,6 +50,7 @@ impl StoreConfig {
             basis_bytes_max: self.basis_bytes_max.as_u64(),
             sketch_bytes_max: self.sketch_bytes_max.as_u64(),
             sketch_queue_max: self.sketch_queue_max,
+            cluster_queue_max: self.cluster_queue_max,
             query_bytes_max: self.query_bytes_max.as_u64(),
             index_bytes_max: self.index_bytes_max.as_u64(),
             build_queue_max: self.build_queue_max,

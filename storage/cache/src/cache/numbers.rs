@@ -15,7 +15,11 @@ impl BlockCache {
         let (running, waiting) = shared.disk_gate.load();
         let (bringing, to_bring) = shared.prefetch.load();
         let indexes = &shared.indexes;
-        let (sketches, builds) = (indexes.sketcher.load(), indexes.builder.load());
+        let (sketches, clusters, builds) = (
+            indexes.sketcher.load(),
+            indexes.clusterer.load(),
+            indexes.builder.load(),
+        );
         let mut state = shared.state.lock();
         state.leases.expire(Instant::now());
         let State { leases, ahead, .. } = &mut *state;
@@ -93,6 +97,12 @@ impl BlockCache {
             sketches_unusable: counters.sketches_unusable.get(),
             sketch_bytes: indexes.sketcher.bytes(),
             sketch_bytes_max: shared.config.sketch_bytes_max,
+            clustered_layers: counters.clustered_layers.get(),
+            cluster_cpu_micros: counters.cluster_cpu_micros.get(),
+            clusters_running: clusters.running,
+            clusters_waiting: clusters.waiting,
+            clusters_dropped: counters.clusters_dropped.get(),
+            clusters_without_room: counters.clusters_without_room.get(),
             query_samples: counters.query_samples.get(),
             query_bytes: indexes.samples.bytes(),
             query_bytes_max: shared.config.query_bytes_max,
@@ -106,7 +116,7 @@ impl BlockCache {
             indexes_without_room: counters.indexes_without_room.get(),
             index_bytes: indexes.loaded.bytes(),
             index_bytes_max: shared.config.index_bytes_max,
-            background_aside: sketches.aside + builds.aside,
+            background_aside: sketches.aside + clusters.aside + builds.aside,
             subscribers: state.events.subscribers() as u64,
             subscribers_lagged: state.events.lagged,
         }

@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -17,6 +17,7 @@ use kvasir_index::Excluded;
 use parking_lot::Mutex;
 
 use super::{
+    cluster::state,
     context::Payload,
     sketches::{LayerSketches, encode_layer},
     usual::Usual,
@@ -35,13 +36,15 @@ pub(crate) struct ContextBlocks {
     schema: Arc<KvSchema>,
     blocks: Vec<BlockKey>,
     /// Verified payloads, one list per layer, filled by the first query that wants them.
-    layers: Vec<Mutex<Arc<[Option<Payload>]>>>,
+    pub(super) layers: Vec<Mutex<Arc<[Option<Payload>]>>>,
     /// Sketches of the blocks of a layer, filled likewise.
-    sketches: Vec<Mutex<Arc<LayerSketches>>>,
+    pub(super) sketches: Vec<Mutex<Arc<LayerSketches>>>,
+    /// Whether those of a layer are to be clustered, see [`state`].
+    pub(super) clustering: Vec<AtomicU8>,
     /// How much of the mass searches cover, as far as is known.
     pub(super) usual: Usual,
     /// Bytes of all payloads in `layers` and of all `sketches`, taken from the cache's budget.
-    held_bytes: AtomicU64,
+    pub(super) held_bytes: AtomicU64,
 }
 
 impl ContextBlocks {
@@ -93,6 +96,7 @@ impl ContextBlocks {
         let layers = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&nothing))).collect();
         let none = Arc::new(LayerSketches::default());
         let sketches = (0..schema.layers).map(|_| Mutex::new(Arc::clone(&none))).collect();
+        let clustering = (0..schema.layers).map(|_| AtomicU8::new(state::NEW)).collect();
         let usual = Usual::new(schema.layers.into(), schema.kv_heads.into());
         let new = Arc::new(Self {
             cache: Arc::downgrade(shared),
@@ -101,6 +105,7 @@ impl ContextBlocks {
             blocks,
             layers,
             sketches,
+            clustering,
             usual,
             held_bytes: AtomicU64::new(0),
         });

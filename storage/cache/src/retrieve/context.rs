@@ -226,6 +226,11 @@ impl ContextBudget {
         self.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
+    /// Whether so many could be taken now.
+    pub(super) fn has(&self, bytes: u64) -> bool {
+        self.bytes().checked_add(bytes).is_some_and(|sum| sum <= self.bytes_max)
+    }
+
     pub(super) fn take(&self, bytes: u64) -> bool {
         add_within(&self.bytes, bytes, self.bytes_max)
     }

@@ -173,10 +173,11 @@ impl Search {
             return None;
         }
         let how = sketches::wanted(self.form, scan.keys_scanned());
-        Some(Box::new(scan.park(Attend {
-            effort: parked::generous(how.effort),
-            ..how
-        })))
+        let effort = parked::generous(how.effort);
+        Some(Box::new(match self.form {
+            Form::Rows { .. } => scan.park_for_rows(effort),
+            Form::Attend { .. } => scan.park(Attend { effort, ..how }),
+        }))
     }
 
     fn answer_head<'a>(
@@ -187,6 +188,9 @@ impl Search {
         (late, missing): (bool, bool),
     ) -> Head {
         let q = self.queries_of(place.kv_head);
+        // Of a layer that was clustered meanwhile its candidates are other keys.
+        let column = place.sketched.blocks.column(place.kv_head);
+        let parked = parked.filter(|parked| column.is_some_and(|column| parked.is_of(column)));
         let mut ahead = match &parked {
             None => Ahead::No,
             Some(parked) if parked::is_near(parked, q) => Ahead::Used,
@@ -248,6 +252,10 @@ impl Search {
                 (HeadFound::Attend(attended, escalated), extra)
             }
         };
+        if ahead != Ahead::No {
+            let usual = &self.blocks.usual;
+            usual.note_forecast(place.sketched.layer, place.kv_head, ahead == Ahead::Used);
+        }
         Head {
             scanned: scan.keys_scanned(),
             late,

@@ -54,7 +54,8 @@ pub struct Search {
     /// `[kv_heads, queries, group]`; empty where the callers do not say.
     local_lse: Vec<f32>,
     pub(super) queries: usize,
-    /// KV head that the next thread takes.
+    /// KV heads in the order in which they are taken, and which one the next thread takes.
+    order: Vec<usize>,
     next: AtomicUsize,
     heads: Mutex<Heads>,
     changed: Condvar,
@@ -124,14 +125,16 @@ impl Search {
         let indexed = index
             .filter(|(covering, _)| payloads[..covering.blocks].iter().all(Option::is_some))
             .map(|(covering, index)| Indexed::new(covering, index, &layout, first.excluded));
-        let sketched = context
-            .basis()
-            .filter(|_| !wants_exact(first.form))
-            .map(|basis| Sketched {
+        let sketched = context.basis().filter(|_| !wants_exact(first.form)).map(|basis| {
+            let blocks = context.blocks();
+            let sketches = blocks.sketch(shared, first.layer, &payloads, basis, &late);
+            blocks.cluster_later(shared, first.layer, &payloads, &sketches, &excluded, basis);
+            Sketched {
                 basis: Arc::clone(basis),
                 layer: first.layer,
-                blocks: (context.blocks()).sketch(shared, first.layer, &payloads, basis, &late),
-            });
+                blocks: sketches,
+            }
+        });
         let served_by = match &indexed {
             Some(indexed) => indexed.name,
             None if sketched.is_some() => SKETCH,
@@ -148,6 +151,10 @@ impl Search {
                 local_lse.extend_from_slice(own.unwrap_or_default());
             }
         }
+        let order = match purpose {
+            Purpose::Park { .. } => context.blocks().usual.by_forecasts(first.layer),
+            Purpose::Answer(_) => (0..kv_heads).collect(),
+        };
         Self {
             shared: Arc::clone(shared),
             purpose,
@@ -166,6 +173,7 @@ impl Search {
             q,
             local_lse,
             queries: queries.len(),
+            order,
             next: AtomicUsize::new(0),
             heads: Mutex::new(Heads {
                 found: std::iter::repeat_with(|| None).take(kv_heads).collect(),
@@ -199,10 +207,9 @@ impl Search {
             sketch: SketchScan::new(SketchFormat::new(self.layout.head_dim), self.scale),
         };
         loop {
-            let kv_head = self.next.fetch_add(1, Ordering::Relaxed);
-            if kv_head >= self.layout.kv_heads {
+            let Some(&kv_head) = self.order.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
                 return;
-            }
+            };
             let mut taken = Taken {
                 search: self,
                 kv_head,

@@ -1,8 +1,11 @@
 //! Sketches of layer blocks, and how a KV head is attended to through them.
 
+use std::ops::Range;
+
 use half::f16;
 use kvasir_block::LayerBlockLayout;
 use kvasir_index::{Attend, Attended, Basis, Column, SketchAttended, SketchFormat, SketchScan, encode_block};
+use kvasir_simd::{GROUP, SEGMENT};
 
 use super::{AttendOptions, Certificate, Form};
 
@@ -97,6 +100,34 @@ impl LayerSketches {
             // It was sketched in this basis, so it can be.
             let _ = column.learn(basis.head(layer.into(), kv_head), keys, values);
         }
+    }
+
+    /// Bytes in memory.
+    pub(super) fn bytes(&self) -> u64 {
+        self.columns.iter().flatten().map(|column| column.bytes() as u64).sum()
+    }
+
+    /// Bytes that clustering adds, at most.
+    pub(super) fn clustered_bytes(&self) -> u64 {
+        let Some(next) = self.next_segment() else { return 0 };
+        let segments = (self.made.len() - next.start) / next.len();
+        let each = SEGMENT / GROUP * Column::CLUSTERED_GROUP_BYTES;
+        (self.columns.iter().flatten().count() * segments * each) as u64
+    }
+
+    /// The blocks of the segment that is to be clustered next; `None` where all are.
+    pub(super) fn next_segment(&self) -> Option<Range<usize>> {
+        self.columns.iter().flatten().next()?.next_segment()
+    }
+
+    /// Clusters the [next segment](Self::next_segment), whose blocks have sketches and these payloads; false if they have not.
+    pub(super) fn cluster_next(&mut self, halves: &[&[f16]], layout: &LayerBlockLayout) -> bool {
+        let cluster = |(kv_head, column): (usize, &mut Option<Column>)| {
+            let Some(column) = column else { return true };
+            let values: Vec<_> = halves.iter().map(|halves| &halves[layout.values(kv_head)]).collect();
+            column.cluster(&values).is_ok()
+        };
+        self.columns.iter_mut().enumerate().all(cluster)
     }
 
     /// Those of a KV head; `None` if it is a streaming one.

@@ -610,6 +610,7 @@ fn a_deadline_that_passed_says_so() {
 }
 
 mod ahead;
+mod clusters;
 mod indexes;
 mod parked;
 mod shared;

@@ -1,6 +1,7 @@
-//! What searches with their own queries covered of late, by which those that begin with a forecast are judged.
+//! What searches of a KV head were like of late: what those with their own queries covered, by which those that begin with a forecast are
+//! judged, and how often forecasts served, by which the heads are ordered that are searched ahead.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 /// Per layer and KV head of a context: the least share of the mass that any query head of its group got from the last search that
 /// began with its own queries. A guess and no more, so threads may write over each other.
@@ -9,6 +10,8 @@ pub(super) struct Usual {
     kv_heads: usize,
     /// Bits of an `f32`; 0 before the first.
     least: Box<[AtomicU32]>,
+    /// Whether each of the last eight forecasts served, the last one lowest: 1 where it did not.
+    failed: Box<[AtomicU8]>,
 }
 
 impl Usual {
@@ -16,6 +19,7 @@ impl Usual {
         Self {
             kv_heads,
             least: (0..layers * kv_heads).map(|_| AtomicU32::new(0)).collect(),
+            failed: (0..layers * kv_heads).map(|_| AtomicU8::new(0)).collect(),
         }
     }
 
@@ -33,6 +37,28 @@ impl Usual {
         }
     }
 
+    /// Notes whether a forecast served.
+    pub(super) fn note_forecast(&self, layer: u16, kv_head: usize, served: bool) {
+        let at = usize::from(layer) * self.kv_heads + kv_head;
+        if let Some(failed) = self.failed.get(at) {
+            failed.store(
+                failed.load(Ordering::Relaxed) << 1 | u8::from(!served),
+                Ordering::Relaxed,
+            );
+        }
+    }
+
+    /// The KV heads of a layer, those first whose forecasts served: a search ahead may have no time for all.
+    pub(super) fn by_forecasts(&self, layer: u16) -> Vec<usize> {
+        let failures = |kv_head: &usize| {
+            let failed = self.failed.get(usize::from(layer) * self.kv_heads + kv_head);
+            failed.map_or(0, |failed| failed.load(Ordering::Relaxed).count_ones())
+        };
+        let mut heads: Vec<usize> = (0..self.kv_heads).collect();
+        heads.sort_by_key(failures);
+        heads
+    }
+
     fn at(&self, layer: u16, kv_head: usize) -> Option<&AtomicU32> {
         self.least.get(usize::from(layer) * self.kv_heads + kv_head)
     }
@@ -41,6 +67,24 @@ impl Usual {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn heads_whose_forecasts_serve_come_first() {
+        let usual = Usual::new(2, 3);
+        assert_eq!(usual.by_forecasts(1), [0, 1, 2]);
+        usual.note_forecast(1, 0, false);
+        usual.note_forecast(0, 2, false);
+        assert_eq!(usual.by_forecasts(1), [1, 2, 0]);
+        usual.note_forecast(1, 1, false);
+        usual.note_forecast(1, 1, false);
+        assert_eq!(usual.by_forecasts(1), [2, 0, 1]);
+        // What was long ago is forgotten.
+        (0..8).for_each(|_| usual.note_forecast(1, 1, true));
+        assert_eq!(usual.by_forecasts(1), [1, 2, 0]);
+        // There are no others.
+        usual.note_forecast(2, 0, false);
+        assert_eq!(usual.by_forecasts(7), [0, 1, 2]);
+    }
 
     #[test]
     fn the_least_of_the_last_search_is_kept_for_each_head() {

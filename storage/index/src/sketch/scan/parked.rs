@@ -3,13 +3,13 @@
 //! It owns what it keeps: candidates with their levels, a weight per run and which keys a sample takes, some kilobytes a head, and
 //! nothing of the blocks. So it can wait beside a stream while the blocks are free.
 
-use half::f16;
-use kvasir_simd::{GROUP, RUN_GROUPS};
+use kvasir_simd::{GROUP, RUN_GROUPS, score_slots};
 
-use super::{Attend, SketchScan, Slots, certificate::Drawn};
+use super::{Attend, SketchScan, Slots, certificate::Drawn, scattered};
 use crate::{
     IndexError,
     sketch::{
+        column::Column,
         format::invalid,
         search::{Candidates, Kind, Table},
     },
@@ -47,11 +47,16 @@ impl Parked {
         &self.covered
     }
 
+    /// Whether its candidates are keys of `column`: of the blocks that were searched, with as many of their segments clustered.
+    pub fn is_of(&self, column: &Column) -> bool {
+        (self.slots.all, self.slots.clustered) == (column.groups() * GROUP, column.order().len())
+    }
+
     /// Bytes that one of `heads` query rows of `head_dim` holds at most, with so many candidates of each, over blocks that have so many
     /// keys once each is rounded up to sixteen.
     pub fn bytes_max(heads: usize, head_dim: usize, candidates: usize, keys: usize) -> usize {
         let runs = keys.div_ceil(GROUP * RUN_GROUPS);
-        heads * (head_dim * 4 + 4 + candidates * 6 + runs * 4 + Drawn::BYTES_MAX + Table::BYTES_OF_HEAD)
+        heads * (head_dim * 4 + 4 + candidates * 6 + runs * 6 + Drawn::BYTES_MAX + Table::BYTES_OF_HEAD)
     }
 
     /// Bytes that it holds.
@@ -93,42 +98,54 @@ impl SketchScan<'_> {
     pub fn park(&mut self, how: Attend) -> Parked {
         self.find_for(how);
         let drawn = self.draw_ahead();
+        self.keep(drawn)
+    }
+
+    /// As [`SketchScan::park`] for [`SketchScan::rows`], which sample nothing.
+    pub fn park_for_rows(&mut self, effort: f32) -> Parked {
+        self.find_for(Attend {
+            target_mass: 1.0,
+            effort,
+            ..Attend::default()
+        });
+        self.keep(Vec::new())
+    }
+
+    fn keep(&mut self, drawn: Vec<Drawn>) -> Parked {
         self.bring_near(&drawn);
         let covered = (0..self.table.heads())
             .map(|head| self.covered_by_candidates(head))
             .collect();
-        let mut parked = Parked {
-            q: std::mem::take(&mut self.q),
-            table: std::mem::take(&mut self.table),
-            candidates: std::mem::take(&mut self.candidates),
+        // Copies have the room that they need; what they are made of has room for more, and the next scan finds it.
+        let parked = Parked {
+            q: self.q.clone(),
+            table: self.table.clone(),
+            candidates: self.candidates.clone(),
             drawn,
             covered,
             slots: self.scanned(),
         };
-        // They were given room for what was kept of a scan before the best were chosen.
-        parked.candidates.slots.shrink_to_fit();
-        parked.candidates.levels.shrink_to_fit();
         self.clear();
         parked
     }
 
     /// Reads what the answer will read, so that it lies in a cache when the real queries come and nobody waits for memory: the keys of
-    /// candidates and samples, scattered, and the means. Of values it reads few.
-    fn bring_near(&self, drawn: &[Drawn]) {
+    /// candidates and samples, scattered, and the means; of values none. Scoring them is how rows are read without waiting for each.
+    fn bring_near(&mut self, drawn: &[Drawn]) {
         /// Elements of a cache line.
         const LINE: usize = 32;
         let d = self.head_dim();
-        let touch = |elements: &[f16]| {
-            let lines = elements.iter().step_by(LINE);
-            lines.fold(0, |all, half| all ^ half.to_bits())
-        };
-        let means = self.column().map_or(0, |column| touch(column.means()));
-        let slots = self.union.iter().chain(drawn.iter().flat_map(Drawn::slots));
-        let all = slots.fold(means, |all, slot| {
-            let (block, row) = self.place(slot);
-            all ^ touch(&self.keys[block][row * d..(row + 1) * d])
-        });
-        std::hint::black_box(all);
+        let means = self.column().map_or(&[][..], Column::means);
+        let touched = (means.iter().step_by(LINE)).fold(0, |all, half| all ^ half.to_bits());
+        self.picked.clear();
+        self.picked.extend(self.union.iter());
+        self.picked.extend(drawn.iter().flat_map(Drawn::slots));
+        let rows = scattered(self.column.or(self.own.as_ref()), &self.keys, d);
+        let mut scores = vec![0.0; self.picked.len()];
+        if let Some(q) = self.q.get(..d) {
+            score_slots(q, rows, &self.picked, self.scale, &mut scores);
+        }
+        std::hint::black_box((touched, scores));
     }
 
     /// Starts anew, as [`SketchScan::begin`], with the real queries after a prediction was parked. The same blocks are added
