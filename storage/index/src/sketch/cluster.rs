@@ -8,7 +8,7 @@
 //!
 //! A function of the segment's sketches: nothing of it is stored.
 
-use kvasir_simd::{GROUP, Line, SEGMENT, SLOTS};
+use kvasir_simd::{GROUP, Line, RUN_GROUPS, SEGMENT, SLOTS};
 
 use super::format::{LINES_MAX, RANK, SketchFormat};
 
@@ -20,13 +20,14 @@ const CUT: usize = 16;
 /// are needed.
 const FALL: f32 = -0.7;
 
-/// Samples of a segment: a group of sixteen keys each, of every so many groups one.
-pub(super) const SAMPLES: usize = SEGMENT_GROUPS / GROUP;
+/// Samples of a segment: a group of sixteen keys each, of every so many groups one. In four of them each group has a key, in all of them
+/// four.
+pub(super) const SAMPLES: usize = 4 * RUN_GROUPS;
 
 /// Group in its segment, and key in that, of key `at` of a sample: of run `at` the group of that number.
 pub(super) const fn sampled(sample: usize, at: usize) -> (usize, usize) {
-    let group = at * SAMPLES + sample;
-    (group, (group * 5 + 3) % GROUP)
+    let group = at * RUN_GROUPS + sample % RUN_GROUPS;
+    (group, (group * 5 + 3 + sample / RUN_GROUPS * 4) % GROUP)
 }
 
 /// What becomes of a segment's sketches.
@@ -102,22 +103,16 @@ pub(super) fn cluster(format: SketchFormat, codes: &[Line], steps: &[f32], masks
         }
     }
     for (sample, to) in out.samples.chunks_exact_mut(lines).enumerate() {
-        gather(&out.codes, |at| sampled(sample, at), to);
-    }
-    out
-}
-
-/// Makes a group of sixteen keys that lie apart: `of(i)` is the group and the key in it of the one that becomes key `i`.
-pub(super) fn gather(codes: &[Line], of: impl Fn(usize) -> (usize, usize), to: &mut [Line]) {
-    let lines = to.len();
-    for (slot, key) in SLOTS.into_iter().enumerate() {
-        let (group, from) = of(key);
-        // The order of slots is its own inverse.
-        let from = SLOTS[from];
-        for (to, line) in to.iter_mut().zip(&codes[group * lines..]) {
-            to.0[slot * 4..][..4].copy_from_slice(&line.0[from * 4..][..4]);
+        for (slot, key) in SLOTS.into_iter().enumerate() {
+            let (group, from) = sampled(sample, key);
+            // The order of slots is its own inverse.
+            let from = SLOTS[from];
+            for (to, line) in to.iter_mut().zip(&out.codes[group * lines..]) {
+                to.0[slot * 4..][..4].copy_from_slice(&line.0[from * 4..][..4]);
+            }
         }
     }
+    out
 }
 
 /// A step for keys of blocks that have each their own: their root mean square. Blocks of a text differ by some percent, and coding their

@@ -19,7 +19,7 @@ const LEARN_EVERY: usize = 4;
 
 impl Column {
     /// Bytes that clustering adds for every group of sixteen keys, at most.
-    pub const CLUSTERED_GROUP_BYTES: usize = GROUP * 2 + 2 * 32 + 1;
+    pub const CLUSTERED_GROUP_BYTES: usize = GROUP * 2 + (1 + SAMPLES * GROUP / SEGMENT_GROUPS) * 32 + 1;
 
     /// The blocks of the segment that [`Column::cluster`] clusters next; `None` while it is not there whole, and for blocks that do
     /// not fill segments of 1,024 keys: of fewer than 16 keys, or not a power of two of them.

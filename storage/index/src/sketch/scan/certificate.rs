@@ -108,8 +108,11 @@ impl<'a> SketchScan<'a> {
             _ => self.draw(head, BY_WEIGHT, &mut sampler.drawn, &mut random),
         }
         self.score(head, sampler);
+        if !sure {
+            return self.estimate(head, sampler);
+        }
         let mut errors = self.errors(head, sampler);
-        if sure && errors.variance > WIDE {
+        if errors.variance > WIDE {
             self.draw(head, BY_WEIGHT_WIDE, &mut sampler.drawn, &mut random);
             self.score(head, sampler);
             errors = self.errors(head, sampler);

@@ -7,7 +7,7 @@ use kvasir_simd::{
 
 use super::{BUCKET, Lean, Masks, SHORT};
 use crate::sketch::{
-    cluster::{SAMPLES, SEGMENT_GROUPS, gather, sampled},
+    cluster::{SAMPLES, SEGMENT_GROUPS, sampled},
     column::Column,
 };
 
@@ -15,15 +15,13 @@ use crate::sketch::{
 const SAMPLE: usize = 256;
 const SAMPLE_OF: usize = 64;
 /// Of so many of a head's best keys the group is not scanned.
-const LOST: f64 = 0.03;
+const LOST: f64 = 0.02;
 
 /// Some of a column's keys: samples of its clustered segments, then whole groups.
 #[derive(Debug, Default)]
 pub(super) struct Sample {
-    /// Of clustered segments: the segment, and which of its samples; of short columns the run, of each of whose groups there are four
-    /// keys.
+    /// Samples of clustered segments: the segment, and which of its samples.
     samples: Vec<(u32, u32)>,
-    short: bool,
     /// Of other groups, from one on, every so many.
     from: usize,
     every: usize,
@@ -74,41 +72,33 @@ impl Sample {
     /// Takes those of `column`.
     pub(super) fn take(&mut self, column: &Column, masks: &Masks) {
         let (clustered, groups) = (column.clustered_groups(), column.groups());
-        // Samples of few segments would be few keys.
-        self.short = clustered <= SHORT;
         self.samples.clear();
         self.codes.clear();
         self.steps.clear();
         (self.sequence, self.head) = (None, None);
-        let keys = column.coded(0..groups, &masks.words[0]);
-        if self.short {
-            let lines = column.format().group_bytes() / 64;
-            for run in 0..clustered / RUN_GROUPS {
-                let first = self.codes.len();
-                self.codes.resize(first + lines, Line([0; 64]));
-                self.samples.push((run as u32, 0));
-                gather(keys.codes, |at| of_run(run, at), &mut self.codes[first..]);
-                self.steps.push(keys.steps[run * RUN_GROUPS]);
-            }
-            // As many of these keys as of those.
-            self.every = if clustered > 0 {
-                RUN_GROUPS
-            } else {
-                groups.div_ceil(SAMPLE).max(1)
-            };
+        let samples = clustered / SEGMENT_GROUPS * SAMPLES;
+        // All of a short column's: of few segments few would be few keys.
+        let limit = if clustered > SHORT {
+            (groups / SAMPLE_OF).clamp(SAMPLE, 4 * SAMPLE)
         } else {
-            let samples = clustered / SEGMENT_GROUPS * SAMPLES;
-            let apart = samples.div_ceil((groups / SAMPLE_OF).clamp(SAMPLE, 4 * SAMPLE));
-            for at in (0..samples).step_by(apart) {
-                // Of segments by turns another one.
-                let (segment, own) = (at / SAMPLES, (at + at / SAMPLES) % SAMPLES);
-                let (codes, step) = column.sample(segment, own);
-                self.codes.extend_from_slice(codes);
-                self.steps.push(step);
-                self.samples.push((segment as u32, own as u32));
-            }
-            self.every = apart * SEGMENT_GROUPS / SAMPLES;
+            samples
+        };
+        let apart = samples.div_ceil(limit.max(1)).max(1);
+        for at in (0..samples).step_by(apart) {
+            // One after another of those that a segment has, and of each segment others than of the one before.
+            let (segment, turn) = (at / SAMPLES, at % SAMPLES / apart);
+            let own = (turn + segment) % SAMPLES;
+            let (codes, step) = column.sample(segment, own);
+            self.codes.extend_from_slice(codes);
+            self.steps.push(step);
+            self.samples.push((segment as u32, own as u32));
         }
+        // As many of the keys of other groups.
+        self.every = if samples > 0 {
+            apart * SEGMENT_GROUPS / SAMPLES
+        } else {
+            groups.div_ceil(SAMPLE).max(1)
+        };
         self.from = clustered;
         for group in (self.from..groups).step_by(self.every) {
             let keys = column.coded(group..group + 1, &masks.words[0]);
@@ -143,16 +133,11 @@ impl Sample {
     fn mask(&mut self, words: &[u16]) {
         let (own, others) = words.split_at(self.from);
         self.masks.clear();
-        self.masks.extend(self.samples.iter().map(|&(of, sample)| {
-            let of = of as usize;
+        self.masks.extend(self.samples.iter().map(|&(segment, sample)| {
+            let words = &own[segment as usize * SEGMENT_GROUPS..][..SEGMENT_GROUPS];
             (0..GROUP).fold(0, |mask, at| {
-                let (group, key) = if self.short {
-                    of_run(of, at)
-                } else {
-                    let (group, key) = sampled(sample as usize, at);
-                    (of * SEGMENT_GROUPS + group, key)
-                };
-                mask | ((own[group] >> key) & 1) << at
+                let (group, key) = sampled(sample as usize, at);
+                mask | ((words[group] >> key) & 1) << at
             })
         }));
         self.masks.extend(others.iter().step_by(self.every));
@@ -200,13 +185,6 @@ impl Sample {
         self.groups.clear();
         self.centres.clear();
         let runs = near.as_chunks::<RUN_GROUPS>().0;
-        if self.short {
-            for run in &runs[..self.samples.len()] {
-                self.groups.push(std::array::from_fn(|at| run[at / RUN_GROUPS]));
-                self.centres.push(pick(&[*run; GROUP], 0).1);
-            }
-            return;
-        }
         for &(segment, sample) in &self.samples {
             let own = runs[segment as usize * GROUP..].first_chunk();
             let (groups, centres) = own.map_or(([0; GROUP], [0; GROUP]), |own| pick(own, sample as usize));
@@ -267,10 +245,4 @@ impl Sample {
             left: 0.0,
         }
     }
-}
-
-/// Group and key in it of key `at` of a sample of a run: four keys of each group.
-const fn of_run(run: usize, at: usize) -> (usize, usize) {
-    let group = at / RUN_GROUPS;
-    (run * RUN_GROUPS + group, at % RUN_GROUPS * 4 + (run + group) % 4)
 }
