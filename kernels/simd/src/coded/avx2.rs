@@ -5,6 +5,9 @@ use std::arch::x86_64::*;
 
 use super::{Call, Found, GROUP, HIGHEST, LOWEST, Level, Map, Places, RUN_GROUPS};
 
+/// Groups whose codes are asked for before they are needed, where they do not lie one behind another.
+const AHEAD: usize = 8;
+
 /// # Safety
 /// The processor has AVX2, FMA and F16C. There are `stride` lines of codes per group, at least `lines`, as many groups as masks and steps, room
 /// for what may be found of each head of the call, and `lines * 2` lanes per head. All places are groups of the keys.
@@ -121,6 +124,12 @@ unsafe fn heads<P: Places, const H: usize, const LINES: usize>(call: Call<'_>, p
             if call.keys.steps[at] != step {
                 step = call.keys.steps[at];
                 maps = std::array::from_fn(|head| Map::new(call.heads[head], step));
+            }
+            if P::APART && place + AHEAD < places.len() {
+                let next = places.group(place + AHEAD) * call.stride;
+                for line in &call.keys.codes[next..next + LINES] {
+                    _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast());
+                }
             }
             // SAFETY: this function's own contract.
             let levels = unsafe { group::<H, LINES>(&call, at, &maps) };

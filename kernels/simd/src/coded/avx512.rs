@@ -82,9 +82,11 @@ unsafe fn each<P: Places, T: Take<H>, const H: usize, const LINES: usize>(call: 
     let mut maps = Maps::new(call);
     for first in (0..places.len()).step_by(RUN_GROUPS) {
         // SAFETY: this function's own contract.
-        let four = unsafe { Four::new(call, places, first) };
-        // SAFETY: as above.
-        unsafe { maps.follow(four.steps) };
+        let four = unsafe {
+            let four = Four::new(call, places, first);
+            maps.follow(four.steps);
+            four
+        };
         let mut products = [[zero; RUN_GROUPS]; H];
         for (products, weights) in products.iter_mut().zip(call.heads) {
             *products = [_mm512_set1_epi32(weights.start); RUN_GROUPS];
@@ -117,8 +119,8 @@ unsafe fn each<P: Places, T: Take<H>, const H: usize, const LINES: usize>(call: 
         // SAFETY: this function's own contract.
         unsafe {
             let levels = maps.levels(&products, four.words);
-            take.take(first, &four, levels)
-        };
+            take.take(first, &four, levels);
+        }
     }
 }
 
@@ -151,6 +153,8 @@ impl<P: Places, const H: usize> Keep<P, H> {
 }
 
 impl<P: Places, const H: usize> Take<H> for Keep<P, H> {
+    /// # Safety
+    /// As [`Take::take`].
     #[inline(always)]
     unsafe fn take(&mut self, first: usize, four: &Four, levels: [[__m512i; 2]; H]) {
         // SAFETY: this function's own contract; room for the sums, and for a register more than is kept, was asserted by the caller.
@@ -226,6 +230,8 @@ struct Write<'a> {
 }
 
 impl<const H: usize> Take<H> for Write<'_> {
+    /// # Safety
+    /// As [`Take::take`].
     #[inline(always)]
     unsafe fn take(&mut self, first: usize, _: &Four, levels: [[__m512i; 2]; H]) {
         // SAFETY: this function's own contract.
