@@ -169,3 +169,27 @@ impl Head {
         self.unsure |= Table::is_at_an_end(best);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A head whose sketches say half of each weight has found what it has found.
+    #[test]
+    fn what_sketches_err_by_is_learnt() {
+        let levels = codes::Levels {
+            levels: vec![39 * 128; 1000],
+            unsure: false,
+        };
+        let mut head = Head::new(levels, 1000);
+        let sketched = Level(39 * 128).above_average();
+        for slot in 0..500 {
+            head.take(slot, sketched + 1.0, 0.0);
+        }
+        assert!((head.share() - 0.5).abs() < 0.01, "{}", head.share());
+        // Of scores beyond all weights too a share is a number.
+        (500..900).for_each(|slot| head.take(slot, f32::MAX, 0.0));
+        (900..1000).for_each(|slot| head.take(slot, f32::INFINITY, 0.0));
+        assert!((0.0..=1.0).contains(&head.share()), "{}", head.share());
+    }
+}
