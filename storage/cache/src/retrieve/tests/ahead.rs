@@ -27,7 +27,8 @@ fn ahead(dir: &Path) -> CacheConfig {
     }
 }
 
-fn wait(cache: &BlockCache, until: impl Fn(&CacheStats) -> bool) -> CacheStats {
+/// What the numbers are once they are so.
+pub(super) fn wait(cache: &BlockCache, until: impl Fn(&CacheStats) -> bool) -> CacheStats {
     for _ in 0..24_000 {
         let stats = cache.stats();
         if until(&stats) {

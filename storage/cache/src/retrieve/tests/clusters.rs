@@ -1,14 +1,12 @@
 //! Layers of open contexts that are clustered: what is answered before and after, and what ends it.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    thread::sleep,
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
 };
 
 use super::{
+    ahead::wait,
     sketch::{attend, basis, wide},
     *,
 };
@@ -66,17 +64,6 @@ fn filled(dir: &Path) -> (BlockCache, NamespaceId, Gate) {
 
 fn context(cache: &BlockCache, namespace: NamespaceId, index: IndexChoice) -> Context {
     cache.open_context(namespace, &chain(BLOCKS), 6, 0.35, index).unwrap()
-}
-
-fn wait(cache: &BlockCache, until: impl Fn(&CacheStats) -> bool) -> CacheStats {
-    for _ in 0..24_000 {
-        let stats = cache.stats();
-        if until(&stats) {
-            return stats;
-        }
-        sleep(Duration::from_millis(5));
-    }
-    panic!("not within two minutes: {:?}", cache.stats());
 }
 
 fn idle(stats: &CacheStats) -> bool {
