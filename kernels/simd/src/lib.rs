@@ -64,7 +64,7 @@ pub use partial::{Partial, merge};
 pub use pool::Pool;
 pub use rope::RopeTable;
 pub use rows::{SEGMENT, Scattered, project, score_rows, score_slots, weigh_dense, weigh_rows, weigh_slots};
-pub use sample::{Spread, gaps, pick, spread, weights_beside};
+pub use sample::{Spread, gaps, spread, weights_beside};
 pub use scan::{exp2_weights, log_sum_exp2, scores, weighted_values};
 pub use top_k::top_k;
 pub use weights::{ShapeError, Weights};

@@ -2,7 +2,7 @@
 //! a time.
 
 use crate::{
-    coded::{GROUP, Level, RUN_GROUPS},
+    coded::{GROUP, Level},
     isa::{Isa, dispatched},
     lanes::Lanes,
 };
@@ -16,16 +16,6 @@ pub struct Spread {
     pub weights: f64,
     /// Of those times what they are above.
     pub moments: f64,
-}
-
-/// Of a segment's 16 runs of 4 groups, whose centroids have the levels `near`, the group of that number of each, and the level of the run's
-/// centroid.
-pub fn pick(near: &[[u16; RUN_GROUPS]; GROUP], number: usize) -> ([u16; GROUP], [u16; GROUP]) {
-    let centre = |[a, b, c, d]: [u16; RUN_GROUPS]| (u32::from(a) + u32::from(b) + u32::from(c) + u32::from(d)) >> 2;
-    (
-        near.map(|run| run[number % RUN_GROUPS]),
-        near.map(|run| centre(run) as u16),
-    )
 }
 
 /// Appends how far below it, or below `floor` where the key is above that, the centroid lies of each key from `from` on.
@@ -150,13 +140,5 @@ mod tests {
                 .map(|(level, centroid)| (*level).min(floor).saturating_sub(*centroid)).collect();
             prop_assert_eq!(&found[1..], &expected);
         }
-    }
-
-    #[test]
-    fn picks_one_group_of_each_run() {
-        let near = std::array::from_fn(|run| std::array::from_fn(|group| (run * 100 + group * 3) as u16));
-        let (groups, centres) = pick(&near, 2);
-        assert_eq!(groups, std::array::from_fn(|run| (run * 100 + 6) as u16));
-        assert_eq!(centres, std::array::from_fn(|run| (run * 100 + 4) as u16));
     }
 }

@@ -76,7 +76,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             let rows = head * tokens * d..(head * tokens + prompt) * d;
             let blocks: Vec<_> = k[rows.clone()]
                 .chunks(BLOCK * d)
-                .zip(v[rows].chunks(BLOCK * d))
+                .zip(v[rows.clone()].chunks(BLOCK * d))
                 .collect();
             let mut column = Column::new(format);
             let mut room = Vec::new();
@@ -85,10 +85,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 column.sketch(at, &basis, keys, values, &mut room)?;
             }
             // As a store's are once it had the time.
-            while let Some(own) = column.next_segment() {
-                let values: Vec<&[f16]> = own.map(|at| blocks[at].1).collect();
-                column.cluster(&values)?;
-            }
+            column.cluster_all(&v[rows])?;
             let segments = || {
                 blocks.iter().enumerate().map(|(at, &(keys, values))| Segment {
                     keys,

@@ -28,6 +28,8 @@ const MODEL_HEADS: usize = 256;
 const ALIKE: f32 = 0.3;
 const D: usize = 128;
 const BLOCK: usize = 64;
+/// Keys that are clustered together.
+const SEGMENT: usize = 1024;
 
 fn median(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
@@ -117,13 +119,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let encode = start.elapsed().as_secs_f64() * 1e6 / (count / BLOCK) as f64;
     let mut clustered = column.clone();
-    let (start, mut segments) = (Instant::now(), 0);
-    while let Some(blocks) = clustered.next_segment() {
-        let values: Vec<&[f16]> = blocks.map(|at| &values[at * BLOCK * D..][..BLOCK * D]).collect();
-        clustered.cluster(&values)?;
-        segments += 1;
-    }
-    let cluster = start.elapsed().as_secs_f64() * 1e6 / f64::from(segments.max(1));
+    let start = Instant::now();
+    clustered.cluster_all(&values)?;
+    let cluster = start.elapsed().as_secs_f64() * 1e6 / (count / SEGMENT).max(1) as f64;
     // Equal contexts in memory of their own: each is cold when its turn comes, as one of many KV heads is.
     let contexts: Vec<Context> = (0..sequences.max(2_000_000 / count).clamp(2, 16))
         .map(|_| Context {

@@ -187,12 +187,7 @@ impl<'a> Served<'a> {
             column.sketch(at, prefill.basis, keys, values, &mut room)?;
         }
         // As a store's are once it had the time.
-        while let Some(blocks) = column.next_segment() {
-            let values: Vec<&[f16]> = blocks
-                .map(|at| &prefill.values[at * BLOCK * d..][..BLOCK * d])
-                .collect();
-            column.cluster(&values)?;
-        }
+        column.cluster_all(prefill.values)?;
         Ok(Self {
             prefill,
             column,

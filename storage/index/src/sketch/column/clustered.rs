@@ -95,6 +95,19 @@ impl Column {
         Ok(())
     }
 
+    /// Clusters all segments that are whole: `values` are those of all blocks, one behind another.
+    ///
+    /// # Errors
+    /// As [`Column::cluster`].
+    pub fn cluster_all(&mut self, values: &[f16]) -> Result<(), IndexError> {
+        let rows = (self.block_keys * self.format.head_dim).max(1);
+        while let Some(blocks) = self.next_segment() {
+            let own: Vec<&[f16]> = values.chunks(rows).skip(blocks.start).take(blocks.len()).collect();
+            self.cluster(&own)?;
+        }
+        Ok(())
+    }
+
     /// Codes of sample `at` of a clustered segment, and their step.
     pub(in crate::sketch) fn sample(&self, segment: usize, at: usize) -> (&[Line], f32) {
         let lines = self.lines();

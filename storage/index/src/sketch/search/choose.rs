@@ -92,12 +92,6 @@ impl Table {
         room.passed.resize(room.passed.len().max(kept.len()), (0, Level(0)));
         let mut others = 0;
         let mut passed = Passed::default();
-        let left = &mut self.left[head * self.runs..][..self.runs];
-        let centres = self.centres.get(head * self.runs..).unwrap_or_default();
-        let centre = |slot: u32| {
-            let level = centres.get(slot as usize / (GROUP * RUN_GROUPS));
-            level.map_or(0.0, |level| level.above_average())
-        };
         let (heads, mut end) = (room.found.len(), start);
         let starts = room.before.iter().skip(head).step_by(heads).copied();
         let ends = starts.clone().skip(1).chain([kept.len()]);
@@ -115,14 +109,14 @@ impl Table {
         }
         for (slot, level) in &room.passed[..others] {
             let weight = level.weight();
-            left[*slot as usize / (GROUP * RUN_GROUPS)] += weight;
+            self.left[head * self.runs + *slot as usize / (GROUP * RUN_GROUPS)] += weight;
             passed.weight += f64::from(weight);
-            passed.moment += f64::from(weight) * f64::from(level.above_average() - centre(*slot));
+            passed.moment += f64::from(weight) * f64::from(level.above_average() - self.centre(head, *slot));
         }
         out.slots.truncate(end);
         out.levels.truncate(end);
         out.ends.push(end);
-        self.total[head] = sum(left);
+        self.total[head] = sum(self.left(head));
         passed
     }
 }

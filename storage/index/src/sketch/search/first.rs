@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use kvasir_simd::{Found, GROUP, Near, RUN_GROUPS, UNIT, centres, coded_levels, coded_scan_listed, near};
+use kvasir_simd::{Found, GROUP, Near, RUN_GROUPS, UNIT, coded_levels, coded_scan_listed, near};
 
 use super::{Masks, Room, Table};
 use crate::sketch::column::Column;
@@ -62,12 +62,6 @@ impl Table {
     /// Lists the groups that a scan of each of `heads` reads, and notes what the others weigh; answers whether they are few enough.
     pub(super) fn list(&mut self, heads: Range<usize>, masks: &Masks, room: &mut Room) -> bool {
         let groups = room.first.groups;
-        for head in heads.clone() {
-            let own = head * self.runs..head * self.runs + groups / RUN_GROUPS;
-            if let Some(own) = self.centres.get_mut(own) {
-                centres(room.first.levels(head), own);
-            }
-        }
         let limit = WORTH * heads.len().div_ceil(STRIP) as f64;
         let expected = |room: &Room| heads.clone().map(|head| room.first.shares[head]).sum::<f64>();
         if groups == 0 || expected(room) > limit {
@@ -109,12 +103,8 @@ impl Table {
         for head in heads {
             let list = &first.lists[head][first.scanned[head]..];
             // Lists begin anew with each unit.
-            let end = list.iter().position(|group| unit + *group as usize >= tile.end);
-            let own = list.iter().take(end.unwrap_or(list.len()));
-            let count = own
-                .clone()
-                .take_while(|group| unit + **group as usize >= tile.start)
-                .count();
+            let here = |group: &&u32| tile.contains(&(unit + **group as usize));
+            let count = list.iter().take_while(here).count();
             let list = &list[..count];
             first.scanned[head] += count;
             first.sums.resize(first.sums.len().max(count), 0.0);

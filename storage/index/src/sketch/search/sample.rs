@@ -2,7 +2,8 @@
 //! centroids, and how the scores of the others.
 
 use kvasir_simd::{
-    CodedKeys, CodedQueries, GROUP, Level, Line, RUN_GROUPS, Spread, coded_levels, gaps, pick, spread, weights_beside,
+    CodedKeys, CodedQueries, GROUP, Level, Line, RUN_GROUPS, Spread, centres as run_centres, coded_levels, gaps,
+    spread, weights_beside,
 };
 
 use super::{BUCKET, Lean, Masks, SHORT};
@@ -38,8 +39,6 @@ pub(super) struct Sample {
     searched: usize,
     lowest: u16,
     counts: Vec<u32>,
-    /// Whether what follows is of that head.
-    stood_for: bool,
     /// Levels of what stands for each key: of a sample's keys their groups' centroids, of all keys their runs'.
     groups: Vec<[u16; GROUP]>,
     centres: Vec<[u16; GROUP]>,
@@ -116,7 +115,6 @@ impl Sample {
         if self.head.replace(head) == Some(head) {
             return;
         }
-        self.stood_for = false;
         self.levels.resize(self.masks.len(), [0; GROUP]);
         let keys = CodedKeys {
             codes: &self.codes,
@@ -177,22 +175,6 @@ impl Sample {
         })
     }
 
-    /// Takes the levels of the centroids of all clustered groups of the head that was looked at last.
-    fn stand_for(&mut self, near: &[u16]) {
-        if std::mem::replace(&mut self.stood_for, true) {
-            return;
-        }
-        self.groups.clear();
-        self.centres.clear();
-        let runs = near.as_chunks::<RUN_GROUPS>().0;
-        for &(segment, sample) in &self.samples {
-            let own = runs[segment as usize * GROUP..].first_chunk();
-            let (groups, centres) = own.map_or(([0; GROUP], [0; GROUP]), |own| pick(own, sample as usize));
-            self.groups.push(groups);
-            self.centres.push(centres);
-        }
-    }
-
     /// Levels of about the best keys of the head that was looked at last, by share of all; the second of a larger share.
     pub(super) fn floors(&self, shares: [f64; 2]) -> [Level; 2] {
         shares.map(|share| self.best(share))
@@ -201,7 +183,12 @@ impl Sample {
     /// How far below `floor` the centroids lie, whose levels are `near`, of most keys that are on it or above; keys from `high` to it
     /// are taken for ones that are on it.
     pub(super) fn gap(&mut self, near: &[u16], [floor, high]: [Level; 2]) -> Gap {
-        self.stand_for(near);
+        let groups = self.samples.iter().map(|&(segment, sample)| {
+            let own = &near[segment as usize * SEGMENT_GROUPS..][..SEGMENT_GROUPS];
+            std::array::from_fn(|at| own[sampled(sample as usize, at).0])
+        });
+        self.groups.clear();
+        self.groups.extend(groups);
         let levels = &self.levels[..self.samples.len()];
         let found = &mut self.gaps;
         found.clear();
@@ -224,15 +211,22 @@ impl Sample {
         }
     }
 
-    /// How the scores of the head that was looked at last lie. `centres` of runs that are not clustered are told what their mean stands
-    /// for.
+    /// How the scores of the head that was looked at last lie. `centres` are told what the mean of each run stands for: where `near` has
+    /// its groups' centroids their own, of other runs that of all.
     pub(super) fn lean(&mut self, near: &[u16], floor: Level, centres: &mut [Level]) -> Lean {
-        self.stand_for(near);
-        self.centres.truncate(self.samples.len());
         let sum_of = |levels: &[u16; GROUP]| u64::from(levels.iter().map(|level| u32::from(*level)).sum::<u32>());
         let sum: u64 = self.levels.iter().map(sum_of).sum();
         let mean = Level(sum.checked_div(self.searched as u64).unwrap_or_default() as u16);
-        centres[near.len() / RUN_GROUPS..].fill(mean);
+        let (clustered, others) = centres.split_at_mut(near.len() / RUN_GROUPS);
+        run_centres(near, clustered);
+        others.fill(mean);
+        // A sample has a key of every run of its segment, in their order.
+        let own = self.samples.iter().map(|&(segment, _)| {
+            let runs = &clustered[segment as usize * GROUP..][..GROUP];
+            std::array::from_fn(|at| runs[at].0)
+        });
+        self.centres.clear();
+        self.centres.extend(own);
         self.centres.resize(self.levels.len(), [mean.0; GROUP]);
         let Spread {
             squares,

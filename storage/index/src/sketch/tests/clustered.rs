@@ -13,11 +13,7 @@ impl Case {
     }
 
     fn cluster(&self, column: &mut Column) {
-        while let Some(blocks) = column.next_segment() {
-            let rows = self.block * self.d;
-            let values: Vec<&[f16]> = blocks.map(|at| &self.values[at * rows..][..rows]).collect();
-            column.cluster(&values).unwrap();
-        }
+        column.cluster_all(&self.values).unwrap();
     }
 
     fn over<'a>(&'a self, column: &'a Column, excluded: &[Excluded]) -> SketchScan<'a> {
